@@ -1,0 +1,10 @@
+"""The attention study: eight kinds of self-attention inside GPT-2, trained, measured and compared.
+
+Shape letters used everywhere: B batch, T tokens (of the queries), S keys seen so far, C width, H heads, D = C/H.
+"""
+
+import os
+
+# OpenMP's idle threads spin by default; on a busy machine that made training steps 3 to 20 times slower.
+# Read when torch loads, so `lib` is imported first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,106 @@
+"""One run's measurements put together: the table of what an attention costs, and the record."""
+
+import statistics
+
+import pandas as pd
+
+from lib import attention, environment, measure, parameters, record
+from lib.model import skeleton
+
+ENERGY_FLAGGED_BELOW_S = 30.0
+
+
+def costs(model, p) -> pd.DataFrame:
+    """What the model's attention costs on paper, beside GPT-2's own: a row per quantity, one sequence of `context`."""
+    baseline = skeleton("baseline", model.config)
+    columns = {}
+    for name, subject in ((parameters.display_name(vars(p)), model), ("GPT-2's own", baseline)):
+        counted = measure.flops(subject, p.context)
+        attention_weights = sum(w.numel() for block in subject.transformer.h for w in block.attn.parameters())
+        cache = sum(block.attn.cache_bytes(p.context, 2) for block in subject.transformer.h)
+        columns[name] = {
+            "parameters": f"{sum(w.numel() for w in subject.parameters()):,}",
+            "of these in attention": f"{attention_weights:,}",
+            "forward GFLOPs, useful": f"{counted['forward_flops_useful'] / 1e9:.3f}",
+            "forward GFLOPs, every score computed": f"{counted['forward_flops_dense'] / 1e9:.3f}",
+            "share of scores and mixing": f"{counted['attention_core_share']:.1%}",
+            "cache in bf16, KiB": f"{cache / 1024:,.0f}",
+        }
+    return pd.DataFrame(columns)
+
+
+def make_record(p, trainer, certificate: dict, latencies: list[dict], utilization) -> record.Record:
+    """The record of a finished run. Raises ValueError where something that must be there is not."""
+    values = vars(p)
+    model, device = trainer.model, trainer.device
+    metrics, reasons = trainer.meter.metrics()
+    seen = trainer.useful_tokens.cumsum().tolist()
+    losses = trainer.losses.cpu().double().tolist()
+    on_paper = measure.flops(model, p.context)
+    step_flops = 3 * on_paper["forward_flops_useful"] * p.batch_size * p.accumulation  # backward costs two forwards
+    window_s, energy_j = metrics["time_s"], metrics["energy_j"]
+    at_context = next((row for row in latencies if row["context"] == p.context), None)
+
+    def at_training_context(name):
+        return None if at_context is None else at_context[name]
+
+    metrics |= {
+        "time_per_epoch_s": window_s / p.epochs,
+        "useful_tokens_per_s": seen[-1] / window_s,
+        "energy_per_useful_token_j": None if energy_j is None else energy_j / seen[-1],
+        "gpu_utilization_percent": utilization.joules,
+        **on_paper,
+        "forward_flops_counted": measure.counted_flops(model, p.context, trainer.autocast),
+        "useful_flops_per_s": step_flops * trainer.steps / window_s,
+        "train_loss": statistics.fmean(losses[-p.steps_per_epoch :]),
+        "validation_loss": trainer.validation[-1]["loss"],
+        "prefill_latency_s": at_training_context("prefill_latency_s"),
+        "decode_latency_s_per_token": at_training_context("decode_latency_s_per_token"),
+        "cache_bytes": at_training_context("cache_bytes"),
+        "parameters": sum(w.numel() for w in model.parameters()),
+        "checkpoint_bytes": measure.checkpoint_bytes(model),
+    }
+    if energy_j is None:
+        reasons["energy_per_useful_token_j"] = reasons["energy_j"]
+    if utilization.joules is None:
+        reasons["gpu_utilization_percent"] = utilization.reason
+    if at_context is None:
+        reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
+    return record.Record(
+        name=parameters.run_name(values),
+        finished_at=record.now(),
+        label=parameters.display_name(values),
+        attention=p.attention,
+        attention_sha256=attention.source_sha256(p.attention),
+        paper=attention.load(p.attention).paper,
+        setting=parameters.setting(values),
+        parameters=values,
+        sitting=record.sitting(),
+        environment=environment.describe(device),
+        data=trainer.corpus.facts,
+        certificate=record.Certificate(**certificate),
+        kernels=measure.kernels(model, p.context, trainer.autocast),
+        metrics=record.Metrics(**metrics),
+        series=record.Series(
+            train_loss=losses,
+            useful_tokens=seen,
+            validation=trainer.validation,
+            epoch_time_s=trainer.meter.stretches_s,
+            epoch_energy_j=trainer.meter.gpu_counter.stretches_j,
+            inference=latencies,
+        ),
+        null_reasons=reasons,
+        flags=_flags(trainer, energy_j),
+    )
+
+
+def _flags(trainer, energy_j) -> list[str]:
+    """What a reader should know before using the numbers."""
+    flags = []
+    if energy_j is not None and trainer.meter.window_s < ENERGY_FLAGGED_BELOW_S:
+        flags.append("window_under_30_s")
+    if trainer.device.type == "cuda" and trainer.meter.foreign_processes is None:
+        flags.append("other_processes_unknown")
+    if trainer.p.compile:
+        flags.append("compiled")
+    return flags

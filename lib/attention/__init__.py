@@ -1,0 +1,73 @@
+"""The variants: one file each, the file's name is the variant's name. Read `sdpa.py` to write your own.
+
+A variant file defines `class Attention(torch.nn.Module)` and nothing outside it is told about the variant:
+
+| member | promise |
+| --- | --- |
+| `paper` | where the definition stands (title, year, section, arXiv number) |
+| `__init__(config, layer_idx, **knobs)` | `transformers.GPT2Config`; a bad knob raises ValueError with the way out |
+| `forward(hidden_states, past_key_values=None, padding_mask=None, **_)` | (B, T, C) -> `((B, T, C), None)`. \
+`past_key_values.layers[layer_idx]` is what `new_cache` made. `padding_mask` is None or a (B, S) bool, False where a \
+key is left padding; right padding never comes, causality deals with it |
+| `new_cache()` | an empty cache of the variant's own kind for one layer (`transformers.cache_utils`) |
+| `core_flops(context, dense=False)` | FLOPs of one forward over one sequence outside the projections, with causality, \
+windows and buckets honoured; `dense=True`: as if every score were computed |
+| `cache_bytes(context, element_bytes)` | bytes of one layer's cache for one sequence of `context` tokens |
+| `reference(hidden_states)` | the same output from an independent slow form with the same weights |
+
+Parameters named `c_attn` and `c_proj` start as GPT-2's do; matrices of any other name start as N(0, 0.02), vectors as the
+constructor leaves them (`lib.model`).
+"""
+
+import hashlib
+import importlib.util
+from difflib import get_close_matches
+from pathlib import Path
+
+# The paper's eight, in its order. A display order, not a registry: what exists is what has a file.
+STUDY_ORDER = ("baseline", "sdpa", "gqa", "linear", "sliding_window", "lsh", "flash", "mla")
+HERE = Path(__file__).parent
+
+
+def variants() -> tuple[str, ...]:
+    """Names of the variants that have a file here: the paper's in its order, then the others by name."""
+    found = {path.stem for path in HERE.glob("*.py")} - {"__init__"}
+    return (*(name for name in STUDY_ORDER if name in found), *sorted(found - set(STUDY_ORDER)))
+
+
+def find(name: str) -> Path:
+    """The file of a variant, given its name or the path of a .py file. Raises ValueError if there is none."""
+    path = Path(name)
+    if path.suffix == ".py":
+        if not path.is_file():
+            raise ValueError(f"there is no attention file {name!r} (looked in {Path.cwd().name}/)")
+        return path
+    if name not in variants():
+        guess = get_close_matches(name, variants(), n=1)
+        hint = f" Did you mean {guess[0]!r}?" if guess else ""
+        raise ValueError(
+            f"there is no attention variant {name!r}; known: {', '.join(variants())}, or the path of a .py file.{hint}"
+        )
+    return HERE / f"{name}.py"
+
+
+def load(name: str) -> type:
+    """The class `Attention` of a variant, by name or by the path of a .py file (which is run).
+
+    Raises ValueError where there is no such variant, or its file defines no `Attention`.
+    """
+    path = find(name)
+    if path.parent == HERE:
+        module = importlib.import_module(f"{__name__}.{path.stem}")
+    else:
+        spec = importlib.util.spec_from_file_location(f"attention_{source_sha256(name)[:12]}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    if not isinstance(getattr(module, "Attention", None), type):
+        raise ValueError(f"{path.name} defines no class `Attention`; lib/attention/sdpa.py shows what one needs")
+    return module.Attention
+
+
+def source_sha256(name: str) -> str:
+    """Fingerprint of a variant's file, so that a record says which definition it measured."""
+    return hashlib.sha256(find(name).read_bytes()).hexdigest()

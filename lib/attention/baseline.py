@@ -1,0 +1,67 @@
+"""GPT-2's own attention: out = softmax(Q Kᵀ / √D + causal) V with the scores written to memory.
+
+O(T² C) time and O(H T²) memory. What every other variant is compared with: the same formula as `sdpa` without a fused
+kernel, so the difference between the two is the price of the score traffic alone.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.pytorch_utils import Conv1D
+
+
+class Attention(nn.Module):
+    paper = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3 (GPT-2)"
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"width {config.n_embd} is not a multiple of heads {config.n_head}; choose a divisor of it")
+        self.config = config
+        self.layer_idx = layer_idx
+        self.heads = config.n_head  # H
+        self.width = config.n_embd  # C
+        self.c_attn = Conv1D(3 * self.width, self.width)
+        self.c_proj = Conv1D(self.width, self.width)
+        self.attention_dropout = nn.Dropout(config.attn_pdrop)
+        self.residual_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+        B, T, C = hidden_states.shape
+        q, k, v = self.c_attn(hidden_states).split(C, dim=2)
+        q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if past_key_values is not None:
+            k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D)
+
+        S = k.shape[2]
+        visible = torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T)
+        if padding_mask is not None:
+            visible = visible & padding_mask[:, None, None, :]  # (B, 1, T, S)
+        scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, H, T, S)
+        # The lowest finite number, not -inf: a row of left padding alone stays finite.
+        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        weights = self.attention_dropout(scores.softmax(-1).type(v.dtype))
+        out = (weights @ v).transpose(1, 2).reshape(B, T, C)
+        return self.residual_dropout(self.c_proj(out)), None
+
+    def new_cache(self):
+        return DynamicLayer()
+
+    def core_flops(self, context, dense=False):
+        # Two products (scores, mixing), a multiply and an add each: 4 C per pair of query and key.
+        pairs = context**2 if dense else context * (context + 1) // 2
+        return 4 * self.width * pairs
+
+    def cache_bytes(self, context, element_bytes):
+        return 2 * self.width * context * element_bytes
+
+    def reference(self, hidden_states):
+        """transformers' GPT-2 attention, eager, on the same weights and a mask of its own."""
+        T = hidden_states.shape[1]
+        config = type(self.config)(**self.config.to_dict())
+        config._attn_implementation = "eager"
+        theirs = GPT2Attention(config, layer_idx=self.layer_idx).to(hidden_states).train(self.training)
+        theirs.c_attn, theirs.c_proj = self.c_attn, self.c_proj
+        future = torch.full((T, T), torch.finfo(hidden_states.dtype).min, dtype=hidden_states.dtype).triu(1)
+        return theirs(hidden_states, attention_mask=future[None, None].to(hidden_states.device))[0]

@@ -1,0 +1,92 @@
+"""Where a run ran: versions, processor, GPU and its settings, commit."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "zeus", "papermill", "pandas", "matplotlib", "numpy")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def describe(device: torch.device) -> dict:
+    """Facts of the machine and the software, for the record."""
+    commit, modified = _git()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.system(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cpu": cpu_name(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "commit": commit,
+        "commit_modified": modified,
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "gpu": _gpu(device) if device.type == "cuda" else None,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git() -> tuple[str | None, bool | None]:
+    """The commit of this checkout, and whether tracked files differ from it; None where there is no git."""
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _gpu(device: torch.device) -> dict:
+    """The card as it is found; nothing is ever set. Null where NVML does not answer a question."""
+    import pynvml
+
+    from lib.energy import nvml_handle
+
+    def ask(question, *words):
+        try:
+            answer = question(*words)
+        except pynvml.NVMLError:
+            return None
+        return answer.decode() if isinstance(answer, bytes) else answer
+
+    properties = torch.cuda.get_device_properties(device)
+    facts = {
+        "uuid": f"GPU-{properties.uuid}",
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "cuda": torch.version.cuda,
+    }
+    try:
+        handle = nvml_handle(device)
+    except (pynvml.NVMLError, ValueError):
+        return facts
+    limit_mw = ask(pynvml.nvmlDeviceGetPowerManagementLimit, handle)
+    return facts | {
+        "driver": ask(pynvml.nvmlSystemGetDriverVersion),
+        "power_limit_w": None if limit_mw is None else limit_mw / 1000,
+        "sm_clock_mhz": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "max_sm_clock_mhz": ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        "temperature_c": ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        "persistence_mode": ask(pynvml.nvmlDeviceGetPersistenceMode, handle),
+    }

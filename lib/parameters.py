@@ -1,0 +1,177 @@
+"""The parameters of a run, whose only definition is the parameters cell of train.ipynb.
+
+This module reads that cell, checks what a person gave against it, and says in one sentence what is wrong.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import SimpleNamespace
+
+import torch
+
+from lib import attention
+from lib.errors import UsageError
+from lib.model import gpt2_config
+
+TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+CHOICES = {
+    "device": ("auto", "cpu", "cuda"),
+    "precision": ("auto", "fp32", "bf16"),
+    "schedule": ("cosine", "constant"),
+}
+AT_LEAST = {
+    "seed": 0, "layers": 1, "width": 1, "heads": 1, "positions": 1, "context": 2, "batch_size": 1, "accumulation": 1,
+    "steps_per_epoch": 1, "epochs": 1, "warmup_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0, "clip_norm": 0,
+    "validation_rows": 1, "new_tokens": 1, "inference_repeats": 1,
+}  # fmt: skip
+WHO = ("attention", "knobs", "label", "seed")  # what differs within a study; all else is its setting
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One line of the parameters cell."""
+
+    type: str
+    default: object
+
+
+def declared(source: str) -> dict[str, Declared]:
+    """The parameters that a cell's source defines: `name: type = default` lines."""
+    lines = [node for node in ast.parse(source).body if isinstance(node, ast.AnnAssign) and node.value is not None]
+    return {node.target.id: Declared(ast.unparse(node.annotation), ast.literal_eval(node.value)) for node in lines}
+
+
+def check_names(names, known) -> None:
+    """Raises UsageError for the first name that is not a parameter, with the nearest that is."""
+    for name in names:
+        if name not in known:
+            guess = get_close_matches(name, known, n=1)
+            hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(known)}."
+            raise UsageError(f"there is no parameter {name!r}; {hint}")
+
+
+def check_types(values: dict, known: dict[str, Declared]) -> dict:
+    """The values with whole numbers made floats where a float is declared. Raises UsageError for a wrong type."""
+    checked = {}
+    for name, value in values.items():
+        wanted = TYPES[known[name].type]
+        if wanted is float and type(value) is int:
+            value = float(value)
+        if type(value) is not wanted:
+            raise UsageError(f"{name} must be {known[name].type}, not {value!r}{_way_out(wanted, value)}")
+        checked[name] = value
+    return checked
+
+
+def _way_out(wanted: type, value) -> str:
+    if wanted is float and isinstance(value, str):
+        try:
+            return f"; YAML reads 1e-4 as text, write {float(value):.1e} with its point"
+        except ValueError:
+            return ""
+    if wanted in (dict, list):
+        example = "{window: 64}" if wanted is dict else "[64, 256]"
+        return f"; on the command line, for example: -y 'name: {example}'"
+    return ""
+
+
+def check_values(values: dict) -> None:
+    """Raises UsageError where values make no run: out of range, unknown variant, refused knob, context too long."""
+    p = SimpleNamespace(**values)
+    for name, choices in CHOICES.items():
+        if values[name] not in choices:
+            raise UsageError(f"{name} must be one of {', '.join(choices)}, not {values[name]!r}")
+    for name, least in AT_LEAST.items():
+        if values[name] < least:
+            raise UsageError(f"{name} must be at least {least}, not {values[name]}")
+    for name in ("dropout", "validation_share"):
+        if not 0 <= values[name] < 1:
+            raise UsageError(f"{name} must be at least 0 and below 1, not {values[name]}")
+    if not p.learning_rate > 0:
+        raise UsageError(f"learning_rate must be above 0, not {p.learning_rate}")
+    if p.width % p.heads:
+        raise UsageError(f"heads must divide width: {p.heads} heads do not divide {p.width}")
+    if p.context > p.positions:
+        raise UsageError(f"context {p.context} is longer than the model's {p.positions} positions; raise positions too")
+    for length in p.inference_contexts:
+        if type(length) is not int or length < 1 or length + p.new_tokens > p.positions:
+            raise UsageError(
+                f"inference_contexts: {length!r} tokens and {p.new_tokens} new ones must fit {p.positions} positions"
+            )
+    if p.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
+    check_attention(p)
+
+
+def check_attention(p) -> None:
+    """Builds one layer without memory, so that an unknown variant or a refused knob is said before anything runs."""
+    try:
+        variant = attention.load(p.attention)
+        known = list(inspect.signature(variant).parameters)[2:]
+        for knob in p.knobs:
+            if knob not in known:
+                guess = get_close_matches(knob, known, n=1)
+                hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
+                raise UsageError(f"{p.attention} has no knob {knob!r}; {hint}")
+        with torch.device("meta"):
+            variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.knobs)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def resolve(history: list[str], namespace: dict) -> SimpleNamespace:
+    """The parameters of the notebook that is running, checked.
+
+    `history` is IPython's `In`: the cells as they ran, among them the parameters cell and papermill's injected one
+    (which papermill itself does not check). `namespace` is the notebook's `globals()`.
+    """
+    cells = [index for index, source in enumerate(history) if "attention: str =" in source and _is_parameters(source)]
+    if not cells:
+        raise UsageError("run the parameters cell at the top first")
+    known = declared(history[cells[-1]])
+    injected = [source for source in history[cells[-1] + 1 :] if source.startswith("# Parameters\n")]
+    for source in (history[cells[-1]], *injected):
+        check_names(_assigned(source), known)
+    values = check_types({name: namespace[name] for name in known}, known)
+    check_values(values)
+    return SimpleNamespace(**values)
+
+
+def _is_parameters(source: str) -> bool:
+    try:
+        return "attention" in declared(source)
+    except (SyntaxError, ValueError):
+        return False
+
+
+def _assigned(source: str) -> list[str]:
+    """Names that a cell assigns at its top level, annotated or not."""
+    names = []
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target] if hasattr(node, "target") else []
+        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    return names
+
+
+def setting(values: dict) -> str:
+    """Eight hex digits of everything but the variant and the seed: runs are compared only where these agree."""
+    return _digest({name: value for name, value in values.items() if name not in WHO})
+
+
+def run_name(values: dict) -> str:
+    """The name of a run's record and notebook: variant, seed and a hash of all parameters."""
+    return f"{display_name(values)}-seed{values['seed']}-{_digest(values)}"
+
+
+def display_name(values: dict) -> str:
+    """What a run is called on figures: its label, or its variant's name."""
+    stem = values["attention"].replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".py")
+    return values["label"] or stem
+
+
+def _digest(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

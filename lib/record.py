@@ -1,0 +1,225 @@
+"""The run record: one JSON file per finished run, written whole or not at all, checked on writing and on reading."""
+
+import json
+import os
+import tempfile
+import warnings
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lib.errors import UsageError
+
+SCHEMA_VERSION = 1
+ROOT = Path(__file__).resolve().parent.parent
+OUT_VARIABLE = "ATTENTION_STUDY_OUT"  # the folder that runs write to, instead of notebooks/out
+SITTING_VARIABLE = "ATTENTION_STUDY_SITTING"  # JSON, set by `lib.study`: profile, sitting, block, position
+
+Measured = Annotated[float | None, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Metrics(Strict):
+    """Every number that figures and tables may show. None has its reason in the record's `null_reasons`."""
+
+    time_s: float = Field(gt=0, allow_inf_nan=False)
+    time_per_epoch_s: float = Field(gt=0, allow_inf_nan=False)
+    useful_tokens_per_s: float = Field(gt=0, allow_inf_nan=False)
+    energy_j: Measured
+    energy_per_useful_token_j: Measured
+    mean_power_w: Measured
+    gpu_utilization_percent: Measured
+    cpu_energy_j: Measured
+    cpu_time_s: Measured
+    cpu_cores_used: Measured
+    disk_bytes: Measured
+    peak_memory_bytes: Measured
+    peak_reserved_memory_bytes: Measured
+    peak_resident_bytes: Measured
+    forward_flops_useful: Measured
+    forward_flops_dense: Measured
+    forward_flops_counted: Measured
+    attention_core_share: Measured
+    useful_flops_per_s: Measured
+    train_loss: Measured
+    validation_loss: Measured
+    prefill_latency_s: Measured
+    decode_latency_s_per_token: Measured
+    cache_bytes: Measured
+    parameters: int
+    checkpoint_bytes: Measured
+
+
+class Point(Strict):
+    """A validation: after how many useful tokens, at what loss (nats per token)."""
+
+    useful_tokens: int
+    loss: Measured
+
+
+class Latency(Strict):
+    """Inference on one sequence at one context length."""
+
+    context: int
+    prefill_latency_s: float
+    decode_latency_s_per_token: float
+    cache_bytes: int
+    cache_bytes_analytic: int
+
+
+class Series(Strict):
+    train_loss: list[Measured]  # per step, nats per token
+    useful_tokens: list[int]  # seen up to the end of each step
+    validation: list[Point]
+    epoch_time_s: list[float]
+    epoch_energy_j: list[float]  # empty where no energy was read
+    inference: list[Latency]
+
+
+class Certificate(Strict):
+    causal: bool
+    prefix_equal: bool
+    mixes: bool
+    cached_equal: bool
+    reference_difference: Measured
+    passed: bool
+
+
+class Sitting(Strict):
+    """Which study run this was, and where in its order; all None for a run by hand."""
+
+    profile: str | None = None
+    sitting: str | None = None
+    block: int | None = None
+    position: int | None = None
+
+
+class Record(Strict):
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    provenance: Literal["measured", "synthetic"] = "measured"
+    finished_at: datetime
+    label: str
+    attention: str
+    attention_sha256: str
+    paper: str
+    setting: str
+    parameters: dict
+    sitting: Sitting
+    environment: dict
+    data: dict
+    certificate: Certificate
+    kernels: dict[str, list[str]]
+    metrics: Metrics
+    series: Series
+    null_reasons: dict[str, str]
+    flags: list[str]
+
+    @model_validator(mode="after")
+    def every_null_has_a_reason(self):
+        missing = {name for name, value in self.metrics if value is None}
+        if missing != set(self.null_reasons):
+            odd = ", ".join(sorted(missing ^ set(self.null_reasons)))
+            raise ValueError(f"a metric is null exactly where null_reasons says why; not so for {odd}")
+        return self
+
+
+def out_folder() -> Path:
+    """Where runs leave records and executed notebooks: notebooks/out, or what the environment variable names."""
+    return Path(os.environ.get(OUT_VARIABLE) or ROOT / "notebooks" / "out")
+
+
+def from_root(path: str) -> Path:
+    """A path that a notebook or profile names: from the repository's root, wherever it is run."""
+    return ROOT / path
+
+
+def sitting() -> Sitting:
+    """What `lib.study` said about the run that is going on."""
+    return Sitting(**json.loads(os.environ.get(SITTING_VARIABLE, "{}")))
+
+
+def now() -> datetime:
+    return datetime.now(UTC).replace(microsecond=0)
+
+
+def write(record: Record, folder: Path | None = None) -> Path:
+    """Writes a record to `folder`, by default `out_folder()`; returns its path. A half-written file never shows.
+
+    Raises UsageError where the folder cannot be written.
+    """
+    folder = folder or out_folder()
+    record = Record.model_validate(record.model_dump())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".tmp", delete=False) as file:
+            try:
+                file.write(record.model_dump_json(indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+                path = folder / f"{record.name}.json"
+                os.chmod(file.name, 0o644)
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError as error:
+        raise UsageError(f"the record cannot be written to {folder.name}/: {error.strerror}") from error
+    return path
+
+
+def load(path: Path) -> Record:
+    """One record. Raises ValueError (pydantic's) where the file is none."""
+    return Record.model_validate_json(path.read_text())
+
+
+def load_all(folder: Path) -> list[Record]:
+    """All records of a folder, by name. A file that is no record is named in a warning and left out."""
+    records = []
+    for path in sorted(Path(folder).glob("*.json")):
+        try:
+            records.append(load(path))
+        except (ValidationError, ValueError, OSError) as error:
+            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
+            warnings.warn(f"{path.name} is left out, it is no record: {what}", stacklevel=2)
+    return records
+
+
+def read(folder) -> pd.DataFrame:
+    """A tidy table, a row per run: who, where, every metric with its unit in the column's name.
+
+    List-valued columns hold the series; `null_reasons` says why a metric of the row is missing.
+    """
+    rows = []
+    for record in load_all(Path(folder)):
+        rows.append(
+            {
+                "name": record.name,
+                "label": record.label,
+                "attention": record.attention,
+                "seed": record.parameters["seed"],
+                "setting": record.setting,
+                "profile": record.sitting.profile,
+                "sitting": record.sitting.sitting,
+                "block": record.sitting.block,
+                "position": record.sitting.position,
+                "device": record.environment["device"],
+                "device_name": record.environment["device_name"],
+                "gpu_uuid": (record.environment["gpu"] or {}).get("uuid"),
+                "provenance": record.provenance,
+                "certified": record.certificate.passed,
+                **record.metrics.model_dump(),
+                **{f"series_{name}": value for name, value in record.series.model_dump().items()},
+                "parameter_values": record.parameters,
+                "kernels": record.kernels,
+                "null_reasons": record.null_reasons,
+                "flags": record.flags,
+            }
+        )
+    return pd.DataFrame(rows)
