@@ -117,7 +117,7 @@ def conversations(dataset: str) -> datasets.Dataset:
     try:
         if path.suffix in FORMATS:
             if not path.is_file():
-                raise UsageError(f"there is no data file {dataset!r}; give a path from {Path.cwd().name}/ or a full one")
+                raise UsageError(f"there is no data file {dataset!r}, seen from {Path.cwd().name}/")
             found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         else:
             found = datasets.load_dataset(dataset, split="train")
@@ -139,7 +139,7 @@ def conversations(dataset: str) -> datasets.Dataset:
 
 
 def as_text(messages) -> tuple[str, int]:
-    """A conversation as one text, and the number of empty turns left out. Raises UsageError for a turn of another form."""
+    """A conversation as one text, and how many empty turns were left out. Raises UsageError for a turn of another form."""
     turns, empty = [], 0
     for message in messages or []:
         try:
@@ -228,6 +228,7 @@ def fingerprint(rows: dict[str, Rows]) -> str:
     """SHA-256 of the tokens and row borders of both parts."""
     digest = hashlib.sha256()
     for name in ("train", "validation"):
-        for array in (rows[name].tokens.astype("<u4"), rows[name].starts.astype("<i8"), rows[name].lengths.astype("<i8")):
+        part = rows[name]
+        for array in (part.tokens.astype("<u4"), part.starts.astype("<i8"), part.lengths.astype("<i8")):
             digest.update(array.tobytes())
     return digest.hexdigest()

@@ -108,12 +108,12 @@ class Utilization:
     def __init__(self, device: torch.device):
         self.process = None
         self.reason = "no_gpu"
-        self.samples = tempfile.TemporaryFile("w+")
+        self.samples = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the process ended
         if device.type == "cuda":
             uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-            query = ["nvidia-smi", "-i", uuid, "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms", "500"]
+            query = f"nvidia-smi -i {uuid} --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 500"
             try:
-                self.process = subprocess.Popen(query, stdout=self.samples, stderr=subprocess.DEVNULL)
+                self.process = subprocess.Popen(query.split(), stdout=self.samples, stderr=subprocess.DEVNULL)
             except OSError:
                 self.reason = "nvidia_smi_unavailable"
 

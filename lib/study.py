@@ -111,9 +111,11 @@ def execute(notebook: Path, output: Path, given: dict, context: dict) -> str | N
             notebook, output, given, cwd=NOTEBOOKS, progress_bar=False, kernel_name="python3", start_timeout=300
         )
     except papermill.PapermillExecutionError as error:
-        return str(error.evalue).strip().splitlines()[0] if error.ename == "UsageError" else f"{error.ename}: {error.evalue}"
+        said = str(error.evalue).strip().splitlines() or [""]
+        return said[0] if error.ename == "UsageError" else f"{error.ename}: {said[0]}"
     except Exception as error:  # a kernel that died, a folder that cannot be written: the study goes on
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        said = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {said[0]}"
     finally:
         del os.environ[record.SITTING_VARIABLE]
     return None

@@ -15,8 +15,8 @@ windows and buckets honoured; `dense=True`: as if every score were computed |
 | `cache_bytes(context, element_bytes)` | bytes of one layer's cache for one sequence of `context` tokens |
 | `reference(hidden_states)` | the same output from an independent slow form with the same weights |
 
-Parameters named `c_attn` and `c_proj` start as GPT-2's do; matrices of any other name start as N(0, 0.02), vectors as the
-constructor leaves them (`lib.model`).
+Parameters named `c_attn` and `c_proj` start as GPT-2's do; matrices of any other name start as N(0, 0.02), vectors as
+the constructor leaves them (`lib.model`).
 """
 
 import hashlib

@@ -18,7 +18,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer_idx):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"width {config.n_embd} is not a multiple of heads {config.n_head}; choose a divisor of it")
+            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
         self.layer_idx = layer_idx
         self.heads = config.n_head  # H
         self.width = config.n_embd  # C
