@@ -8,3 +8,6 @@ import os
 # OpenMP's idle threads spin by default; on a busy machine that made training steps 3 to 20 times slower.
 # Read when torch loads, so `lib` is imported first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# torch's profiler reports its own starts and stops on the terminal otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -139,7 +139,7 @@ def conversations(dataset: str) -> datasets.Dataset:
 
 
 def as_text(messages) -> tuple[str, int]:
-    """A conversation as one text, and how many empty turns were left out. Raises UsageError for a turn of another form."""
+    """A conversation as one text, and how many empty turns it lost. Raises UsageError for a turn of another form."""
     turns, empty = [], 0
     for message in messages or []:
         try:
