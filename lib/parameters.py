@@ -7,6 +7,7 @@ import ast
 import hashlib
 import inspect
 import json
+import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import SimpleNamespace
@@ -164,7 +165,8 @@ def setting(values: dict) -> str:
 
 def run_name(values: dict) -> str:
     """The name of a run's record and notebook: variant, seed and a hash of all parameters."""
-    return f"{display_name(values)}-seed{values['seed']}-{_digest(values)}"
+    name = re.sub(r"[^A-Za-z0-9_.]+", "_", display_name(values))
+    return f"{name}-seed{values['seed']}-{_digest(values)}"
 
 
 def display_name(values: dict) -> str:

@@ -20,7 +20,7 @@ from lib import attention, parameters, record
 from lib.errors import UsageError
 
 NOTEBOOKS = record.ROOT / "notebooks"
-NULL_VARIANT = {"attention": "sdpa", "label": "sdpa again"}
+NULL_VARIANT = {"attention": "sdpa", "label": "sdpa_again"}
 STUDY_KEYS = {"variants": list, "blocks": int}
 
 
