@@ -18,6 +18,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.errors import UsageError
+from lib.record import from_root
 
 FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 END_OF_TEXT = "<|endoftext|>"
@@ -113,11 +114,13 @@ def conversations(dataset: str) -> datasets.Dataset:
     """`builtin`, a local .parquet, .json or .jsonl file, or a hub id, as a `datasets.Dataset` with `messages`."""
     if dataset == "builtin":
         return datasets.Dataset.from_list([{"messages": messages} for messages in builtin()])
-    path = Path(dataset)
+    path = local(dataset)
     try:
         if path.suffix in FORMATS:
             if not path.is_file():
-                raise UsageError(f"there is no data file {dataset!r}, seen from {Path.cwd().name}/")
+                raise UsageError(
+                    f"there is no data file {dataset!r}, seen from {Path.cwd().name}/ or the repository's root"
+                )
             found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
         else:
             found = datasets.load_dataset(dataset, split="train")
@@ -136,6 +139,11 @@ def conversations(dataset: str) -> datasets.Dataset:
             "a list of {role, content} per row"
         )
     return found
+
+
+def local(path: str) -> Path:
+    """A path as given, or from the repository's root where only that exists: notebooks run in either folder."""
+    return Path(path) if Path(path).exists() else from_root(path) if from_root(path).exists() else Path(path)
 
 
 def as_text(messages) -> tuple[str, int]:
@@ -158,7 +166,7 @@ def load_tokenizer(name: str):
     if name == "builtin":
         return builtin_tokenizer()
     try:
-        encoder = AutoTokenizer.from_pretrained(name)
+        encoder = AutoTokenizer.from_pretrained(str(local(name)))
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(

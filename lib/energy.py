@@ -1,6 +1,6 @@
 """Joules, from the hardware's own counters through Zeus (You et al. 2023, NSDI, "Zeus"). Nothing else here reads power.
 
-A reading is joules, or null with one of `REASONS`; never 0 for "unknown", never an estimate.
+A reading is joules, or null with one of `lib.record.REASONS`; never 0 for "unknown", never an estimate.
 """
 
 import os
@@ -8,18 +8,6 @@ from typing import NamedTuple
 
 import torch
 
-REASONS = {
-    "no_gpu": "the run used no GPU",
-    "nvml_unavailable": "NVIDIA's management library does not answer",
-    "mig": "the GPU is split (MIG) and its counter counts all parts",
-    "counter_unsupported": "this GPU has no energy counter",
-    "counter_zero": "the energy counter did not move",
-    "counter_reset": "the energy counter went backwards",
-    "window_too_short": "under 10 s, too short for the counter's update period",
-    "foreign_process": "another process ran on the GPU",
-    "rapl_unavailable": "the CPU's energy counter (RAPL) is not there",
-    "permission": "the CPU's energy counter may not be read by this user",
-}
 SHORTEST_WINDOW_S = 10.0
 
 

@@ -18,6 +18,24 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT_VARIABLE = "ATTENTION_STUDY_OUT"  # the folder that runs write to, instead of notebooks/out
 SITTING_VARIABLE = "ATTENTION_STUDY_SITTING"  # JSON, set by `lib.study`: profile, sitting, block, position
 
+REASONS = {
+    "no_gpu": "the run used no GPU",
+    "gpu_run": "not the memory that a GPU run is about",
+    "nvml_unavailable": "NVIDIA's management library does not answer",
+    "nvidia_smi_unavailable": "nvidia-smi does not answer",
+    "mig": "the GPU is split (MIG) and its counter counts all parts",
+    "counter_unsupported": "this GPU has no energy counter",
+    "counter_zero": "the energy counter did not move",
+    "counter_reset": "the energy counter went backwards",
+    "window_too_short": "under 10 s, too short for the energy counter",
+    "foreign_process": "another process ran on the GPU",
+    "rapl_unavailable": "no energy counter of the CPU (RAPL)",
+    "permission": "the CPU's energy counter may not be read by this user",
+    "peak_not_resettable": "the system keeps no peak of its own for the window",
+    "not_counted_here": "the system does not count it per process",
+    "not_asked_for": "the training context is not among inference_contexts",
+}
+
 Measured = Annotated[float | None, Field(allow_inf_nan=False)]
 
 
@@ -118,7 +136,7 @@ class Record(Strict):
     kernels: dict[str, list[str]]
     metrics: Metrics
     series: Series
-    null_reasons: dict[str, str]
+    null_reasons: dict[str, Literal[tuple(REASONS)]]
     flags: list[str]
 
     @model_validator(mode="after")
@@ -138,6 +156,12 @@ def out_folder() -> Path:
 def from_root(path: str) -> Path:
     """A path that a notebook or profile names: from the repository's root, wherever it is run."""
     return ROOT / path
+
+
+def figures_folder(path: str) -> Path:
+    """Where figures go: the folder that a notebook names, or beside the records that the environment variable sends
+    elsewhere, so that a test never draws over the committed ones."""
+    return out_folder() / "figures" if os.environ.get(OUT_VARIABLE) else from_root(path)
 
 
 def sitting() -> Sitting:

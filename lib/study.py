@@ -108,7 +108,7 @@ def execute(notebook: Path, output: Path, given: dict, context: dict) -> str | N
     os.environ[record.SITTING_VARIABLE] = json.dumps(context)
     try:
         papermill.execute_notebook(
-            notebook, output, given, cwd=NOTEBOOKS, progress_bar=False, kernel_name="python3", start_timeout=300
+            notebook, output, given, progress_bar=False, kernel_name="python3", start_timeout=300
         )
     except papermill.PapermillExecutionError as error:
         said = str(error.evalue).strip().splitlines() or [""]
@@ -150,7 +150,7 @@ def run_all(runs: list[dict], profile: str) -> dict[str, str]:
 def summarize(folder: Path) -> str | None:
     """summary.ipynb over the records of `folder`, its figures beside them; returns None, or what went wrong."""
     where = os.path.relpath(folder, record.ROOT)
-    given = {"records": where, "figures": os.path.join(where, "figures")}
+    given = {"records_folder": where, "figures_folder": os.path.join(where, "figures")}
     return execute(NOTEBOOKS / "summary.ipynb", folder / "summary.ipynb", given, {})
 
 

@@ -26,7 +26,8 @@ from pathlib import Path
 
 # The paper's eight, in its order. A display order, not a registry: what exists is what has a file.
 STUDY_ORDER = ("baseline", "sdpa", "gqa", "linear", "sliding_window", "lsh", "flash", "mla")
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 
 
 def variants() -> tuple[str, ...]:
@@ -37,11 +38,11 @@ def variants() -> tuple[str, ...]:
 
 def find(name: str) -> Path:
     """The file of a variant, given its name or the path of a .py file. Raises ValueError if there is none."""
-    path = Path(name)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise ValueError(f"there is no attention file {name!r} (looked in {Path.cwd().name}/)")
-        return path
+    if name.endswith(".py"):
+        for path in (Path(name), ROOT / name):
+            if path.is_file():
+                return path
+        raise ValueError(f"there is no attention file {name!r}, seen from {Path.cwd().name}/ or the repository's root")
     if name not in variants():
         guess = get_close_matches(name, variants(), n=1)
         hint = f" Did you mean {guess[0]!r}?" if guess else ""
@@ -57,7 +58,7 @@ def load(name: str) -> type:
     Raises ValueError where there is no such variant, or its file defines no `Attention`.
     """
     path = find(name)
-    if path.parent == HERE:
+    if path.resolve().parent == HERE:
         module = importlib.import_module(f"{__name__}.{path.stem}")
     else:
         spec = importlib.util.spec_from_file_location(f"attention_{source_sha256(name)[:12]}", path)

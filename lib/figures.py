@@ -1,0 +1,355 @@
+"""The figures and tables of the study, drawn from records alone: one function each, one style, one colour per variant.
+
+Every function takes the runs of one group (`lib.compare.groups`) and returns a matplotlib figure. A variant whose
+metric was not measured keeps its row, with the reason; one that fails its certificate stands below the line, hatched.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from lib import compare
+from lib.attention import STUDY_ORDER
+from lib.errors import UsageError
+from lib.record import REASONS, ROOT
+
+PUBLISHED = ROOT / "records" / "published_figures.csv"
+MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">")
+STYLE = {
+    "figure.dpi": 110,
+    "savefig.dpi": 160,
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "svg.hashsalt": "attention-study",  # the same records give the same bytes
+}
+GIB, MIB = 2**30, 2**20
+
+
+def use_style() -> None:
+    """Sets the one style of all figures."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=STYLE)
+
+
+def save(figure: Figure, folder: Path, name: str) -> Figure:
+    """Writes `name`.svg and `name`.png, byte-identical for the same records; returns the figure, for the notebook."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+    figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
+    plt.close(figure)
+    return figure
+
+
+def labels(runs: pd.DataFrame) -> list[str]:
+    """The variants of a group: the paper's in its order, others by name, the uncertified last."""
+    found = runs.groupby("label")["certified"].all()
+    place = {name: index for index, name in enumerate(STUDY_ORDER)}
+    return sorted(found.index, key=lambda label: (not found[label], place.get(label, len(place)), label))
+
+
+def colours(names: list[str]) -> dict[str, tuple]:
+    """A colour per label: fixed for the paper's eight, the next free ones for others, by name."""
+    palette = sns.color_palette("colorblind", 10) + sns.color_palette("dark", 10)
+    others = sorted(set(names) - set(STUDY_ORDER))
+    return dict(zip((*STUDY_ORDER, *others), palette, strict=False))
+
+
+def markers(names: list[str]) -> dict[str, str]:
+    others = sorted(set(names) - set(STUDY_ORDER))
+    return {name: MARKERS[index % len(MARKERS)] for index, name in enumerate((*STUDY_ORDER, *others))}
+
+
+def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: str = "{:,.3g}") -> None:
+    """One horizontal bar per variant: the mean, every run as a point, and a 95 % interval from five blocks up."""
+    names = labels(runs)
+    colour, certified = colours(names), runs.groupby("label")["certified"].all()
+    for row, name in enumerate(names):
+        own = runs[runs["label"] == name]
+        values = own[metric].dropna().astype(float) / scale
+        if values.empty:
+            reason = own["null_reasons"].iloc[0].get(metric, "")
+            text = f"not measured: {REASONS.get(reason, reason)}"
+            axes.text(0.01, row, text, va="center", fontsize=9, color="0.35", transform=axes.get_yaxis_transform())
+            continue
+        hatch = None if certified[name] else "//"
+        axes.barh(row, values.mean(), color=colour[name], alpha=0.85, hatch=hatch, height=0.7)
+        n = len(values)
+        note = f" {form.format(values.mean())}"
+        if n >= compare.FEWEST_BLOCKS:
+            half = values.sem() * compare.stats.t.ppf(0.975, n - 1)
+            axes.errorbar(values.mean(), row, xerr=half, color="0.2", capsize=3)
+            note += f" ± {form.format(half)}"
+        elif n > 1:
+            axes.plot(values, [row] * n, ".", color="0.2", markersize=5)
+        end = values.max() if n < compare.FEWEST_BLOCKS else values.mean() + half
+        axes.text(end, row, f"{note} (n = {n})", va="center", fontsize=9, color="0.2")
+    axes.set_yticks(range(len(names)), [name if certified[name] else f"{name}\n(not certified)" for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.35 if runs[metric].notna().any() else 1)
+    axes.set_xlabel(unit)
+    axes.grid(axis="y", visible=False)
+    if runs[metric].isna().all():
+        axes.set_xticks([])
+    first_uncertified = int(certified.sum())
+    if 0 < first_uncertified < len(names):
+        axes.axhline(first_uncertified - 0.5, color="0.3", linewidth=1, linestyle=":")
+
+
+def _bar_figure(runs: pd.DataFrame, panels: list[tuple[str, str, float, str]], form: str = "{:,.3g}") -> Figure:
+    """Panels side by side, each (title, metric, scale, unit)."""
+    use_style()
+    height = 1.1 + 0.42 * runs["label"].nunique()
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(max(6.5, 5.4 * len(panels)), height), squeeze=False)
+    for axes, (title, metric, scale, unit) in zip(all_axes[0], panels, strict=True):
+        _bars(axes, runs, metric, scale, unit, form)
+        axes.set_title(title, loc="left")
+    _note(figure, runs)
+    figure.tight_layout()
+    return figure
+
+
+def _note(figure: Figure, runs: pd.DataFrame) -> None:
+    """The difference of the null variant from itself: what is smaller than this means nothing."""
+    table = compare.ratios(runs, "time_s").set_index("label")
+    nulls = [name for name in table.index if name == f"{compare.REFERENCE}_again"]
+    for name in nulls:
+        figure.text(
+            0.005, -0.02, f"Same code, second run: {name} takes {table.loc[name, 'ratio'] - 1:+.1%} time of itself.",
+            fontsize=8, color="0.35", va="top",
+        )  # fmt: skip
+
+
+def training_time(runs):
+    return _bar_figure(runs, [("Training time", "time_per_epoch_s", 1, "seconds per epoch")])
+
+
+def gpu_energy(runs):
+    return _bar_figure(
+        runs,
+        [
+            ("GPU energy of the run", "energy_j", 1e3, "kJ"),
+            ("GPU energy per useful token", "energy_per_useful_token_j", 1e-3, "mJ per token"),
+        ],
+    )
+
+
+def peak_memory(runs):
+    panels = [("Peak GPU memory", "peak_memory_bytes", GIB, "GiB allocated")]
+    if runs["peak_resident_bytes"].notna().any():
+        panels.append(("Peak memory of the process", "peak_resident_bytes", GIB, "GiB resident"))
+    return _bar_figure(runs, panels)
+
+
+def flops(runs):
+    return _bar_figure(
+        runs,
+        [
+            ("FLOPs, useful", "forward_flops_useful", 1e9, "GFLOPs, forward, one sequence"),
+            ("every score computed", "forward_flops_dense", 1e9, "GFLOPs"),
+            ("as torch counts them", "forward_flops_counted", 1e9, "GFLOPs"),
+        ],
+        form="{:,.4g}",
+    )
+
+
+def gpu_power(runs):
+    return _bar_figure(runs, [("Mean GPU power", "mean_power_w", 1, "W")])
+
+
+def gpu_utilization(runs):
+    return _bar_figure(runs, [("GPU utilization", "gpu_utilization_percent", 1, "% of the time with a kernel running")])
+
+
+def cpu_use(runs):
+    return _bar_figure(
+        runs,
+        [
+            ("CPU use", "cpu_cores_used", 1, "cores busy, mean over the window"),
+            ("CPU energy", "cpu_energy_j", 1e3, "kJ"),
+        ],
+    )
+
+
+def model_size(runs):
+    return _bar_figure(
+        runs,
+        [("Parameters", "parameters", 1e6, "millions"), ("Size on disk", "checkpoint_bytes", MIB, "MiB")],
+        form="{:,.4g}",
+    )
+
+
+def loss_curves(runs):
+    """Training loss (mean over runs, faint) and validation loss (points), against useful tokens."""
+    use_style()
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    names = labels(runs)
+    colour, marker = colours(names), markers(names)
+    for name in names:
+        own = runs[runs["label"] == name]
+        first = own.iloc[0]
+        training = pd.DataFrame(own["series_train_loss"].tolist()).mean()
+        axes.plot(first["series_useful_tokens"], training, color=colour[name], linewidth=0.9, alpha=0.5)
+        points = pd.DataFrame([[p["loss"] for p in validation] for validation in own["series_validation"]]).mean()
+        tokens = [p["useful_tokens"] for p in first["series_validation"]]
+        certified = "" if own["certified"].all() else ", not certified"
+        style = {"color": colour[name], "marker": marker[name], "markersize": 5, "linewidth": 1.6}
+        axes.plot(tokens, points, label=f"{name} (n = {len(own)}{certified})", **style)
+    axes.set_title("Loss: training (faint) and validation (marked)", loc="left")
+    axes.set_xlabel("useful tokens seen")
+    axes.set_ylabel("nats per token")
+    axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
+    axes.legend(frameon=False)
+    return figure
+
+
+def _by_context(axes, runs, field: str, scale: float) -> None:
+    names = labels(runs)
+    colour, marker = colours(names), markers(names)
+    for name in names:
+        own = pd.DataFrame([row for rows in runs[runs["label"] == name]["series_inference"] for row in rows])
+        if not own.empty:
+            line = own.groupby("context")[field].median() / scale
+            axes.plot(line.index, line, color=colour[name], marker=marker[name], linewidth=1.4, label=name)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
+    axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    contexts = sorted({row["context"] for rows in runs["series_inference"] for row in rows})
+    axes.set_xticks(contexts)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("context, tokens")
+
+
+def inference_latency(runs):
+    """Prefill, decode and cache of one sequence, by context length."""
+    use_style()
+    figure, (prefill, decode, cache) = plt.subplots(1, 3, figsize=(12, 3.8))
+    panels = (
+        (prefill, "Prefill latency", "prefill_latency_s", 1e-3, "ms"),
+        (decode, "Decode latency", "decode_latency_s_per_token", 1e-3, "ms per token"),
+        (cache, "Cache", "cache_bytes", MIB, "MiB"),
+    )
+    for axes, title, field, scale, unit in panels:
+        _by_context(axes, runs, field, scale)
+        axes.set_title(title, loc="left")
+        axes.set_ylabel(unit)
+    cache.legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def loss_against_cost(runs):
+    """Validation loss at the end against what it cost: energy where it was measured, else time."""
+    use_style()
+    on_energy = runs["energy_j"].notna().any()
+    metric, scale, unit = ("energy_j", 1e3, "GPU energy, kJ") if on_energy else ("time_s", 1, "training time, s")
+    figure, axes = plt.subplots(figsize=(7, 4.2))
+    names = labels(runs)
+    colour, marker = colours(names), markers(names)
+    for name in names:
+        own = runs[runs["label"] == name].dropna(subset=[metric])
+        hollow = {} if own["certified"].all() else {"facecolors": "none"}
+        style = {"color": colour[name], "marker": marker[name], "s": 60, "label": f"{name} (n = {len(own)})"} | hollow
+        axes.scatter(own[metric] / scale, own["validation_loss"], **style)
+    axes.set_title("Validation loss against cost: lower left is better", loc="left")
+    axes.set_xlabel(unit if on_energy else f"{unit} (energy not measured)")
+    axes.set_ylabel("nats per token")
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+PUBLISHED_BESIDE_OURS = {
+    "training_time_s_per_epoch": ("Training time", "time_per_epoch_s"),
+    "gpu_energy_mj": ("GPU energy", "energy_j"),
+    "gpu_memory_gb": ("GPU memory", "peak_memory_bytes"),
+    "flops_e12": ("FLOPs", "forward_flops_counted"),
+    "gpu_power_w": ("GPU power", "mean_power_w"),
+    "model_size_mb": ("Model size", "checkpoint_bytes"),
+}
+
+
+def published_beside_ours(runs):
+    """The paper's numbers and ours, each as a ratio to its own `sdpa`: the machines differ, ratios may be read."""
+    use_style()
+    published = pd.read_csv(PUBLISHED).set_index("variant")
+    figure, all_axes = plt.subplots(2, 3, figsize=(12, 7.4), sharey=True)
+    for axes, (column, (title, metric)) in zip(all_axes.flat, PUBLISHED_BESIDE_OURS.items(), strict=True):
+        theirs = published[column] / published.loc["sdpa", column]
+        axes.plot(theirs, range(len(theirs)), "o", markerfacecolor="none", color="0.35", label="published (RTX 4090)")
+        ours = compare.ratios(runs, metric).set_index("label")["ratio"].reindex(theirs.index).astype(float)
+        axes.plot(ours, range(len(ours)), "D", color="C0", label="ours")
+        axes.axvline(1, color="0.6", linewidth=1)
+        axes.set_yticks(range(len(theirs)), theirs.index)
+        axes.set_ylim(len(theirs) - 0.5, -0.5)
+        axes.set_title(title + ("" if ours.notna().any() else " (ours: not measured here)"), loc="left")
+        axes.set_xlabel("ratio to sdpa")
+    all_axes[0, 0].legend(frameon=True, fontsize=9, loc="lower right")
+    figure.tight_layout()
+    return figure
+
+
+FIGURES = (
+    training_time, gpu_energy, peak_memory, loss_curves, flops, gpu_power, gpu_utilization, inference_latency, cpu_use,
+    model_size, loss_against_cost, published_beside_ours,
+)  # fmt: skip
+
+
+RANKED = {
+    "time_per_epoch_s": ("s per epoch", 1, "{:,.2f}"),
+    "energy_per_useful_token_j": ("mJ per token", 1e-3, "{:,.3f}"),
+    "peak_memory_bytes": ("peak GPU GiB", GIB, "{:,.2f}"),
+    "validation_loss": ("validation loss", 1, "{:.3f}"),
+    "decode_latency_s_per_token": ("decode ms per token", 1e-3, "{:,.2f}"),
+    "cache_bytes": ("cache MiB", MIB, "{:,.2f}"),
+    "parameters": ("parameters, M", 1e6, "{:,.2f}"),
+}
+
+
+def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
+    """The variants from the cheapest up by `by`, with the ratio to sdpa; the uncertified below, without a rank.
+
+    A number that was not measured is a dash; `unmeasured` says why.
+    """
+    if by not in RANKED:
+        raise UsageError(f"rank by one of {', '.join(RANKED)}, not {by!r}")
+    means = runs.groupby("label")[list(RANKED)].mean(numeric_only=True).reindex(columns=list(RANKED))
+    means["certified"] = runs.groupby("label")["certified"].all()
+    means = means.sort_values(["certified", by], ascending=[False, True])
+    ratio = compare.ratios(runs, by).set_index("label")
+    rows, rank = [], 0
+    for label, values in means.iterrows():
+        measured = not pd.isna(values[by])
+        rank += bool(values["certified"] and measured)
+        row = {"rank": rank if values["certified"] and measured else "–", "variant": label}
+        for metric, (unit, scale, form) in RANKED.items():
+            row[unit] = "–" if pd.isna(values[metric]) else form.format(values[metric] / scale)
+        found = ratio.loc[label] if label in ratio.index else None
+        row["ratio to sdpa"] = "–" if found is None or pd.isna(found["ratio"]) else _interval(found)
+        verdict = "" if found is None else found["verdict"]
+        row["verdict"] = verdict if values["certified"] else "fails its certificate"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _interval(found: pd.Series) -> str:
+    if pd.isna(found["low"]):
+        return f"{found['ratio']:.3f}"
+    return f"{found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def unmeasured(runs: pd.DataFrame) -> pd.DataFrame:
+    """Every metric that some run lacks, why, and in how many runs."""
+    missing = [
+        {"metric": metric, "not measured, because": REASONS[reason], "variant": run["label"]}
+        for _, run in runs.iterrows()
+        for metric, reason in run["null_reasons"].items()
+    ]
+    if not missing:
+        return pd.DataFrame(columns=["metric", "not measured, because", "runs"])
+    table = pd.DataFrame(missing).groupby(["not measured, because", "metric"], as_index=False).size()
+    return table.rename(columns={"size": "runs"})[["metric", "not measured, because", "runs"]]
