@@ -14,6 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from lib.errors import UsageError
 
 REFERENCE = "sdpa"
+NULL = "sdpa_again"  # the reference a second time: its difference from itself
 FEWEST_BLOCKS = 5  # below that, points only
 EQUIVALENT_WITHIN = 0.02
 

@@ -72,11 +72,11 @@ def load(dataset: str, tokenizer: str, context: int, packing: bool, validation_s
     `packing` False: a conversation a row, cut at `context`. True: conversations one after the other in full rows.
     Raises UsageError for data that cannot be had, has no conversations, or is too small to split.
     """
-    encoder = load_tokenizer(tokenizer)
+    talks, encoder = conversations(dataset), load_tokenizer(tokenizer)
     parts = {"train": [], "validation": []}
     counts = {"conversations": 0, "empty_turns": 0, "empty_conversations": 0, "cut_conversations": 0}
     end = encoder.convert_tokens_to_ids(encoder.eos_token)
-    for batch in conversations(dataset).iter(batch_size=1000):
+    for batch in talks.iter(batch_size=1000):
         texts = []
         for messages in batch["messages"]:
             text, empty_turns = as_text(messages)

@@ -26,6 +26,7 @@ class Meter:
         self.cpu_time_s = 0.0
         self.disk_bytes = 0
         self.foreign_processes = 0
+        self.open = False
         self._peaks = {"allocated": 0, "reserved": 0, "resident": 0}
         self._resident_resettable = True
 
@@ -41,8 +42,10 @@ class Meter:
         self.gpu_counter.begin()
         self.cpu_counter.begin()
         disk_before, cpu_before, begin = _disk_bytes(), time.process_time(), time.perf_counter()
+        self.open = True
         yield
         synchronize(self.device)
+        self.open = False
         self.stretches_s.append(time.perf_counter() - begin)
         self.cpu_time_s += time.process_time() - cpu_before
         self.gpu_counter.end()

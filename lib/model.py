@@ -7,8 +7,12 @@ import math
 import torch
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 from transformers.cache_utils import Cache
+from transformers.utils import logging
 
 from lib import attention
+
+
+logging.disable_progress_bar()  # one widget per saved checkpoint, in the notebook's page
 
 
 def _unused(*_, **__):
@@ -56,8 +60,8 @@ def _initialise(name: str, parameter: torch.nn.Parameter, config: GPT2Config, se
 class GPT2(GPT2LMHeadModel):
     """GPT-2 whose blocks hold the attention that `config.attention` names, with `config.attention_knobs`.
 
-    `forward` takes (B, T) token ids and `labels` as transformers' does. An `attention_mask` (B, S) is honoured where
-    padding stands before a token, and dropped where it only follows: causality hides it.
+    `forward` takes (B, T) token ids and `labels` as transformers' does. An `attention_mask` (B, S) is honoured, positions
+    included, where padding stands before a token, and dropped where it only follows: causality hides it.
     """
 
     def __init__(self, config):
@@ -81,16 +85,36 @@ class GPT2(GPT2LMHeadModel):
                 raise ValueError(f"this model was saved with the attention file {named!r}; pass attention=<that file>")
         return super().from_pretrained(folder, *args, **kwargs)
 
-    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        position_ids=None,  # `generate` gives positions only to a forward that names them
+        labels=None,
+        use_cache=None,
+        logits_to_keep=0,
+        **kwargs,
+    ):
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-            padding_comes_first = (attention_mask.cummin(dim=1).values != attention_mask).any()
-            kwargs["padding_mask"] = attention_mask if padding_comes_first else None
-        return super().forward(input_ids, past_key_values=past_key_values, use_cache=use_cache, **kwargs)
+            if (attention_mask.cummin(dim=1).values != attention_mask).any():  # padding stands before a token
+                kwargs["padding_mask"] = attention_mask
+                if position_ids is None:
+                    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        return super().forward(
+            input_ids,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
 
     def new_cache(self) -> Cache:
         """An empty cache: a layer of the variant's own kind per block."""

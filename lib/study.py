@@ -16,11 +16,11 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from lib import attention, parameters, record
+from lib import attention, compare, parameters, record
 from lib.errors import UsageError
 
 NOTEBOOKS = record.ROOT / "notebooks"
-NULL_VARIANT = {"attention": "sdpa", "label": "sdpa_again"}
+NULL_VARIANT = {"attention": compare.REFERENCE, "label": compare.NULL}
 STUDY_KEYS = {"variants": list, "blocks": int}
 
 

@@ -1,0 +1,26 @@
+# Two commands, `make study` and `make test`; each makes the environment first where it is missing or out of date.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: study test lab refresh
+
+study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
+	$(BIN)/python -m lib.study $(PROFILE)
+
+test: $(READY)  ## every test and every notebook
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/python -m pytest --nbval
+
+lab: $(READY)  ## the notebooks in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/train.ipynb
+
+refresh: $(READY)  ## run the committed notebooks anew; REDRAW=--redraw draws measured outputs and figures anew too
+	$(BIN)/python scripts/refresh_notebooks.py $(REDRAW)
+
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3.11 study"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@

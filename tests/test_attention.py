@@ -1,0 +1,236 @@
+"""Each variant is what its name says: like its reference, causal, prefix-equal, in training and in decoding."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import GPT2LMHeadModel
+from transformers.cache_utils import Cache
+
+from lib import attention
+from lib.model import build_model, gpt2_config
+
+LENGTHS = (1, 2, 63, 64, 65, 200)
+MATERIALISES_SCORES = {"baseline"}
+
+every_variant = pytest.mark.parametrize("name", attention.variants())
+
+
+def make_layer(name, width=32, heads=4, positions=256, dtype=torch.float64):
+    """A layer with weights large enough that attention is far from uniform."""
+    torch.manual_seed(0)
+    layer = attention.load(name)(gpt2_config(2, width, heads, positions, 2), 0).to(dtype).eval()
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.3)
+    return layer
+
+
+def tiny_config():
+    return gpt2_config(layers=2, width=32, heads=4, positions=128, vocabulary=50)
+
+
+def lively_model(name):
+    """In float64, with weights so large that greedy decoding wanders instead of repeating one token."""
+    model = build_model(name, tiny_config(), seed=1).double().eval()
+    for parameter in model.parameters():
+        parameter.data *= 12 if parameter.dim() >= 2 else 1
+    return model
+
+
+def decode(model, ids, **options):
+    """Greedy: the new tokens, and the logits that chose them."""
+    given = {"do_sample": False, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True} | options
+    out = model.generate(ids, **given)
+    return out.sequences[:, ids.shape[1] :], torch.stack(out.logits, dim=1)
+
+
+@every_variant
+@pytest.mark.parametrize("length", LENGTHS)
+def test_output_and_gradients_are_the_reference_s(name, length):
+    layer = make_layer(name)
+    x = torch.randn(2, length, 32, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, length, 32, dtype=torch.float64)
+
+    def outcome(output):
+        wanted = [x, *layer.parameters()]
+        return [output, *torch.autograd.grad((output * weight).sum(), wanted)]
+
+    for ours, theirs in zip(outcome(layer(x)[0]), outcome(layer.reference(x)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_baseline_is_gpt2_to_the_last_bit():
+    config = tiny_config()
+    ours = build_model("baseline", config, seed=3)
+    config._attn_implementation = "eager"
+    theirs = GPT2LMHeadModel(config)
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 50, (3, 77))
+    expected = theirs(ids, labels=ids)
+    got = ours(ids, labels=ids)
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.loss, expected.loss)
+
+
+@every_variant
+@given(batch=st.integers(1, 3), length=st.integers(2, 70), heads=st.sampled_from([1, 2, 4]), data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_no_output_depends_on_what_follows(name, batch, length, heads, data):
+    layer = make_layer(name, heads=heads)
+    x = torch.randn(batch, length, 32, dtype=torch.float64)
+    out = layer(x)[0]
+    t = data.draw(st.integers(1, length - 1), label="prefix")
+    torch.testing.assert_close(layer(x[:, :t].contiguous())[0], out[:, :t], rtol=1e-9, atol=1e-9)
+    changed = x.clone()
+    changed[:, t:] = torch.randn_like(changed[:, t:]) * 9
+    torch.testing.assert_close(layer(changed)[0][:, :t], out[:, :t], rtol=1e-9, atol=1e-9)
+
+
+@every_variant
+def test_no_gradient_reaches_back_from_a_later_token(name):
+    layer = make_layer(name)
+    x = torch.randn(1, 40, 32, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x)[0][:, 20].sum(), x)
+    assert gradient[:, 21:].abs().max() == 0
+    assert gradient[:, :21].abs().amax(dim=(0, 2)).min() > 0 or name not in ("baseline", "sdpa", "flash", "gqa", "mla")
+
+
+@every_variant
+@pytest.mark.parametrize("prompt", [1, 7])
+def test_cached_decoding_is_the_uncached_one(name, prompt):
+    model, ids = lively_model(name), torch.randint(0, 50, (3, prompt))
+    tokens, logits = decode(model, ids, max_new_tokens=90, use_cache=True)
+    expected_tokens, expected_logits = decode(model, ids, max_new_tokens=90, use_cache=False)
+    assert tokens.unique().numel() > 5
+    assert torch.equal(tokens, expected_tokens)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-9, atol=1e-9)
+
+
+@every_variant
+@given(pieces=st.lists(st.integers(1, 9), min_size=1, max_size=6))
+@settings(max_examples=15, deadline=None)
+def test_a_sequence_fed_in_pieces_gives_what_one_pass_gives(name, pieces):
+    layer = make_layer(name)
+    x = torch.randn(2, sum(pieces), 32, dtype=torch.float64)
+    cache = Cache(layers=[layer.new_cache()])
+    parts = [layer(piece.contiguous(), past_key_values=cache)[0] for piece in x.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x)[0], rtol=1e-9, atol=1e-9)
+
+
+@every_variant
+def test_left_padding_changes_nothing(name):
+    model = lively_model(name)
+    short, long = torch.randint(1, 50, (1, 5)), torch.randint(1, 50, (1, 9))
+    padded = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.long), short], dim=1), long])
+    mask = torch.ones_like(padded)
+    mask[0, :4] = 0
+    alone = (short, long)
+    forward = model(padded, attention_mask=mask).logits
+    tokens, logits = decode(model, padded, attention_mask=mask, max_new_tokens=20)
+    for row, ids in enumerate(alone):
+        torch.testing.assert_close(forward[row, -ids.shape[1] :], model(ids).logits[0], rtol=1e-9, atol=1e-9)
+        expected_tokens, expected_logits = decode(model, ids, max_new_tokens=20)
+        assert torch.equal(tokens[row], expected_tokens[0])
+        torch.testing.assert_close(logits[row], expected_logits[0], rtol=1e-9, atol=1e-9)
+
+
+@every_variant
+def test_right_padding_changes_no_real_token(name):
+    model = build_model(name, tiny_config(), seed=1).double().eval()
+    ids = torch.randint(1, 50, (1, 20))
+    padded = torch.cat([ids, torch.zeros(1, 11, dtype=torch.long)], dim=1)
+    mask = (torch.arange(31) < 20)[None].long()
+    for attention_mask in (None, mask):
+        out = model(padded, attention_mask=attention_mask).logits[:, :20]
+        torch.testing.assert_close(out, model(ids).logits, rtol=1e-9, atol=1e-9)
+
+
+@every_variant
+def test_gradient_checkpointing_gives_the_same_gradients(name):
+    config, ids = tiny_config(), torch.randint(0, 50, (2, 33))
+
+    def gradients(checkpointing):
+        model = build_model(name, config, seed=2).double().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    for plain, checkpointed in zip(gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+@every_variant
+def test_bf16_autocast_stays_near_fp32(name):
+    layer = make_layer(name, dtype=torch.float32)
+    x = torch.randn(2, 65, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = layer(x)[0]
+    high = layer(x)[0]
+    assert (low.float() - high).norm() / high.norm() < 0.02
+
+
+@every_variant
+def test_cache_bytes_are_the_formula_s(name):
+    layer = make_layer(name)
+    cache = Cache(layers=[layer.new_cache()])
+    layer(torch.randn(1, 50, 32, dtype=torch.float64), past_key_values=cache)
+    tensors = [value for value in vars(cache.layers[0]).values() if isinstance(value, torch.Tensor)]
+    assert sum(t.numel() * t.element_size() for t in tensors) == layer.cache_bytes(50, 8)
+
+
+class Shapes(TorchDispatchMode):
+    """Collects the shapes of everything that operators give."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen |= {tuple(t.shape) for t in (out if isinstance(out, tuple | list) else [out]) if hasattr(t, "shape")}
+        return out
+
+
+@every_variant
+def test_no_scores_or_mask_reach_memory_but_baseline_s(name):
+    model, ids = build_model(name, tiny_config(), seed=2).train(), torch.randint(0, 50, (2, 61))
+    with Shapes() as shapes:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    square = any(shape[-2:] == (61, 61) for shape in shapes.seen)
+    assert square == (name in MATERIALISES_SCORES)
+
+
+def test_attention_dropout_is_honoured_in_training_alone():
+    for name in ("baseline", "sdpa"):
+        config = gpt2_config(1, 32, 4, 64, 2, dropout=0.5)
+        layer, x = attention.load(name)(config, 0), torch.randn(1, 30, 32)
+        assert not torch.equal(layer.train()(x)[0], layer(x)[0])
+        assert torch.equal(layer.eval()(x)[0], layer(x)[0])
+
+
+def test_names_stand_in_study_order_and_each_has_a_paper():
+    names = attention.variants()
+    assert names[:2] == ("baseline", "sdpa")
+    assert all(attention.load(name).paper for name in names)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("spda", "Did you mean 'sdpa'?"),
+        ("nothing_like_it", "known: baseline, sdpa"),
+        ("no/file.py", "no attention file"),
+    ],
+)
+def test_an_unknown_variant_is_said_in_one_sentence(name, said):
+    with pytest.raises(ValueError, match="there is no attention") as error:
+        attention.load(name)
+    assert said in str(error.value)
+
+
+def test_a_file_without_the_class_is_refused(tmp_path):
+    (tmp_path / "empty.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="defines no class `Attention`"):
+        attention.load(str(tmp_path / "empty.py"))

@@ -1,0 +1,115 @@
+"""The rules of the house: one-way flow, notebooks that narrate, pins in one place."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+
+from lib import attention, study
+from lib.record import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+
+
+def code_cells(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@every_notebook
+def test_notebooks_narrate_and_do_not_define(path):
+    cells = nbformat.read(path, as_version=4).cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
+    for cell in code_cells(path):
+        parameters = "parameters" in cell.metadata.get("tags", [])
+        assert parameters or len(cell.source.splitlines()) <= 10, cell.source
+        assert not re.search(r"^\s*(def|class) ", cell.source, re.M)
+
+
+@every_notebook
+def test_notebooks_are_committed_executed_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    cells = code_cells(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}
+    assert all(set(cell.metadata) <= {"tags"} for cell in notebook.cells)
+    text = path.read_text()
+    assert "application/vnd.jupyter.widget" not in text
+    assert str(ROOT) not in text and "/tmp/" not in text
+
+
+@every_notebook
+def test_a_refresh_leaves_the_notebook_byte_identical(path, tmp_path):
+    copy = tmp_path / path.name
+    shutil.copy(path, copy)
+    command = [sys.executable, str(ROOT / "scripts" / "refresh_notebooks.py"), str(copy)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert said == f"{path.name}: as it was\n"
+    assert copy.read_bytes() == path.read_bytes()
+
+
+def test_papermill_s_help_names_every_parameter_with_its_type_and_meaning():
+    papermill = shutil.which("papermill", path=f"{sys.prefix}/bin") or "papermill"
+    command = [papermill, "--help-notebook", str(ROOT / "notebooks" / "train.ipynb")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for name, line in study.known_parameters().items():
+        shown = re.search(rf"^\s+{name}: {line.type} \(default (.*?)\)\s+(\S.*)", said, re.M | re.S)
+        assert shown, f"{name} in:\n{said}"
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_variants_import_nothing_of_the_rest():
+    for path in (ROOT / "lib" / "attention").glob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] == "lib"], path.name
+
+
+def test_shared_code_never_asks_which_variant_it_has():
+    """A variant's name in shared code is a default, a display order or the reference of comparisons, nothing else."""
+    allowed = {"model.py": set(), "assemble.py": {"baseline"}, "compare.py": {"sdpa"}, "figures.py": {"sdpa"}}
+    for path in (ROOT / "lib").glob("*.py"):
+        strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert strings & set(attention.STUDY_ORDER) <= allowed.get(path.name, set()), path.name
+
+
+def test_only_the_study_knows_that_notebooks_exist():
+    for path in (ROOT / "lib").rglob("*.py"):
+        if path.name != "study.py":
+            assert not {"nbformat", "papermill", "nbclient"} & {name.split(".")[0] for name in imports(path)}, path.name
+
+
+def test_only_energy_reads_power():
+    for path in (ROOT / "lib").rglob("*.py"):
+        if path.name != "energy.py":
+            assert "zeus" not in {name.split(".")[0] for name in imports(path)}, path.name
+            assert not re.search(r"PowerUsage|TotalEnergy|power\.draw", path.read_text()), path.name
+
+
+def test_pins_are_exact_and_stand_in_one_place():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = project["dependencies"] + project["optional-dependencies"]["test"]
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins)
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert conda["dependencies"][-1] == {"pip": ["--editable .[test]"]}
+
+
+def test_profiles_hold_overrides_and_no_variants_of_their_own():
+    known = study.known_parameters()
+    for path in (ROOT / "params").glob("*.yaml"):
+        profile = yaml.safe_load(path.read_text())
+        assert set(profile) - {"study"} <= set(known), path.name
+        assert path.read_text().startswith("#"), f"{path.name} opens with what it is for"

@@ -1,0 +1,96 @@
+"""The notebooks in a real JupyterLab: what a reader sees who opens one and chooses Run All."""
+
+import re
+from pathlib import Path
+
+import lab
+import nbformat
+import pytest
+from playwright.sync_api import expect
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(lab.CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
+]
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+CURVE = "svg[aria-label='training loss by step']"
+
+# What Lab shows does not depend on how long a run is, so the copies that run here train little; yet long enough for a
+# curve to be seen growing.
+STEPS = 16
+SHORT = {"steps_per_epoch": STEPS, "epochs": 1, "validation_rows": 8, "new_tokens": 4}
+
+
+@pytest.fixture(scope="session")
+def notebook(tmp_path_factory):
+    """Opens a copy of a notebook by name, in Lab; nothing that runs there writes outside a temporary folder."""
+    here = tmp_path_factory.mktemp("lab")
+    files = here / "notebooks"
+    files.mkdir()
+    changes = {"train.ipynb": SHORT, "summary.ipynb": {"figures_folder": str(here / "figures")}}
+    for path in NOTEBOOKS.glob("*.ipynb"):
+        copy = nbformat.read(path, as_version=4)
+        for cell in copy.cells:
+            if "parameters" in cell.metadata.get("tags", []):
+                cell.source = lab.set_parameters(cell.source, changes.get(path.name, {}))
+        nbformat.write(copy, files / path.name)
+    opened: dict[str, lab.Notebook] = {}
+    with lab.server(files, here / "state", {"ATTENTION_STUDY_OUT": str(here / "out")}) as url, lab.browser() as browser:
+
+        def open_notebook(name: str) -> lab.Notebook:
+            if name not in opened:
+                while opened:  # one kernel at a time: each holds PyTorch
+                    opened.popitem()[1].close()
+                opened[name] = lab.Notebook(browser, url, name)
+            return opened[name]
+
+        yield open_notebook
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")))
+def test_run_all_twice(notebook, name, tmp_path):
+    """Twice in one kernel, since a kernel that ran the notebook before still holds its old cells and names."""
+    page = notebook(name)
+    for _ in range(2):
+        page.run_all()
+        assert page.outputs("error") == []
+        assert [output["text"] for output in page.outputs("stream") if output["name"] == "stderr"] == []
+        assert all(cell["execution_count"] for cell in page.cells())
+        assert page.errors == []
+    page.screenshots(tmp_path)
+
+
+def test_curve_is_seen_while_training_and_after(notebook):
+    page = notebook("train.ipynb")
+    page.run_all(wait=False)
+    # Waiting is the assertion: a curve that is shorter than the training is one that still grows.
+    page.page.wait_for_function(
+        """([curve, steps]) => {
+            const points = document.querySelector(`.jp-OutputArea-output ${curve} polyline`)?.points.numberOfItems;
+            return points > 0 && points < steps;
+        }""",
+        arg=[CURVE, STEPS],
+    )
+    assert page.is_busy()
+    assert page.seen(CURVE).is_visible()
+    page.wait()
+    whole = re.compile(rf"^(\S+,\S+ ?){{{STEPS}}}$")
+    expect(page.seen(f"{CURVE} polyline")).to_have_attribute("points", whole, timeout=lab.PATIENCE * 1000)
+    assert page.seen(CURVE).is_visible()
+
+
+def test_misspelt_variant_is_one_sentence(notebook):
+    page = notebook("train.ipynb")
+    right = page.cells()[0]["source"]
+    page.edit(0, lab.set_parameters(right, {"attention": "spda"}))
+    # ipykernel gives up only the cells that have reached it when one fails. In a new kernel all have, while lib is
+    # imported; in a warm one the refusal may be quicker than the messages, and later cells run all the same.
+    page.restart()
+    page.run_all()
+    expect(page.seen()).to_have_count(1, timeout=lab.PATIENCE * 1000)  # Lab draws some time after the kernel is idle
+    expect(page.seen()).to_contain_text("UsageError: ", timeout=lab.PATIENCE * 1000)
+    error = page.seen().inner_text()
+    assert error.startswith("UsageError: ") and "Did you mean 'sdpa'?" in error
+    assert len(error.splitlines()) == 1 and "Traceback" not in error
+    page.edit(0, right)

@@ -1,0 +1,106 @@
+"""Every count against a case worked by hand."""
+
+import os
+import stat
+
+import pytest
+import torch
+
+from lib import measure
+from lib.model import build_model, gpt2_config, skeleton
+from lib.training import autocast
+
+CPU = torch.device("cpu")
+fp32 = autocast("fp32", CPU)
+
+
+def small(name="sdpa"):
+    return build_model(name, gpt2_config(layers=3, width=32, heads=4, positions=64, vocabulary=50))
+
+
+def test_flops_by_hand():
+    T, C, L, V = 16, 32, 3, 50
+    matrices = T * 2 * (L * 12 * C * C + C * V)
+    counted = measure.flops(small(), T)
+    assert counted["forward_flops_useful"] == matrices + L * 4 * C * T * (T + 1) // 2
+    assert counted["forward_flops_dense"] == matrices + L * 4 * C * T * T
+    assert counted["attention_core_share"] == pytest.approx(L * 2 * C * T * (T + 1) / counted["forward_flops_useful"])
+
+
+def test_the_core_is_a_small_share_of_gpt2_at_the_paper_s_length():
+    model = skeleton("sdpa", gpt2_config(12, 768, 12, 1024, 50257))
+    assert round(100 * measure.flops(model, 512)["attention_core_share"], 1) == 3.7
+    dense = measure.flops(model, 512)
+    assert round(100 * (12 * 4 * 768 * 512**2) / dense["forward_flops_dense"], 1) == 7.1
+
+
+@pytest.mark.parametrize("name", ["baseline", "sdpa"])
+def test_torch_s_counter_agrees_with_the_dense_count(name):
+    model = small(name)
+    assert measure.counted_flops(model, 16, fp32) == measure.flops(model, 16)["forward_flops_dense"]
+
+
+def test_the_cache_is_counted_from_what_it_holds():
+    rows = measure.inference(small(), [8, 20], new_tokens=4, repeats=2, autocast=fp32)
+    assert [row["context"] for row in rows] == [8, 20]
+    for row in rows:
+        assert row["cache_bytes"] == row["cache_bytes_analytic"] == 3 * 2 * 32 * (row["context"] + 4) * 4
+        assert row["prefill_latency_s"] > 0 and row["decode_latency_s_per_token"] > 0
+
+
+def test_the_checkpoint_is_as_large_as_its_weights():
+    model = small()
+    weights = sum(p.numel() for p in model.parameters()) * 4
+    assert weights < measure.checkpoint_bytes(model) < weights * 1.1
+
+
+def test_kernels_name_what_ran_forward_and_backward():
+    names = measure.kernels(small("sdpa"), 32, fp32)
+    assert any("scaled_dot_product_flash_attention" in name for name in names["forward"])
+    assert any("backward" in name for name in names["backward"])
+    assert not any("scaled_dot_product" in name for name in measure.kernels(small("baseline"), 32, fp32)["forward"])
+
+
+def test_a_meter_adds_up_its_stretches_and_nothing_between():
+    meter = measure.Meter(CPU)
+    for _ in range(2):
+        with meter.stretch():
+            sum(range(200_000))
+        held = meter.window_s
+        sum(range(200_000))
+        assert meter.window_s == held
+    values, reasons = meter.metrics()
+    assert len(meter.stretches_s) == 2 and values["time_s"] == pytest.approx(sum(meter.stretches_s))
+    assert values["cpu_time_s"] > 0 and values["energy_j"] is None and reasons["energy_j"] == "no_gpu"
+
+
+def test_the_resident_peak_is_the_window_s_own():
+    block = bytearray(300 << 20)  # a peak from before the window
+    block[:: 1 << 12] = b"\1" * len(block[:: 1 << 12])
+    del block
+    meter = measure.Meter(CPU)
+    with meter.stretch():
+        block = bytearray(100 << 20)
+        block[:: 1 << 12] = b"\1" * len(block[:: 1 << 12])
+        del block
+    import psutil
+
+    values, reasons = meter.metrics()
+    if values["peak_resident_bytes"] is None:
+        assert reasons["peak_resident_bytes"] == "peak_not_resettable"
+    else:
+        resident = psutil.Process().memory_info().rss
+        assert resident + (60 << 20) < values["peak_resident_bytes"] < resident + (200 << 20)
+
+
+def test_utilization_is_the_mean_of_what_nvidia_smi_says(tmp_path, monkeypatch):
+    assert measure.Utilization(CPU).mean_percent() == (None, "no_gpu")
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\nprintf '80\\n90\\n[N/A]\\n100\\n'\nexec sleep 60\n")
+    fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"uuid": "1-2"}))
+    sampler = measure.Utilization(torch.device("cuda", 0))
+    while os.fstat(sampler.samples.fileno()).st_size < 10:
+        pass  # until the fake has spoken
+    assert sampler.mean_percent() == (90.0, None)

@@ -1,0 +1,75 @@
+"""GPT-2 with another attention is GPT-2 in everything else."""
+
+import math
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel
+
+from lib import attention
+from lib.model import GPT2, build_model, gpt2_config, skeleton
+
+
+def test_gpt2_small_has_the_published_number_of_parameters():
+    config = gpt2_config(layers=12, width=768, heads=12, positions=1024, vocabulary=50257)
+    for name in ("baseline", "sdpa"):
+        assert sum(p.numel() for p in skeleton(name, config).parameters()) == 124_439_808
+
+
+def test_a_seed_gives_every_variant_the_same_shared_weights():
+    config = gpt2_config(2, 32, 4, 64, 50)
+    models = {name: dict(build_model(name, config, seed=7).named_parameters()) for name in attention.variants()}
+    for name, parameters in models.items():
+        for key, value in parameters.items():
+            twin = models["baseline"].get(key)
+            if twin is not None and twin.shape == value.shape:
+                assert torch.equal(value, twin), f"{name} {key}"
+    other = dict(build_model("sdpa", config, seed=8).named_parameters())
+    assert not torch.equal(
+        other["transformer.h.0.attn.c_attn.weight"], models["sdpa"]["transformer.h.0.attn.c_attn.weight"]
+    )
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_initialisation_is_gpt2_s(name):
+    config = gpt2_config(layers=3, width=256, heads=4, positions=64, vocabulary=50)
+    for key, value in build_model(name, config).named_parameters():
+        if ".attn." in key and value.dim() >= 2:
+            std = 0.02 / math.sqrt(2 * 3) if key.endswith("c_proj.weight") else 0.02
+            assert value.std().item() == pytest.approx(std, rel=0.02), key
+        elif ".attn." in key and key.endswith("bias"):
+            assert not value.any(), key
+
+
+def test_building_leaves_the_random_state_and_the_config_alone():
+    config, before = gpt2_config(1, 32, 4, 64, 50), torch.get_rng_state()
+    build_model("sdpa", config)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not hasattr(config, "attention")
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_a_saved_model_comes_back(name, tmp_path):
+    model = build_model(name, gpt2_config(2, 32, 4, 64, 50), seed=1).eval()
+    model.save_pretrained(tmp_path)
+    again = GPT2.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 50, (2, 17))
+    assert again.config.attention == name
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_transformers_itself_reads_what_keeps_gpt2_s_weights(tmp_path):
+    model = build_model("sdpa", gpt2_config(2, 32, 4, 64, 50), seed=1).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 50, (2, 17))
+    torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
+
+
+def test_a_saved_folder_cannot_choose_what_file_is_run(tmp_path):
+    ninth = tmp_path / "ninth.py"
+    ninth.write_text(attention.find("sdpa").read_text())
+    model = build_model(str(ninth), gpt2_config(1, 32, 4, 64, 50))
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="pass attention="):
+        GPT2.from_pretrained(tmp_path / "saved")
+    assert GPT2.from_pretrained(tmp_path / "saved", attention=str(ninth)).config.attention == str(ninth)

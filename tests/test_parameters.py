@@ -1,0 +1,97 @@
+"""What a person can get wrong is said in one sentence, before anything runs."""
+
+import pytest
+
+from lib import parameters, study
+from lib.errors import UsageError
+
+CELL = "\n".join(f"{name}: {line.type} = {line.default!r}  # help" for name, line in study.known_parameters().items())
+
+
+def resolve(injected="", cell=CELL):
+    """As in a notebook: the parameters cell ran, then perhaps papermill's."""
+    history, namespace = ["", cell], {}
+    exec(cell, namespace)  # the test's own text, in the place of IPython
+    if injected:
+        history.append("# Parameters\n" + injected)
+        exec(injected, namespace)
+    return parameters.resolve([*history, "p = parameters.resolve(In, globals())"], namespace)
+
+
+def test_defaults_make_a_run():
+    p = resolve()
+    assert (p.attention, p.layers, p.context) == ("sdpa", 4, 256)
+
+
+def test_injected_values_count_and_whole_numbers_make_floats():
+    p = resolve("attention = 'baseline'\nlearning_rate = 1\n")
+    assert (p.attention, p.learning_rate) == ("baseline", 1.0)
+
+
+def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
+    namespace, newer = {}, CELL.replace("seed: int = 0", "seed: int = 5")
+    exec(CELL, namespace)
+    exec(newer, namespace)
+    history = ["", CELL, "# Parameters\nold_name = 1\n", "p = 1", newer]
+    assert parameters.resolve(history, namespace).seed == 5
+
+
+@pytest.mark.parametrize(
+    ("injected", "said"),
+    [
+        ("attention = 'spda'", "Did you mean 'sdpa'?"),
+        ("attention = 'softmax2000'", "known: baseline, sdpa"),
+        ("atention = 'sdpa'", "there is no parameter 'atention'; did you mean 'attention'?"),
+        ("stps_per_epoch = 3", "did you mean 'steps_per_epoch'?"),
+        ("steps_per_epoch = 'many'", "steps_per_epoch must be int, not 'many'"),
+        ("steps_per_epoch = 2.5", "steps_per_epoch must be int, not 2.5"),
+        ("packing = 1", "packing must be bool, not 1"),
+        ("learning_rate = '1e-4'", "YAML reads 1e-4 as text, write 1.0e-04 with its point"),
+        ("knobs = 'window=4'", "-y 'name: {window: 64}'"),
+        ("heads = 7", "heads must divide width: 7 heads do not divide 128"),
+        ("context = 1024", "context 1024 is longer than the model's 512 positions"),
+        ("batch_size = 0", "batch_size must be at least 1, not 0"),
+        ("validation_share = 1.0", "validation_share must be at least 0 and below 1"),
+        ("learning_rate = 0.0", "learning_rate must be above 0"),
+        ("schedule = 'linear'", "schedule must be one of cosine, constant, not 'linear'"),
+        ("inference_contexts = [64, 500]", "500 tokens and 32 new ones must fit 512 positions"),
+        ("knobs = {'window': 3}", "sdpa has no knob 'window'; it has: none."),
+        ("attention = 'mine.py'", "there is no attention file 'mine.py'"),
+    ],
+)
+def test_a_wrong_value_is_said_in_one_sentence(injected, said):
+    with pytest.raises(UsageError) as error:
+        resolve(injected)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert error.value._render_traceback_() == [f"UsageError: {error.value}"]
+
+
+def test_a_line_misspelt_in_the_cell_itself_is_noticed():
+    with pytest.raises(UsageError, match="did you mean 'epochs'"):
+        resolve(cell=CELL + "\nepoks = 3")
+
+
+def test_a_knob_that_its_variant_refuses_is_said(tmp_path):
+    source = (
+        "from torch import nn\n"
+        "class Attention(nn.Module):\n"
+        "    def __init__(self, config, layer_idx, window=8):\n"
+        "        super().__init__()\n"
+        "        if window < 1: raise ValueError('window must be at least 1')\n"
+    )
+    (tmp_path / "windowed.py").write_text(source)
+    attention = f"attention = {str(tmp_path / 'windowed.py')!r}\n"
+    with pytest.raises(UsageError, match="window must be at least 1"):
+        resolve(attention + "knobs = {'window': 0}")
+    with pytest.raises(UsageError, match="did you mean 'window'"):
+        resolve(attention + "knobs = {'windw': 4}")
+    assert resolve(attention + "knobs = {'window': 4}").knobs == {"window": 4}
+
+
+def test_names_tell_runs_apart_and_settings_bring_them_together():
+    first, second = vars(resolve()), vars(resolve("attention = 'baseline'\nseed = 3"))
+    assert parameters.run_name(first).startswith("sdpa-seed0-")
+    assert parameters.run_name(second).startswith("baseline-seed3-")
+    assert parameters.setting(first) == parameters.setting(second) != parameters.setting(vars(resolve("epochs = 2")))
+    assert parameters.display_name({"attention": "../my/ninth.py", "label": ""}) == "ninth"

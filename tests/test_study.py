@@ -1,0 +1,201 @@
+"""The chain as it is used: papermill as typed, the study, a ninth variant, and every way to get it wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from itertools import pairwise
+
+import nbformat
+import pytest
+from matplotlib.text import Text
+from make import make_record
+
+from lib import attention, corpus, figures, parameters, record, study
+
+ROOT = record.ROOT
+BIN = os.path.dirname(sys.executable)
+TINY = {
+    "layers": 1, "width": 32, "heads": 2, "positions": 64, "context": 16, "batch_size": 2, "steps_per_epoch": 3,
+    "epochs": 2, "validation_rows": 4, "inference_contexts": [4, 16], "new_tokens": 4, "inference_repeats": 2,
+}  # fmt: skip
+NINTH = """
+\"\"\"Each token sees itself and the one before: a ninth variant, written after reading sdpa.py.\"\"\"
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+
+class Attention(nn.Module):
+    paper = "nobody, never"
+
+    def __init__(self, config, layer_idx, weight=0.5):
+        super().__init__()
+        self.layer_idx, self.weight = layer_idx, weight
+        self.c_attn, self.c_proj = Conv1D(config.n_embd, config.n_embd), Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+        v, T = self.c_attn(hidden_states), hidden_states.shape[1]
+        if past_key_values is not None:
+            v = past_key_values.layers[self.layer_idx].update(v[:, None], v[:, None])[0][:, 0]
+        before = torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
+        return self.c_proj((v + self.weight * before)[:, -T:]), None
+
+    def new_cache(self):
+        return DynamicLayer()
+
+    def core_flops(self, context, dense=False):
+        return 2 * self.c_attn.nf * context
+
+    def cache_bytes(self, context, element_bytes):
+        return 2 * self.c_attn.nf * context * element_bytes
+
+    def reference(self, hidden_states):
+        v = self.c_attn(hidden_states)
+        rows = [v[:, t] + (self.weight * v[:, t - 1] if t else 0) for t in range(v.shape[1])]
+        return self.c_proj(torch.stack(rows, dim=1))
+"""
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.setenv(record.OUT_VARIABLE, str(tmp_path / "out"))
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A profile with data and a tokenizer of its own: making the builtin ones costs seconds a run."""
+    folder = tmp_path_factory.mktemp("tiny")
+    corpus.builtin_tokenizer().save_pretrained(folder / "tokenizer")
+    talks = [json.dumps({"messages": messages}) for messages in corpus.builtin()[:200]]
+    (folder / "talks.jsonl").write_text("\n".join(talks))
+    files = {"dataset": str(folder / "talks.jsonl"), "tokenizer": str(folder / "tokenizer")}
+    (folder / "tiny.yaml").write_text(json.dumps(TINY | files))
+    return str(folder / "tiny.yaml")
+
+
+def papermill(*words, cwd=ROOT / "notebooks"):
+    command = [os.path.join(BIN, "papermill"), "--no-progress-bar", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+def test_the_literal_line_writes_a_record_from_either_folder(out, tiny, tmp_path):
+    for cwd, notebook in ((ROOT / "notebooks", "train.ipynb"), (ROOT, "notebooks/train.ipynb")):
+        done = papermill(notebook, str(tmp_path / "sdpa.ipynb"), "-p", "attention", "sdpa", "-f", tiny, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        (path,) = out.glob("*.json")
+        found = record.load(path)
+        assert found.attention == "sdpa" and len(found.series.train_loss) == 6
+        path.unlink()
+
+
+def test_a_study_with_a_ninth_variant_and_one_that_fails(out, tiny, tmp_path, capsys):
+    ninth, broken = tmp_path / "ninth.py", tmp_path / "broken.py"
+    ninth.write_text(NINTH)
+    broken.write_text(
+        NINTH.replace("return self.c_proj((v", "raise RuntimeError('boom')\n        return self.c_proj((v")
+    )
+    words = [tiny, "--variants", str(broken), "sdpa", str(ninth)]
+    assert study.main(words) == 1
+    said = capsys.readouterr()
+
+    # The failed one is named at the end, its notebook kept, and the others ran and stand in the figures.
+    assert "FAILED broken-seed0-" in said.err and "RuntimeError: boom" in said.err
+    assert "[3/3] ninth-seed0-" in said.out and "left" in said.out
+    assert list(out.glob("broken-seed0-*.ipynb")) and not list(out.glob("broken-seed0-*.json"))
+    runs = record.read(out)
+    assert sorted(runs["label"]) == ["ninth", "sdpa"] and runs["certified"].all()
+    assert set(runs["profile"]) == {"tiny"} and runs["sitting"].nunique() == 1
+    assert "ninth" in str([cell.get("outputs") for cell in nbformat.read(out / "summary.ipynb", as_version=4).cells])
+    assert {path.stem for path in (out / "figures").glob("*.svg")} == {draw.__name__ for draw in figures.FIGURES}
+    labels = [text.get_text() for text in figures.training_time(runs).findobj(Text)]
+    assert "ninth" in labels and any(
+        "not measured" in text.get_text() for text in figures.gpu_energy(runs).findobj(Text)
+    )
+
+    # What has a record is not run again; after an edit of a variant's file, that one is.
+    ninth.write_text(NINTH.replace("weight=0.5", "weight=0.25"))
+    assert study.main([*words, "--plan"]) == 0
+    states = [line.rsplit("(")[-1] for line in capsys.readouterr().out.splitlines()]
+    assert states == ["to run)", "finished)", "to run)"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-p", "attention", "spda"], "there is no attention variant 'spda'; known: baseline, sdpa"),
+        (["-p", "dataset", "nowhere.jsonl"], "there is no data file 'nowhere.jsonl'"),
+    ],
+)
+def test_papermill_ends_with_one_sentence_and_leaves_no_record(out, tmp_path, words, said):
+    done = papermill("train.ipynb", str(tmp_path / "out.ipynb"), *words)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("UsageError: ") and said in last
+    assert not out.exists() or not list(out.glob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "said"),
+    [
+        ("epoks: 3", "there is no parameter 'epoks'; did you mean 'epochs'?"),
+        ("learning_rate: 1e-4", "YAML reads 1e-4 as text, write 1.0e-04"),
+        ("heads: 7", "heads must divide width"),
+        ("context: 4096", "longer than the model's 512 positions"),
+        ("- a list", "must be lines of `name: value`"),
+        ("a: [", "cannot be read as YAML"),
+        ("study: {variant: [sdpa]}", "did you mean 'variants'?"),
+        ("study: {variants: [sdpa, sdpa]}", "two variants are called 'sdpa'"),
+        ("study: {variants: [spda]}", "Did you mean 'sdpa'?"),
+        ("study: {blocks: 0}", "blocks must be at least 1"),
+        ("seed: 3", "seed belongs to a run, not to a profile"),
+    ],
+)
+def test_a_profile_is_checked_before_anything_runs(out, tmp_path, profile, said, capsys):
+    (tmp_path / "mine.yaml").write_text(profile)
+    assert study.main([str(tmp_path / "mine.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert said in message and len(message.splitlines()) == 1
+    assert not out.exists() or not os.listdir(out)
+
+
+def test_a_profile_that_is_not_there_lists_those_that_are(out, capsys):
+    assert study.main(["params/papr.yaml"]) == 2
+    assert "params/paper.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_committed_profile_makes_a_plan(path, out):
+    overrides, about_study = study.read_profile(str(path))
+    assert study.plan(overrides, about_study.get("variants") or [*attention.variants(), study.NULL_VARIANT], 1)
+
+
+@pytest.mark.parametrize("variants", [2, 3, 8, 9])
+def test_over_a_whole_square_positions_and_neighbours_are_balanced(variants):
+    blocks = study.orders(variants, variants * (1 + variants % 2))
+    for position in range(variants):
+        assert len(set(Counter(order[position] for order in blocks).values())) == 1
+    followers = Counter((a, b) for order in blocks for a, b in pairwise(order))
+    assert len(followers) == variants * (variants - 1) and len(set(followers.values())) == 1
+
+
+def test_a_record_of_other_parameters_or_of_an_older_file_is_not_taken_for_finished(out):
+    (run,) = study.plan(TINY, ["sdpa"], 1)
+    name = parameters.run_name(run["values"])
+    record.write(make_record("sdpa", name=name, attention_sha256=attention.source_sha256("sdpa")), out)
+    assert study.is_finished(run, out)
+    assert not study.is_finished(study.plan(TINY | {"epochs": 3}, ["sdpa"], 1)[0], out)
+    record.write(make_record("sdpa", name=name, attention_sha256="0" * 64), out)
+    assert not study.is_finished(run, out)
+    (out / f"{name}.json").write_text("{")
+    assert not study.is_finished(run, out)
+
+
+def test_the_sitting_is_in_the_record_and_each_run_is_known_by_it(monkeypatch):
+    monkeypatch.setenv(record.SITTING_VARIABLE, '{"profile": "quick", "sitting": "abc", "block": 2, "position": 1}')
+    assert record.sitting() == record.Sitting(profile="quick", sitting="abc", block=2, position=1)
+    monkeypatch.delenv(record.SITTING_VARIABLE)
+    assert record.sitting() == record.Sitting()

@@ -1,0 +1,156 @@
+"""The loop: what it trains, and that neither warm-up nor looking at it leaves a trace."""
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from lib import corpus, training
+from lib.errors import UsageError
+from lib.model import build_model, gpt2_config
+
+P = {
+    "seed": 0, "context": 16, "batch_size": 4, "accumulation": 1, "steps_per_epoch": 5, "epochs": 2, "dropout": 0.0,
+    "learning_rate": 1e-2, "lr_warmup_steps": 2, "schedule": "cosine", "weight_decay": 0.1, "clip_norm": 1.0,
+    "warmup_steps": 3, "device": "cpu", "precision": "fp32", "compile": False, "validation_rows": 6,
+}  # fmt: skip
+
+
+def make_rows(count=40, context=16, ragged=True):
+    random = np.random.default_rng(1)
+    lengths = random.integers(3, context + 1, count) if ragged else np.full(count, context)
+    starts = np.cumsum(lengths) - lengths
+    return corpus.Rows(random.integers(1, 30, lengths.sum()).astype(np.uint32), starts, lengths, context, 0)
+
+
+def make_trainer(name="sdpa", ragged=True, dtype=torch.float64, **changes):
+    p = SimpleNamespace(**P | changes)
+    model = build_model(name, gpt2_config(2, 32, 4, 32, 30, p.dropout), p.seed).to(dtype)
+    data = corpus.Corpus(make_rows(ragged=ragged), make_rows(9, ragged=ragged), 30)
+    return training.Trainer(model, data, p)
+
+
+def run(**changes):
+    trainer = make_trainer(**changes)
+    trainer.warm_up()
+    trainer.run()
+    return trainer
+
+
+def test_warm_up_leaves_no_trace():
+    warm, cold = make_trainer(dropout=0.1), make_trainer(dropout=0.1, warmup_steps=1)
+    assert len(warm.warm_up()) == 3
+    for trainer in (warm, cold):
+        trainer.run()
+    assert torch.equal(warm.losses, cold.losses) or torch.allclose(warm.losses, cold.losses, atol=0)
+    for one, other in zip(warm.model.parameters(), cold.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_losses_fall_and_every_step_has_one():
+    trainer = run(ragged=False, epochs=8)
+    losses = trainer.losses.numpy()
+    assert len(losses) == 40 and np.isfinite(losses).all()
+    assert losses[0] == pytest.approx(math.log(30), rel=0.1)
+    assert losses[-5:].mean() < losses[:5].mean()
+    assert [point["useful_tokens"] for point in trainer.validation] == [0, *np.cumsum([5 * 4 * 16] * 8)]
+
+
+def test_variants_of_the_same_function_train_alike_step_by_step():
+    losses = [run(name=name).losses for name in ("baseline", "sdpa")]
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=1e-6)
+
+
+def test_accumulation_is_one_large_batch_though_rows_differ_in_length():
+    whole, parts = run(batch_size=8), run(batch_size=2, accumulation=4)
+    torch.testing.assert_close(whole.losses, parts.losses, rtol=1e-6, atol=1e-6)
+    assert np.array_equal(whole.useful_tokens, parts.useful_tokens)
+
+
+def test_a_run_is_reproduced_by_its_seed_alone():
+    torch.manual_seed(99)
+    first = run(dropout=0.2)
+    torch.manual_seed(7)
+    assert torch.equal(first.losses, run(dropout=0.2).losses)
+    assert not torch.equal(first.losses, run(dropout=0.2, seed=1).losses)
+
+
+def test_padding_is_neither_trained_on_nor_counted():
+    trainer = run()
+    rows = trainer.rows[:10].reshape(10, -1)
+    assert np.array_equal(trainer.useful_tokens, trainer.corpus.train.lengths[rows].sum(1))
+    ids, labels = trainer.corpus.train.batch(rows[0])
+    ids[labels == -100] = 29  # another token in the padding
+    trainer.model.eval()
+    assert trainer.model(ids, labels=labels).loss == trainer.model(labels.clamp(min=0), labels=labels).loss
+
+
+def test_validation_is_the_mean_over_its_tokens():
+    trainer = make_trainer(batch_size=2)
+    ids, labels = trainer.corpus.validation.batch(np.arange(6))
+    with torch.no_grad():
+        expected = trainer.model.eval()(ids, labels=labels).loss.item()
+    assert trainer.validate(0)["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_rate_rises_then_keeps_or_falls_to_a_tenth(schedule):
+    p = SimpleNamespace(learning_rate=1.0, lr_warmup_steps=10, schedule=schedule)
+    rates = [training.learning_rate(step, p, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
+    assert all(a >= b for a, b in pairwise(rates[9:]))
+
+
+def test_clipping_bounds_the_gradient():
+    trainer, norms = make_trainer(clip_norm=0.01), []
+    step = trainer.optimizer.step
+
+    def watched():
+        gradients = [p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None]
+        norms.append(torch.cat(gradients).norm().item())
+        step()
+
+    trainer.optimizer.step = watched
+    trainer.run()
+    assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_weight_decay_is_for_matrices_alone():
+    decayed, others = make_trainer().optimizer.param_groups
+    assert all(p.dim() >= 2 for p in decayed["params"]) and decayed["weight_decay"] == 0.1
+    assert all(p.dim() < 2 for p in others["params"]) and others["weight_decay"] == 0.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
+    trainer = make_trainer(learning_rate=1e18, lr_warmup_steps=0, clip_norm=0.0, dtype=torch.float32)
+    with pytest.raises(UsageError, match=r"not finite from step \d+ on; lower learning_rate"):
+        trainer.run()
+
+
+def test_what_is_reported_is_what_was_finished():
+    seen, trainer = [], make_trainer()
+    trainer.run(lambda steps, losses: seen.append((steps, losses.copy())), reports=10)
+    assert seen[-1][0] == 10
+    for steps, losses in seen:
+        assert len(losses) == steps
+        assert np.array_equal(losses, trainer.losses[:steps].numpy())
+
+
+def test_the_window_holds_training_and_not_validation(monkeypatch):
+    trainer, inside = make_trainer(), []
+    validate, step = trainer.validate, trainer._step
+
+    def is_open():
+        return trainer.meter.open
+
+    monkeypatch.setattr(trainer, "validate", lambda tokens: inside.append(("validate", is_open())) or validate(tokens))
+    monkeypatch.setattr(trainer, "_step", lambda *words: inside.append(("step", is_open())) or step(*words))
+    trainer.run()
+    assert {state for what, state in inside if what == "validate"} == {False}
+    assert {state for what, state in inside if what == "step"} == {True}
+    assert len(trainer.meter.stretches_s) == 2
