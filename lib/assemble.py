@@ -94,6 +94,22 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], utilizatio
     )
 
 
+SHOWN = (
+    "time_s", "useful_tokens_per_s", "energy_j", "mean_power_w", "peak_memory_bytes", "peak_resident_bytes",
+    "cpu_cores_used", "useful_flops_per_s", "train_loss", "validation_loss",
+)  # fmt: skip
+
+
+def measured(result: record.Record) -> pd.DataFrame:
+    """The record's main numbers as a reader sees them, or why one is missing."""
+    rows = {name: getattr(result.metrics, name) for name in SHOWN}
+    texts = {
+        name: f"not measured: {record.REASONS[result.null_reasons[name]]}" if value is None else f"{value:,.4g}"
+        for name, value in rows.items()
+    }
+    return pd.DataFrame({"measured": texts})
+
+
 def _flags(trainer, energy_j) -> list[str]:
     """What a reader should know before using the numbers."""
     flags = []

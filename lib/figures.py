@@ -22,6 +22,10 @@ PUBLISHED = ROOT / "records" / "published_figures.csv"
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">")
 STYLE = {
     "figure.dpi": 110,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 11,
+    "axes.labelsize": 11,
+    "legend.fontsize": 10,
     "savefig.dpi": 160,
     "font.size": 10,
     "axes.titlesize": 11,
@@ -128,7 +132,7 @@ def _note(figure: Figure, runs: pd.DataFrame) -> None:
         text = (
             f"{compare.NULL} is {compare.REFERENCE} run a second time; its training time differs by {difference:+.1%}."
         )
-        figure.text(0.01, -0.01, text, fontsize=8, color="0.35", va="top")
+        figure.text(0.01, -0.01, text, fontsize=9, color="0.35", va="top")
 
 
 def training_time(runs):
@@ -210,7 +214,7 @@ def loss_curves(runs):
     axes.set_xlabel("useful tokens seen")
     axes.set_ylabel("nats per token")
     axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    axes.legend(frameon=False)
+    axes.legend(framealpha=1)
     _note(figure, runs)
     return figure
 

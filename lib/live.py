@@ -1,12 +1,13 @@
-"""What is seen while a run trains: a progress line and the loss curve, in the notebook's output cell."""
+"""What is seen while a run trains: a progress bar and the loss curve, in the notebook's output cell."""
 
 import time
 
 import numpy as np
-from IPython.display import HTML, display
+from IPython.display import display
 from tqdm import tqdm
 
-WIDTH, HEIGHT = 640, 160
+WIDTH, HEIGHT, LEFT = 640, 190, 46
+LINE = "{percentage:.0f} % of {total_fmt} tokens, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
 
 
 class Live:
@@ -15,33 +16,40 @@ class Live:
     def __init__(self, steps: int, tokens_per_step: int):
         self.steps, self.tokens_per_step = steps, tokens_per_step
         self.begin = time.perf_counter()
-        self.handle = display(HTML("<pre>training …</pre>"), display_id=True)
+        self.handle = display({"text/plain": "training ..."}, raw=True, display_id=True)
 
     def __call__(self, done: int, losses: np.ndarray) -> None:
-        bar = tqdm.format_meter(
+        text = tqdm.format_meter(
             done * self.tokens_per_step,
             self.steps * self.tokens_per_step,
             time.perf_counter() - self.begin,
-            ncols=92,
-            unit="token",
+            bar_format=LINE,
+            unit=" tokens",
             unit_scale=True,
             postfix=f"loss {losses[-1]:.3f}",
         )
-        if self.handle is not None:
-            self.handle.update(HTML(f"<pre>{bar}</pre>{curve(losses, self.steps)}"))
+        if self.handle is not None:  # None outside a notebook
+            picture = drawing(losses, self.steps, text)
+            self.handle.update({"image/svg+xml": picture, "text/plain": text}, raw=True)
 
 
-def curve(losses: np.ndarray, steps: int) -> str:
-    """The losses so far as an SVG line, in the page's own text colour; the axis ends at the last step to come."""
+def drawing(losses: np.ndarray, steps: int, text: str) -> str:
+    """An SVG in the page's own text colour: a bar, the progress in words, the losses so far up to the last step."""
     shown = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), 300)).astype(int))
     low, high = float(losses.min()), float(losses.max())
-    x = shown / max(1, steps - 1) * (WIDTH - 80) + 60
-    y = (high - losses[shown]) / max(1e-9, high - low) * (HEIGHT - 30) + 10
+    top, bottom, right = 40, HEIGHT - 28, WIDTH - 10
+    x = LEFT + shown / max(1, steps - 1) * (right - LEFT)
+    y = top + (high - losses[shown]) / max(1e-9, high - low) * (bottom - top)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-    text = 'fill="currentColor" font-size="12"'
+    done = len(losses) / steps * WIDTH
+    write = 'fill="currentColor" font-family="sans-serif" font-size="12"'
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" aria-label="training loss by step">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
+        'aria-label="training loss by step">'
+        f'<rect width="{WIDTH}" height="5" fill="currentColor" opacity="0.15"/>'
+        f'<rect width="{done:.1f}" height="5" fill="currentColor" opacity="0.6"/>'
+        f'<text y="24" {write}>{text}</text>'
         f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-        f'<text x="4" y="16" {text}>{high:.2f}</text><text x="4" y="{HEIGHT - 16}" {text}>{low:.2f}</text>'
-        f'<text x="60" y="{HEIGHT - 2}" {text}>training loss (nats per token), step 1 to {steps}</text></svg>'
+        f'<text y="{top + 8}" {write}>{high:.2f}</text><text y="{bottom}" {write}>{low:.2f}</text>'
+        f'<text x="{LEFT}" y="{HEIGHT - 8}" {write}>training loss, nats per token, steps 1 to {steps}</text></svg>'
     )

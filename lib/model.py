@@ -11,7 +11,6 @@ from transformers.utils import logging
 
 from lib import attention
 
-
 logging.disable_progress_bar()  # one widget per saved checkpoint, in the notebook's page
 
 
@@ -60,14 +59,15 @@ def _initialise(name: str, parameter: torch.nn.Parameter, config: GPT2Config, se
 class GPT2(GPT2LMHeadModel):
     """GPT-2 whose blocks hold the attention that `config.attention` names, with `config.attention_knobs`.
 
-    `forward` takes (B, T) token ids and `labels` as transformers' does. An `attention_mask` (B, S) is honoured, positions
-    included, where padding stands before a token, and dropped where it only follows: causality hides it.
+    `forward` takes (B, T) token ids and `labels` as transformers' does. An `attention_mask` (B, S) is honoured,
+    positions included, where padding stands before a token, and dropped where it only follows: causality hides it.
     """
 
     def __init__(self, config):
         config = copy.deepcopy(config)
         config._attn_implementation = "replaced"
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # transformers reads it off its own class names only
         variant = attention.load(config.attention)
         for layer, block in enumerate(self.transformer.h):
             block.attn = variant(config, layer, **config.attention_knobs)

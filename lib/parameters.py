@@ -124,12 +124,32 @@ def check_attention(p) -> None:
         raise UsageError(str(error)) from None
 
 
-def resolve(history: list[str], namespace: dict) -> SimpleNamespace:
+class Refused:
+    """Stands where checked parameters would: whatever is asked of it says again what is wrong."""
+
+    def __init__(self, error: UsageError):
+        object.__setattr__(self, "_error", error)
+
+    def __getattribute__(self, _):
+        raise object.__getattribute__(self, "_error")
+
+
+def resolve(history: list[str], namespace: dict, name: str = "p") -> SimpleNamespace:
     """The parameters of the notebook that is running, checked.
 
     `history` is IPython's `In`: the cells as they ran, among them the parameters cell and papermill's injected one
-    (which papermill itself does not check). `namespace` is the notebook's `globals()`.
+    (which papermill itself does not check). `namespace` is the notebook's `globals()`, where the result will be called
+    `name`. Raises UsageError with the way out, and then leaves no older result under that name: JupyterLab may run
+    the cells below all the same, and they would train what the page no longer says.
     """
+    try:
+        return _resolve(history, namespace)
+    except UsageError as error:
+        namespace[name] = Refused(error)
+        raise
+
+
+def _resolve(history: list[str], namespace: dict) -> SimpleNamespace:
     cells = [index for index, source in enumerate(history) if "attention: str =" in source and _is_parameters(source)]
     if not cells:
         raise UsageError("run the parameters cell at the top first")

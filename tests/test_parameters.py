@@ -72,6 +72,16 @@ def test_a_line_misspelt_in_the_cell_itself_is_noticed():
         resolve(cell=CELL + "\nepoks = 3")
 
 
+def test_refused_parameters_leave_no_older_ones_to_train_with():
+    namespace = {"p": resolve()}
+    exec(CELL.replace("seed: int = 0", "seed: int = -1"), namespace)
+    with pytest.raises(UsageError, match="seed must be at least 0"):
+        parameters.resolve(["", CELL], namespace)
+    for use in (lambda p: p.attention, vars):
+        with pytest.raises(UsageError, match="seed must be at least 0"):
+            use(namespace["p"])
+
+
 def test_a_knob_that_its_variant_refuses_is_said(tmp_path):
     source = (
         "from torch import nn\n"

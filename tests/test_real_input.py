@@ -26,7 +26,7 @@ def test_both_variants_start_at_chance_and_fall_alike():
     data = corpus.load(str(TALKS), str(TOKENIZER), 512, packing=False, validation_share=0.02)
     assert data.vocabulary == 50257 and data.facts["conversations"] == 38_971
     p = SimpleNamespace(
-        seed=0, batch_size=2, accumulation=1, steps_per_epoch=4, epochs=1, learning_rate=1e-3, lr_warmup_steps=0,
+        seed=0, batch_size=1, accumulation=1, steps_per_epoch=4, epochs=1, learning_rate=1e-3, lr_warmup_steps=0,
         schedule="constant", weight_decay=0.0, clip_norm=1.0, warmup_steps=1, device="cpu", precision="fp32",
         compile=False, validation_rows=1,
     )  # fmt: skip
@@ -34,8 +34,8 @@ def test_both_variants_start_at_chance_and_fall_alike():
     for name in ("baseline", "sdpa"):
         trainer = training.Trainer(build_model(name, gpt2_config(12, 768, 12, 1024, 50257)), data, p)
         trainer.run()
-        losses[name] = trainer.losses
+        losses[name] = torch.cat([trainer.losses, torch.tensor([point["loss"] for point in trainer.validation])])
     torch.set_num_threads(1)
-    assert losses["sdpa"][0].item() == pytest.approx(math.log(50257), abs=0.25)
-    assert losses["sdpa"][-1] < losses["sdpa"][0] - 0.5
+    assert losses["sdpa"][0].item() == pytest.approx(math.log(50257), abs=0.5)  # one row of few tokens
+    assert losses["sdpa"][-1] < losses["sdpa"][-2] - 1.0  # validation, before and after the steps
     torch.testing.assert_close(losses["baseline"], losses["sdpa"], rtol=1e-4, atol=1e-4)

@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import nbformat
 import pytest
-from matplotlib.text import Text
 from make import make_record
+from matplotlib.text import Text
 
 from lib import attention, corpus, figures, parameters, record, study
 

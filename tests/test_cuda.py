@@ -1,0 +1,95 @@
+"""What only a GPU can show: kernels, no synchronisation in the window, the counter."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_training import P, make_rows
+
+from lib import attention, corpus, energy, measure, training
+from lib.model import build_model, gpt2_config
+
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda", 0)
+every_variant = pytest.mark.parametrize("name", attention.variants())
+
+
+def make_trainer(name, **changes):
+    p = SimpleNamespace(**P | {"device": "cuda", "precision": "bf16"} | changes)
+    model = build_model(name, gpt2_config(2, 64, 4, 64, 30), p.seed)
+    return training.Trainer(model, corpus.Corpus(make_rows(), make_rows(9), 30), p)
+
+
+@every_variant
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("length", [1, 63, 200])
+def test_the_gpu_gives_the_reference_s_output_and_gradients(name, dtype, tolerance, length):
+    torch.manual_seed(0)
+    exact = attention.load(name)(gpt2_config(2, 128, 4, 256, 2), 0).double().eval()
+    for parameter in exact.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.1)
+    x = torch.randn(2, length, 128, dtype=torch.float64, requires_grad=True)
+    expected = exact.reference(x)
+    expected.square().sum().backward()
+    layer = attention.load(name)(gpt2_config(2, 128, 4, 256, 2), 0).eval()
+    layer.load_state_dict(exact.state_dict())
+    layer = layer.to(CUDA, dtype)
+    y = x.detach().to(CUDA, dtype).requires_grad_()
+    got = layer(y)[0]
+    got.square().sum().backward()
+    for ours, theirs in ((got, expected), (y.grad, x.grad)):
+        ours, theirs = ours.double().cpu(), theirs.detach()
+        assert ((ours - theirs).norm() / theirs.norm()).item() < tolerance
+
+
+@every_variant
+def test_nothing_synchronises_inside_a_step(name):
+    trainer = make_trainer(name)
+    trainer.warm_up()
+    trainer.model.train()
+    watch = training.LossWatch(trainer.losses, report=lambda *_: None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(3):
+            trainer._step(step, trainer.steps)
+            watch.look(step + 1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@every_variant
+@pytest.mark.parametrize("compile", [False, True])
+def test_a_run_trains_and_measures_on_the_gpu(name, compile):
+    trainer = make_trainer(name, compile=compile)
+    trainer.warm_up()
+    trainer.run()
+    assert torch.isfinite(trainer.losses).all()
+    values, reasons = trainer.meter.metrics()
+    assert values["peak_memory_bytes"] > 0 and values["peak_resident_bytes"] is None
+    assert values["energy_j"] is None and reasons["energy_j"] in ("window_too_short", "mig", "counter_unsupported")
+
+
+@every_variant
+def test_kernels_are_named_forward_and_backward(name):
+    model = build_model(name, gpt2_config(2, 128, 2, 256, 30)).to(CUDA)
+    names = measure.kernels(model, 128, training.autocast("bf16", CUDA))
+    assert names["forward"] and names["backward"]
+
+
+def test_the_counter_moves_by_a_plausible_power():
+    """Ten seconds of matrix products: between idle and twice the card's limit."""
+    counter = energy.gpu_counter(CUDA)
+    if counter.monitor is None:
+        pytest.skip(f"no energy counter: {counter.reason}")
+    import time
+
+    a = torch.randn(4096, 4096, device=CUDA, dtype=torch.bfloat16)
+    counter.begin()
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < 10.5:
+        a @ a
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    counter.end()
+    reading = counter.reading(seconds)
+    assert reading.reason is None and 20 < reading.joules / seconds < 2000
