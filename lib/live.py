@@ -7,7 +7,8 @@ from IPython.display import display
 from tqdm import tqdm
 
 WIDTH, HEIGHT, LEFT = 640, 190, 46
-LINE = "{percentage:.0f} % of {total_fmt} tokens, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
+INK, LINE_COLOUR = "#7f7f7f", "#3f8fd2"  # JupyterLab shows an SVG as an image: these stand on white and on black
+WORDS = "{percentage:.0f} % of {total_fmt} tokens, {elapsed} gone, {remaining} left, {rate_fmt}{postfix}"
 
 
 class Live:
@@ -23,7 +24,7 @@ class Live:
             done * self.tokens_per_step,
             self.steps * self.tokens_per_step,
             time.perf_counter() - self.begin,
-            bar_format=LINE,
+            bar_format=WORDS,
             unit=" tokens",
             unit_scale=True,
             postfix=f"loss {losses[-1]:.3f}",
@@ -34,7 +35,7 @@ class Live:
 
 
 def drawing(losses: np.ndarray, steps: int, text: str) -> str:
-    """An SVG in the page's own text colour: a bar, the progress in words, the losses so far up to the last step."""
+    """An SVG: a bar, the progress in words, the losses so far on an axis up to the last step."""
     shown = np.unique(np.linspace(0, len(losses) - 1, min(len(losses), 300)).astype(int))
     low, high = float(losses.min()), float(losses.max())
     top, bottom, right = 40, HEIGHT - 28, WIDTH - 10
@@ -42,14 +43,14 @@ def drawing(losses: np.ndarray, steps: int, text: str) -> str:
     y = top + (high - losses[shown]) / max(1e-9, high - low) * (bottom - top)
     points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
     done = len(losses) / steps * WIDTH
-    write = 'fill="currentColor" font-family="sans-serif" font-size="12"'
+    write = f'fill="{INK}" font-family="sans-serif" font-size="12"'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
         'aria-label="training loss by step">'
-        f'<rect width="{WIDTH}" height="5" fill="currentColor" opacity="0.15"/>'
-        f'<rect width="{done:.1f}" height="5" fill="currentColor" opacity="0.6"/>'
+        f'<rect width="{WIDTH}" height="5" fill="{INK}" opacity="0.25"/>'
+        f'<rect width="{done:.1f}" height="5" fill="{LINE_COLOUR}"/>'
         f'<text y="24" {write}>{text}</text>'
-        f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
+        f'<polyline points="{points}" fill="none" stroke="{LINE_COLOUR}" stroke-width="2"/>'
         f'<text y="{top + 8}" {write}>{high:.2f}</text><text y="{bottom}" {write}>{low:.2f}</text>'
         f'<text x="{LEFT}" y="{HEIGHT - 8}" {write}>training loss, nats per token, steps 1 to {steps}</text></svg>'
     )
