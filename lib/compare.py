@@ -63,7 +63,7 @@ def ratios(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 
     `ratio` is the geometric mean over `n` blocks. From five blocks up: `low` and `high`, the 95 % paired-t interval on
     the logarithm; `p`, Holm-adjusted over the variants; and `verdict`: *different* (p < 0.05), *equivalent* (90 %
-    interval within 2 %), or *undecided*. With fewer blocks these are missing, and `verdict` only says how many. Where no block
+    interval within 2 %), or *undecided*. With fewer these are missing and `verdict` says how many. Where no block
     is whole, runs are paired by seed and only the points are given.
     """
     blocks = whole_blocks(runs)
