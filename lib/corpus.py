@@ -5,6 +5,7 @@ kept as `<|role|>` lines, empty turns are dropped and counted, every conversatio
 """
 
 import ast
+import gc
 import hashlib
 import importlib.util
 from dataclasses import dataclass, field
@@ -183,7 +184,16 @@ def builtin() -> tuple[list[dict], ...]:
 
     Read from the sources of the pinned versions, never imported, so the text is the same wherever the pins hold.
     """
-    found, seen = [], set()
+    # Every few syntax trees the garbage collector would walk all of PyTorch's objects: three quarters of the time.
+    gc.disable()
+    try:
+        return tuple(_builtin())
+    finally:
+        gc.enable()
+
+
+def _builtin():
+    seen = set()
     for package in BUILTIN_SOURCES:
         root = Path(importlib.util.find_spec(package).origin).parent
         for file in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
@@ -194,8 +204,7 @@ def builtin() -> tuple[list[dict], ...]:
                 if len(text) >= 80 and text not in seen:
                     seen.add(text)
                     question = {"role": "user", "content": f"What is {name.removesuffix('.__init__')}?"}
-                    found.append([question, {"role": "assistant", "content": text}])
-    return tuple(found)
+                    yield [question, {"role": "assistant", "content": text}]
 
 
 def _docstrings(node: ast.AST, name: str):

@@ -104,8 +104,15 @@ class Certificate(Strict):
     causal: bool
     prefix_equal: bool
     mixes: bool
+    receptive_field: int
     cached_equal: bool
+    gpt2_projection: bool
+    gpt2_initialisation: bool
     reference_difference: Measured
+    reference_gradient_difference: Measured
+    parameters_vs_baseline: float
+    memory_growth: float
+    flops_growth: float
     passed: bool
 
 

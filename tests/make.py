@@ -42,8 +42,10 @@ def make_record(label="sdpa", block=0, sitting="s1", certified=True, setting="0"
         "environment": {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-1"}},
         "data": {},
         "certificate": {
-            "causal": certified, "prefix_equal": True, "mixes": True, "cached_equal": True,
-            "reference_difference": 0.0, "passed": certified,
+            "causal": certified, "prefix_equal": True, "mixes": True, "receptive_field": 9, "cached_equal": True,
+            "gpt2_projection": True, "gpt2_initialisation": True, "reference_difference": 0.0,
+            "reference_gradient_difference": 0.0, "parameters_vs_baseline": 1.0, "memory_growth": 1.0,
+            "flops_growth": 2.0, "passed": certified,
         },
         "kernels": {"forward": ["k"], "backward": ["k"]},
         "metrics": metrics,

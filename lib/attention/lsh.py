@@ -1,0 +1,212 @@
+"""Locality-sensitive hashing attention, made causal: each query sees the newest keys of its own bucket, in R rounds.
+
+One vector is query and key: score = q·k / ‖k‖, softmax over the `chunk` newest members of the query's bucket, itself
+counted but at -1e5, so that it matters only when alone. A round's buckets are argmax [x R; -x R] of its random rotation
+R; rounds are joined by their log-sum-exp, so a key met in n rounds counts n times. O(R T (chunk + buckets) C) time and
+O(R T (chunk + C)) memory: sorted by bucket, a query's keys lie in its own block of `chunk` places or the one before.
+
+The paper's rule, borders="reformer", sees all of these two blocks up to its own time. A later token moves the blocks'
+borders, so it is not causal: it is here to be compared, fails the certificate, and is not what `reference` computes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+ALONE = -1e5  # score of a token with itself: as transformers' Reformer has it
+
+
+class Attention(nn.Module):
+    paper = "Kitaev et al. 2020, Reformer: The Efficient Transformer, section 2 (arXiv 2001.04451), with causal borders"
+
+    def __init__(self, config, layer_idx, rounds=4, chunk=64, buckets=None, borders="causal"):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
+        if rounds < 1:
+            raise ValueError(f"rounds must be at least 1, not {rounds}")
+        if chunk < 2:
+            raise ValueError(f"chunk must be at least 2 (a query counts itself among its keys), not {chunk}")
+        if buckets is None:  # from the positions: a number taken from the length at hand would leak it
+            buckets = 2 * max(1, config.n_positions // (2 * chunk))
+        if buckets % 2 or not 2 <= buckets < 2**15:
+            raise ValueError(f"buckets must be even (directions and their opposites) and 2 to 32766, not {buckets}")
+        if borders not in ("causal", "reformer"):
+            raise ValueError(f"borders must be 'causal' or 'reformer' (the paper's, which leaks), not {borders!r}")
+        self.layer_idx = layer_idx
+        self.rounds, self.chunk, self.buckets, self.borders = rounds, chunk, buckets, borders  # R, K
+        self.heads = config.n_head  # H
+        self.width = config.n_embd  # C
+        self.c_attn = Conv1D(2 * self.width, self.width)  # shared query and key, value
+        self.c_proj = Conv1D(self.width, self.width)
+        # A buffer, saved with the weights: other rotations would be other attention.
+        self.register_buffer("rotations", torch.randn(self.heads, self.width // self.heads, rounds * buckets // 2))
+        self.attention_dropout = nn.Dropout(config.attn_pdrop)
+        self.residual_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+        B, T, C = hidden_states.shape
+        qk, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in self.c_attn(hidden_states).split(C, dim=2))
+        buckets = self.hash(qk)  # (B, H, R, T); qk, v: (B, H, T, D)
+        if past_key_values is not None:
+            qk, v, buckets = past_key_values.layers[self.layer_idx].update(qk, v, buckets)  # T -> S
+        if padding_mask is not None:
+            if self.borders == "reformer":
+                raise ValueError("borders='reformer' takes no left padding, which moves its borders; pad no row")
+            buckets = buckets.masked_fill(~padding_mask[:, None, None], self.buckets)  # a bucket of its own
+        if T == 1 and self.borders == "causal":
+            out = self._newest(qk, v, buckets)
+        else:
+            # What is cached are queries too: they are asked again, and only the new answers kept.
+            out = self._sorted(qk, v, buckets)[:, :, -T:]
+        out = out.transpose(1, 2).reshape(B, T, C)
+        return self.residual_dropout(self.c_proj(out)), None
+
+    @torch.no_grad()
+    def hash(self, qk):
+        """(B, H, T, D) -> (B, H, R, T): the bucket in each round, in float32 whatever the precision around it."""
+        with torch.autocast(qk.device.type, enabled=False):
+            rotated = qk.float() @ self.rotations.float()  # (B, H, T, R buckets/2)
+        rotated = rotated.unflatten(-1, (self.rounds, self.buckets // 2))
+        # int16, since the cache keeps it.
+        return torch.cat([rotated, -rotated], dim=-1).argmax(-1).transpose(2, 3).to(torch.int16)
+
+    def _sorted(self, qk, v, buckets):
+        """All S queries, (B, H, S, D): each round sorted by bucket, rounds end to end, in N blocks of K places."""
+        B, H, R, S = buckets.shape
+        K, D = self.chunk, qk.shape[-1]
+        fill = -R * S % K
+        buckets, time = buckets.sort(dim=-1, stable=True)  # (B, H, R, S): a bucket's members together, oldest first
+        place = torch.empty_like(time).scatter_(-1, time, torch.arange(S, device=time.device).expand_as(time))
+
+        def blocks(x, value=0):  # (B, H, R, S, *) -> (B, H, N, K, *)
+            x = x.flatten(2, 3)
+            return F.pad(x, (0,) * (2 * (x.dim() - 3)) + (0, fill), value=value).unflatten(2, (-1, K))
+
+        x = torch.cat([qk, unit(qk), v], dim=-1)[:, :, None].expand(B, H, R, S, 3 * D)
+        q, k, v = blocks(x.gather(3, time[..., None].expand_as(x))).split(D, dim=-1)  # (B, H, N, K, D)
+        if self.borders == "causal":
+            label = buckets + torch.arange(R, device=time.device)[:, None] * (self.buckets + 1)  # other in each round
+            label = blocks(label, value=-1)  # (B, H, N, K)
+            labels = beside_block_before(label)  # (B, H, N, 2 K)
+            labels[:, :, 0, :K] = -2  # what wrapped around
+            i = torch.arange(2 * K, device=time.device)
+            distance = i[K:, None] - i  # (K, 2 K), in places
+            visible = (distance >= 0) & (distance < K) & (label[..., None] == labels[..., None, :])
+            own = distance == 0
+        else:
+            t = blocks(time, value=S)  # (B, H, N, K): what fills up comes after all
+            distance = t[..., None] - beside_block_before(t)[..., None, :]  # (B, H, N, K, 2 K), here in time
+            visible, own = distance >= 0, distance == 0
+
+        scores = at_least_fp32(q @ beside_block_before(k).transpose(-1, -2))  # (B, H, N, K, 2 K)
+        # In place, since these are by far the largest tensors here; divided by their sum only where rounds are joined.
+        scores = scores.masked_fill_(own, ALONE).masked_fill_(~visible, torch.finfo(scores.dtype).min)
+        top = scores.detach().amax(-1, keepdim=True)
+        weights = scores.sub_(top).exp_()
+        mass = weights.sum(-1, keepdim=True)
+        out = self.attention_dropout(weights).type(v.dtype) @ beside_block_before(v)  # (B, H, N, K, D)
+
+        def unsorted(x):  # (B, H, N, K, *) -> (B, H, R, S, *)
+            x = x.flatten(2, 3)[:, :, : R * S].unflatten(2, (R, S))
+            return x.gather(3, place[..., None].expand_as(x))
+
+        top, mass = unsorted(top), unsorted(mass)
+        share = (top + mass.log()).softmax(2)  # (B, H, R, S, 1): by the log-sum-exp of each round's scores
+        return (unsorted(out) * (share / mass)).sum(2).type(v.dtype)
+
+    def _newest(self, qk, v, buckets):
+        """The last query alone, (B, H, 1, D), over the K newest keys of its bucket in each round."""
+        S, D = qk.shape[2:]
+        time = torch.arange(S, device=qk.device)
+        time = torch.where(buckets == buckets[..., -1:], time, -1).topk(min(self.chunk, S)).values  # (B, H, R, K)
+        time = time.flatten(2)[:, :, None]  # (B, H, 1, R K); -1 where the bucket has no more
+        index = time.clamp(min=0).transpose(2, 3).expand(-1, -1, -1, D)  # (B, H, R K, D)
+        scores = at_least_fp32(qk[:, :, -1:] @ unit(qk.gather(2, index)).transpose(2, 3))  # (B, H, 1, R K)
+        scores = scores.masked_fill_(time == S - 1, ALONE).masked_fill_(time < 0, torch.finfo(scores.dtype).min)
+        return self.attention_dropout(scores.softmax(-1)).type(v.dtype) @ v.gather(2, index)
+
+    def new_cache(self):
+        return BucketLayer()
+
+    def core_flops(self, context, dense=False):
+        # 4 C per pair of query and key and round, as if the buckets filled evenly (which keys meet is in the data);
+        # "reformer": half of two chunks comes no later. Hashing: 2 C per token and direction of a rotation.
+        if dense:
+            pairs = context**2
+        elif self.borders == "reformer":
+            pairs = context * (min(2 * self.chunk, context) + 1) // 2
+        else:
+            pairs = sum(min(self.chunk, t // self.buckets + 1) for t in range(context))
+        return self.rounds * self.width * (4 * pairs + self.buckets * context)
+
+    def cache_bytes(self, context, element_bytes):
+        return context * (2 * self.width * element_bytes + 2 * self.heads * self.rounds)
+
+    def reference(self, hidden_states):
+        """All T x T scores, and for each pair the number of rounds in which they meet: nothing is sorted."""
+        B, T, C = hidden_states.shape
+        qk, v = (x.view(B, T, self.heads, -1) for x in self.c_attn(hidden_states).split(C, dim=2))
+        rotated = torch.einsum("bthd,hdm->bhtm", qk.detach().float(), self.rotations.float())
+        rotated = rotated.unflatten(-1, (self.rounds, -1))  # (B, H, T, R, buckets/2)
+        high, low = rotated.max(-1), rotated.min(-1)
+        bucket = torch.where(high.values >= -low.values, high.indices, low.indices + self.buckets // 2)
+        same = (bucket[:, :, :, None] == bucket[:, :, None]).movedim(-1, 2).tril()  # (B, H, R, T, T)
+        since = same.flip(-1).cumsum(-1).flip(-1)  # members from this key to the query
+        met = (same & (since <= self.chunk)).sum(2)  # (B, H, T, T)
+        length = (qk.square().sum(-1, keepdim=True) + 1e-6 * qk.shape[-1]).sqrt()
+        scores = torch.einsum("bthd,bshd->bhts", qk, qk / length)
+        scores = torch.where(torch.eye(T, dtype=torch.bool, device=qk.device), ALONE, scores) + met.type_as(qk).log()
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+
+
+def unit(x):
+    """To length 1 over the last dimension, a vanishing x to 0: transformers' Reformer adds the same 1e-6."""
+    x32 = at_least_fp32(x)
+    return (x32 * (x32.square().sum(-1, keepdim=True) + 1e-6 * x.shape[-1]).rsqrt()).type_as(x)
+
+
+def at_least_fp32(x):
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def beside_block_before(x):
+    """(B, H, N, K, *) -> (B, H, N, 2 K, *); the last block stands before the first, as in transformers."""
+    return torch.cat([x.roll(1, 2), x], dim=3)
+
+
+class BucketLayer(DynamicLayer):
+    """What is query and key (before its norm), the value, and the bucket in each round, of every token."""
+
+    buckets = None
+
+    def update(self, key_states, value_states, buckets, *_, **__):
+        keys, values = super().update(key_states, value_states)
+        self.buckets = buckets if self.buckets is None else torch.cat([self.buckets, buckets], dim=-1)  # (B, H, R, S)
+        return keys, values, self.buckets
+
+    def crop(self, tokens_to_remove):
+        super().crop(tokens_to_remove)
+        self.buckets = self.buckets[..., : self.get_seq_length()]
+
+    def reset(self):
+        self.keys = self.values = self.buckets = None
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._each_row(lambda x: x[indices])
+
+    def _each_row(self, change):
+        if self.buckets is not None:
+            self.buckets = change(self.buckets)

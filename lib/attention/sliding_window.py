@@ -1,0 +1,130 @@
+"""Sliding-window attention: each query sees the W newest keys, itself included; softmax over those alone.
+
+O(T W C) time and O(T C) memory: queries go in blocks of W, each beside its own keys and the block before. With a window
+of T or more it is GPT-2's own attention. Over L layers, information travels L (W - 1) tokens.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+
+class Attention(nn.Module):
+    paper = "Beltagy et al. 2020, Longformer, section 3.1 (arXiv 2004.05150); causal: Mistral 7B (arXiv 2310.06825)"
+
+    def __init__(self, config, layer_idx, window=128):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1 (a query sees itself), not {window}")
+        self.layer_idx = layer_idx
+        self.window = window  # W
+        self.heads = config.n_head  # H
+        self.width = config.n_embd  # C
+        self.c_attn = Conv1D(3 * self.width, self.width)
+        self.c_proj = Conv1D(self.width, self.width)
+        self.attention_dropout = config.attn_pdrop
+        self.residual_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+        B, T, C = hidden_states.shape
+        q, k, v = self.c_attn(hidden_states).split(C, dim=2)
+        q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if past_key_values is not None:
+            k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D), S < W + T
+        S = k.shape[2]
+        if padding_mask is not None:
+            padding_mask = padding_mask[:, -S:]  # what the cache has let go needs no mask
+
+        if padding_mask is None and self.window >= S and T in (1, S):
+            out = self._attend(q, k, v, is_causal=T > 1)
+        else:
+            # Queries whose keys are cached stand at the end: the places before them are computed and dropped.
+            out = self._blocks(F.pad(q, (0, 0, S - T, 0)), k, v, padding_mask)[:, :, S - T :]
+        out = out.transpose(1, 2).reshape(B, T, C)
+        return self.residual_dropout(self.c_proj(out)), None
+
+    def _attend(self, q, k, v, **options):
+        dropout = self.attention_dropout if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
+
+    def _blocks(self, q, k, v, padding_mask):
+        """(B, H, S, D) each -> (B, H, S, D): blocks of W queries beside 2 W keys."""
+        B, H, S, D = q.shape
+        W = min(self.window, S)
+        N = -(-S // W)  # blocks; the last one is filled up
+        fill = N * W - S
+        q = F.pad(q, (0, 0, 0, fill)).view(B, H, N, W, D).transpose(1, 2).flatten(0, 1)  # (B N, H, W, D)
+        k, v = (self._with_block_before(x, W, N, fill) for x in (k, v))  # (B N, H, 2 W, D)
+
+        i, j = torch.arange(W, device=q.device)[:, None], torch.arange(2 * W, device=q.device)
+        band = (j > i) & (j <= i + W)  # (W, 2 W): query i is key i + W of its row
+        exists = torch.arange(N, device=q.device)[:, None, None] * W + j >= W  # (N, 1, 2 W): no block before the first
+        mask = (band & exists)[None]  # (1, N, W, 2 W)
+        if padding_mask is not None:
+            real = F.pad(padding_mask, (W, fill)).unfold(1, 2 * W, W)  # (B, N, 2 W)
+            mask = (mask & real[:, :, None]) | (j == i + W)  # itself: no row without a key
+        mask = mask.expand(B, N, W, 2 * W).reshape(B * N, 1, W, 2 * W)
+        out = self._attend(q, k, v, attn_mask=mask)
+        return out.view(B, N, H, W, D).transpose(1, 2).reshape(B, H, N * W, D)[:, :, :S]
+
+    @staticmethod
+    def _with_block_before(x, W, N, fill):
+        """(B, H, S, D) -> (B N, H, 2 W, D): each block of W keys behind the one before it, zeros before the first."""
+        B, H, _, D = x.shape
+        blocks = F.pad(x, (0, 0, W, fill)).view(B, H, N + 1, W, D)
+        pairs = torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3)  # (B, H, N, 2 W, D)
+        return pairs.transpose(1, 2).flatten(0, 1)
+
+    def new_cache(self):
+        return WindowLayer(self.window)
+
+    def core_flops(self, context, dense=False):
+        # 4 C per pair of query and key; query t sees min(t, W) keys.
+        w = min(self.window, context)
+        pairs = context**2 if dense else w * (w + 1) // 2 + (context - w) * w
+        return 4 * self.width * pairs
+
+    def cache_bytes(self, context, element_bytes):
+        return 2 * self.width * min(context, self.window - 1) * element_bytes
+
+    def reference(self, hidden_states):
+        """All T x T scores, those outside the window set to -inf."""
+        B, T, C = hidden_states.shape
+        q, k, v = (x.view(B, T, self.heads, -1) for x in self.c_attn(hidden_states).split(C, dim=2))
+        scores = torch.einsum("bthd,bshd->bhts", q, k) / (C // self.heads) ** 0.5
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        scores = scores.masked_fill(((distance < 0) | (distance >= self.window)).to(q.device), -torch.inf)
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+
+
+class WindowLayer(DynamicLayer):
+    """Keys and values of the last W - 1 tokens: with the next token itself they are its window."""
+
+    is_sliding = True
+    is_croppable = False
+
+    def __init__(self, window):
+        super().__init__()
+        self.window, self.seen = window, 0
+
+    def update(self, key_states, value_states, *_, **__):
+        keys, values = super().update(key_states, value_states)
+        self.seen += key_states.shape[2]
+        start = max(0, keys.shape[2] - (self.window - 1))
+        # Copies: a view would keep the whole prompt in memory behind a cache that looks small.
+        self.keys, self.values = keys[:, :, start:].clone(), values[:, :, start:].clone()
+        return keys, values
+
+    def get_seq_length(self):
+        return self.seen
+
+    def get_mask_sizes(self, query_length):
+        return self.seen + query_length, 0
+
+    def reset(self):
+        super().reset()
+        self.seen = 0
