@@ -13,6 +13,7 @@ from lib.model import build_model, gpt2_config
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
 MATERIALISES_SCORES = {"baseline"}
+HASHES = {"lsh"}  # in bf16 some buckets are others; test_lsh.py compares with the buckets given
 
 every_variant = pytest.mark.parametrize("name", attention.variants())
 
@@ -161,7 +162,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         torch.testing.assert_close(plain, checkpointed)
 
 
-@every_variant
+@pytest.mark.parametrize("name", [name for name in attention.variants() if name not in HASHES])
 def test_bf16_autocast_stays_near_fp32(name):
     layer = make_layer(name, dtype=torch.float32)
     x = torch.randn(2, 65, 32)

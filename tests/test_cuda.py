@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_attention import HASHES
 from test_training import P, make_rows
 
 from lib import attention, corpus, energy, measure, training
@@ -34,6 +35,12 @@ def test_the_gpu_gives_the_reference_s_output_and_gradients(name, dtype, toleran
     layer = attention.load(name)(gpt2_config(2, 128, 4, 256, 2), 0).eval()
     layer.load_state_dict(exact.state_dict())
     layer = layer.to(CUDA, dtype)
+    if name == "flash" and dtype == torch.float32:
+        with pytest.raises(ValueError, match="bf16 or fp16"):
+            layer(x.detach().to(CUDA, dtype))
+        return
+    if name in HASHES and dtype == torch.bfloat16:
+        pytest.skip("other buckets in bf16; test_lsh.py compares with the buckets given")
     y = x.detach().to(CUDA, dtype).requires_grad_()
     got = layer(y)[0]
     got.square().sum().backward()
