@@ -35,6 +35,7 @@ STYLE = {
     "svg.hashsalt": "attention-study",  # the same records give the same bytes
 }
 GIB, MIB = 2**30, 2**20
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False}  # a legend over no line
 
 
 def use_style() -> None:
@@ -214,7 +215,7 @@ def loss_curves(runs):
     axes.set_xlabel("useful tokens seen")
     axes.set_ylabel("nats per token")
     axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    axes.legend(framealpha=1)
+    axes.legend(**BESIDE)
     _note(figure, runs)
     return figure
 
@@ -249,7 +250,7 @@ def inference_latency(runs):
         _by_context(axes, runs, field, scale)
         axes.set_title(title, loc="left")
         axes.set_ylabel(unit)
-    cache.legend(frameon=False, fontsize=9)
+    cache.legend(**BESIDE)
     figure.tight_layout()
     _note(figure, runs)
     return figure
@@ -274,7 +275,7 @@ def loss_against_cost(runs):
     axes.set_title("Validation loss against cost: lower left is better", loc="left")
     axes.set_xlabel(unit if on_energy else f"{unit} (energy not measured)")
     axes.set_ylabel("nats per token")
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(**BESIDE)
     _note(figure, runs)
     return figure
 

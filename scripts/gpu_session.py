@@ -99,7 +99,10 @@ TINY = {
 REHEARSED_BLOCK_S = 60.0
 
 HELP = """
-Before, in the repository's root on a workstation, with its environment in .venv and the shared folder in $SHARED:
+Before, in the repository's root on a workstation: wheels of what the GPU machine's python3 lacks into .gpu/wheels
+(`pip download --no-deps --only-binary=:all: --python-version ... --platform ... -d .gpu/wheels NAME==VERSION ...`; the
+stage `versions` names what is missing), conversations and a tokenizer where params/gpu_*.yaml look for them. Where
+this project is built, with its environment in .venv and the team's shared folder in $SHARED, that is:
 
   PATH=.venv/bin:$PATH bash $SHARED/offline_gpu/collect_wheels.sh .gpu/wheels && mkdir -p .gpu/data .gpu/tokenizers &&
   cp $SHARED/data/tulu_v2_components.parquet .gpu/data/ && cp -r $SHARED/tokenizers/gpt2 .gpu/tokenizers/

@@ -16,6 +16,12 @@ BASELINE = {  # what is planted: the right code, the wrong one, the check that i
     "no output projection": NO_PROJECTION,
     "cache not read": ("k, v = past_key_values.layers", "_ = past_key_values.layers", "cached_equal"),
 }
+ORDERS = {  # where the heads are joined, and the same without turning heads and tokens
+    "(weights @ v).transpose(1, 2).reshape(B, T, C)": "(weights @ v).reshape(B, T, C)",
+    "out = out.transpose(1, 2).reshape(B, T, C)": "out = out.reshape(B, T, C)",
+    "out = out.reshape(B, T, C)": "out = out.transpose(1, 2).reshape(B, T, C)",
+    "mask).reshape(B, T, C)": "mask).transpose(1, 2).reshape(B, T, C)",
+}
 FUSED = {  # for sdpa, gqa and flash
     "no mask": ("is_causal=mask is None and T > 1", "is_causal=False", "causal"),
     "heads and tokens swapped": ("out.transpose(1, 2).reshape(B, T, C)", "out.reshape(B, T, C)", "causal"),
@@ -53,9 +59,28 @@ def test_a_planted_fault_is_caught(name, fault, tmp_path):
     assert said[check] is False, said
 
 
-def test_weights_that_start_otherwise_than_gpt2_s_are_caught(monkeypatch):
+every_variant = pytest.mark.parametrize("name", attention.variants())
+
+
+@every_variant
+def test_no_output_projection_is_caught_in_each(name, tmp_path):
+    said = certificate.certify(planted(name, *NO_PROJECTION[:2], tmp_path), {})
+    assert said["gpt2_projection"] is False and not said["passed"]
+
+
+@every_variant
+def test_heads_and_tokens_swapped_is_caught_in_each(name, tmp_path):
+    """Heads laid out where tokens belong: what the published flash module did."""
+    source = attention.find(name).read_text()
+    right = next(line for line in ORDERS if line in source)
+    said = certificate.certify(planted(name, right, ORDERS[right], tmp_path), {})
+    assert not said["causal"] and not said["passed"]
+
+
+@every_variant
+def test_weights_that_start_otherwise_than_gpt2_s_are_caught_in_each(name, monkeypatch):
     monkeypatch.setattr("lib.model._initialise", lambda *_: None)
-    said = certificate.certify("sdpa", {})
+    said = certificate.certify(name, {})
     assert said["gpt2_initialisation"] is False and not said["passed"]
 
 
