@@ -245,7 +245,7 @@ def kernels(model, context: int, autocast) -> dict[str, list[str]]:
         with profile(activities=activities) as profiler:
             result = run()
             synchronize(model.device)
-        events = [e for e in profiler.key_averages() if not on_gpu or e.device_type == torch.profiler.DeviceType.CUDA]
+        events = [e for e in profiler.key_averages() if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
         spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
         total = sum(spent.values())
         return result, [n for n, t in sorted(spent.items(), key=lambda item: -item[1]) if t >= 0.02 * total]

@@ -96,3 +96,13 @@ def test_the_committed_records_are_valid_measured_and_name_no_machine_path():
         found = record.load(path)
         assert found.name == path.stem and found.provenance == "measured"
         assert str(record.ROOT) not in path.read_text() and '"/' not in json.dumps(found.parameters)
+
+
+def test_the_committed_runs_of_one_function_agree_step_by_step():
+    """baseline, sdpa and flash compute the same: to rounding, until rounding itself has grown."""
+    runs = record.read(record.ROOT / "records" / "quick-cpu")
+    runs = runs[runs["label"].isin(["baseline", "sdpa", "flash", "sdpa_again"]) & (runs["seed"] == 0)]
+    losses = runs.set_index("label")["series_train_loss"]
+    assert len(losses) == 4
+    for label, series in losses.items():
+        assert series[:20] == pytest.approx(losses["baseline"][:20], abs=1e-4), label
