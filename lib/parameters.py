@@ -151,12 +151,15 @@ def resolve(history: list[str], namespace: dict, name: str = "p") -> SimpleNames
 
 def _resolve(history: list[str], namespace: dict) -> SimpleNamespace:
     cells = [index for index, source in enumerate(history) if "attention: str =" in source and _is_parameters(source)]
-    if not cells:
+    if cells:
+        known = declared(history[cells[-1]])
+        injected = [source for source in history[cells[-1] + 1 :] if source.startswith("# Parameters\n")]
+        for source in (history[cells[-1]], *injected):
+            check_names(_assigned(source), known)
+    else:  # nbval runs cells without keeping history; nothing is injected there
+        known = {name: Declared(kind.__name__, None) for name, kind in namespace.get("__annotations__", {}).items()}
+    if not known:
         raise UsageError("run the parameters cell at the top first")
-    known = declared(history[cells[-1]])
-    injected = [source for source in history[cells[-1] + 1 :] if source.startswith("# Parameters\n")]
-    for source in (history[cells[-1]], *injected):
-        check_names(_assigned(source), known)
     values = check_types({name: namespace[name] for name in known}, known)
     check_values(values)
     return SimpleNamespace(**values)

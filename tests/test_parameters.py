@@ -28,6 +28,15 @@ def test_injected_values_count_and_whole_numbers_make_floats():
     assert (p.attention, p.learning_rate) == ("baseline", 1.0)
 
 
+def test_where_no_history_is_kept_the_cell_s_annotations_say_what_there_is():
+    """As under nbval. Without history nothing is injected, so there are no names to check."""
+    namespace = {}
+    exec(CELL, namespace)
+    assert vars(parameters.resolve([""], namespace)) == vars(resolve())
+    with pytest.raises(UsageError, match="run the parameters cell"):
+        parameters.resolve([""], {})
+
+
 def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
     namespace, newer = {}, CELL.replace("seed: int = 0", "seed: int = 5")
     exec(CELL, namespace)
