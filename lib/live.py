@@ -12,7 +12,7 @@ WORDS = "{percentage:.0f} % of {total_fmt} tokens, {elapsed} gone, {remaining} l
 
 
 class Live:
-    """Shows (steps done, their losses). A few strings an update: a plotting library's 100 ms would be in the window."""
+    """Shows (steps done, their losses). A few strings an update: a plotting library's time would be measured."""
 
     def __init__(self, steps: int, tokens_per_step: int):
         self.steps, self.tokens_per_step = steps, tokens_per_step

@@ -122,6 +122,8 @@ def check_attention(p) -> None:
             variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.knobs)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    except TypeError as error:
+        raise UsageError(f"{p.attention} cannot be built with the knobs {p.knobs}: {error}") from None
 
 
 class Refused:

@@ -65,6 +65,7 @@ def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
         ("schedule = 'linear'", "schedule must be one of cosine, constant, not 'linear'"),
         ("inference_contexts = [64, 500]", "500 tokens and 32 new ones must fit 512 positions"),
         ("knobs = {'window': 3}", "sdpa has no knob 'window'; it has: none."),
+        ("attention = 'gqa'\nknobs = {'kv_heads': 'two'}", "gqa cannot be built with the knobs {'kv_heads': 'two'}"),
         ("attention = 'mine.py'", "there is no attention file 'mine.py'"),
     ],
 )
