@@ -186,11 +186,13 @@ def _is_initialised_as_gpt2(name, knobs) -> bool:
 
 
 def _growth(name, knobs) -> dict:
-    """Exponents over the last doubling of T, long enough that what does not grow with T no longer counts."""
-    lengths = (1024, 2048)
-    layer = _layer(name, knobs, lengths[-1])
+    """Exponents over a doubling of T, long enough that what does not grow with T no longer counts.
+
+    Each length has a layer with just as many positions: what a variant derives from them grows too.
+    """
     kept, flops = [], []
-    for length in lengths:
+    for length in (1024, 2048):
+        layer = _layer(name, knobs, length)
         flops.append(layer.core_flops(length))
         storages = {}
 

@@ -366,6 +366,28 @@ def _interval(found: pd.Series) -> str:
     return f"{found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
+def certificates(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each variant was proven to be, a row each; where runs differ, the worst of them."""
+    yes = {
+        "causal": "causal", "prefix_equal": "prefix-equal", "mixes": "mixes tokens",
+        "cached_equal": "cached = uncached", "gpt2_projection": "GPT-2's projection",
+        "gpt2_initialisation": "GPT-2's initial weights",
+    }  # fmt: skip
+    rows = []
+    for label in labels(runs):
+        said = pd.DataFrame(runs.loc[runs["label"] == label, "certificate"].tolist())
+        row = {"variant": label, "passed": "yes" if said["passed"].all() else "NO"}
+        row |= {heading: "yes" if said[field].all() else "NO" for field, heading in yes.items()}
+        row["last token sees"] = f"{said['receptive_field'].min()}"
+        row["from its reference"] = f"{said['reference_difference'].max():.0e}"
+        row["its gradients"] = f"{said['reference_gradient_difference'].max():.0e}"
+        row["weights / GPT-2's"] = f"{said['parameters_vs_baseline'].max():.3f}"
+        row["memory grows as"] = f"T^{said['memory_growth'].max():.1f}"
+        row["FLOPs grow as"] = f"T^{said['flops_growth'].max():.1f}"
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
 def unmeasured(runs: pd.DataFrame) -> pd.DataFrame:
     """Every metric that some run lacks, why, and in how many runs."""
     missing = [

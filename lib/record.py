@@ -225,7 +225,7 @@ def load_all(folder: Path) -> list[Record]:
 def read(folder) -> pd.DataFrame:
     """A tidy table, a row per run: who, where, every metric with its unit in the column's name.
 
-    List-valued columns hold the series; `null_reasons` says why a metric of the row is missing.
+    List-valued columns hold the series, `certificate` its checks; `null_reasons` says why a metric is missing.
     """
     rows = []
     for record in load_all(Path(folder)):
@@ -245,6 +245,7 @@ def read(folder) -> pd.DataFrame:
                 "gpu_uuid": (record.environment["gpu"] or {}).get("uuid"),
                 "provenance": record.provenance,
                 "certified": record.certificate.passed,
+                "certificate": record.certificate.model_dump(),
                 **record.metrics.model_dump(),
                 **{f"series_{name}": value for name, value in record.series.model_dump().items()},
                 "parameter_values": record.parameters,

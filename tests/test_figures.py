@@ -90,3 +90,12 @@ def test_the_published_numbers_are_all_eight():
 def test_what_summarizes_needs_no_torch():
     code = "import sys; from lib import compare, figures, record; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_certificates_stand_in_a_row_per_variant_and_the_worst_run_counts(tmp_path):
+    write_blocks(tmp_path, ("sdpa", "gqa"), blocks=2)
+    record.write(make_record("gqa", 2, certified=False), tmp_path)
+    table = figures.certificates(compare.groups(record.read(tmp_path))[0].runs).set_index("variant")
+    assert list(table.index) == ["sdpa", "gqa"]
+    assert list(table["passed"]) == ["yes", "NO"] == list(table["causal"])
+    assert set(table["prefix-equal"]) == {"yes"}
