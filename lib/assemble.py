@@ -5,6 +5,7 @@ import statistics
 import pandas as pd
 
 from lib import attention, environment, measure, parameters, record
+from lib.errors import one_sentence_when_out_of_memory
 from lib.model import skeleton
 
 ENERGY_FLAGGED_BELOW_S = 30.0
@@ -29,6 +30,7 @@ def costs(model, p) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+@one_sentence_when_out_of_memory()
 def make_record(p, trainer, certificate: dict, latencies: list[dict], utilization) -> record.Record:
     """The record of a finished run. Raises ValueError where something that must be there is not."""
     values = vars(p)

@@ -1,50 +1,54 @@
 """Conversations to rows of tokens.
 
-A conversation is `messages: [{role, content}]`, the schema of Tulu (Ivison et al. 2023, arXiv 2311.10702). Roles are
-kept as `<|role|>` lines, empty turns are dropped and counted, every conversation ends with the end-of-text token.
+Roles are kept as `<|role|>` lines, empty turns are dropped and counted, every conversation ends with the end-of-text
+token. Tokens are made once, kept in a cache on disk, and read from there without holding them all in memory.
 """
 
-import ast
-import gc
 import hashlib
-import importlib.util
+import json
 from dataclasses import dataclass, field
-from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 from tokenizers import ByteLevelBPETokenizer
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from lib.cache import forget, made_once
+from lib.conversations import as_text, builtin, first_line, local, source
 from lib.errors import UsageError
-from lib.record import from_root
 
-FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
 END_OF_TEXT = "<|endoftext|>"
-BUILTIN_SOURCES = ("pandas", "matplotlib")
 BUILTIN_VOCABULARY = 4096
 IGNORED = -100  # the label that cross-entropy leaves out
+PARTS = ("train", "validation")
+FORM = 1  # of the cached tokens; another number makes them anew
+CHUNK = 1 << 22  # tokens looked at together, where all at once would fill the memory
 
 
 @dataclass
 class Rows:
     """Rows of at most `context` tokens in one flat array; padding exists only in the batches made from it."""
 
-    tokens: np.ndarray  # (total,) uint32
+    tokens: np.ndarray  # (total,) uint16 or uint32, on disk
     starts: np.ndarray  # (rows,)
     lengths: np.ndarray  # (rows,) at most `context`
     context: int
     padding_id: int
+    train_on_padding: bool = False
 
     def __len__(self) -> int:
         return len(self.starts)
 
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and labels of some rows, (B, T) int64 each, padded on the right, padding labelled -100."""
+        """Token ids and labels of some rows, (B, T) int64 each, padded on the right.
+
+        Padding is labelled -100, or with its own token where it is trained on.
+        """
         ids = np.full((len(rows), self.context), self.padding_id, dtype=np.int64)
-        labels = np.full_like(ids, IGNORED)
+        labels = np.full_like(ids, self.padding_id if self.train_on_padding else IGNORED)
         for line, row in enumerate(rows):
             start, length = self.starts[row], self.lengths[row]
             ids[line, :length] = labels[line, :length] = self.tokens[start : start + length]
@@ -67,99 +71,49 @@ class Corpus:
     facts: dict = field(default_factory=dict)
 
 
-def load(dataset: str, tokenizer: str, context: int, packing: bool, validation_share: float) -> Corpus:
-    """Conversations as token rows, split into train and validation by a hash of each conversation's text.
+def load(p) -> Corpus:
+    """Conversations as token rows, by the parameters `p` (`lib.parameters.resolve`).
 
-    `packing` False: a conversation a row, cut at `context`. True: conversations one after the other in full rows.
-    Raises UsageError for data that cannot be had, has no conversations, or is too small to split.
+    A hash of each conversation's text says whether it is for validation. `packing` False: a conversation a row, cut at
+    `context`. True: conversations one after the other in full rows. Raises UsageError for data that cannot be had, has
+    no conversations, or is too small to split.
     """
-    talks, encoder = conversations(dataset), load_tokenizer(tokenizer)
-    parts = {"train": [], "validation": []}
-    counts = {"conversations": 0, "empty_turns": 0, "empty_conversations": 0, "cut_conversations": 0}
+    talks, encoder = source(p.dataset, p.dataset_revision), load_tokenizer(p.tokenizer)
     end = encoder.convert_tokens_to_ids(encoder.eos_token)
-    for batch in talks.iter(batch_size=1000):
-        texts = []
-        for messages in batch["messages"]:
-            text, empty_turns = as_text(messages)
-            counts["empty_turns"] += empty_turns
-            counts["empty_conversations"] += not text
-            if text:
-                texts.append(text)
-        encoded = encoder(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-        for text, ids in zip(texts, encoded, strict=True):
-            counts["conversations"] += 1
-            counts["cut_conversations"] += not packing and len(ids) >= context
-            is_validation = _fraction(text) < validation_share
-            parts["validation" if is_validation else "train"].append(np.array([*ids, end], dtype=np.uint32))
-    if not counts["conversations"]:
-        raise UsageError(f"{dataset} holds no conversation with a word in it")
-    rows = {name: _rows(part, context, packing, end) for name, part in parts.items()}
+    what = {
+        "form": FORM, "source": talks.identity, "tokenizer": _identity(encoder), "turns": p.turns,
+        "validation_share": p.validation_share,
+    }  # fmt: skip
+    folder = made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch))
+    try:
+        counts, parts = _read(folder)
+    except (OSError, ValueError, KeyError):  # cut short by a full disk, or by somebody
+        forget(folder)
+        counts, parts = _read(made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch)))
+    rows = {name: _rows(*parts[name], p.context, p.packing, end) for name in PARTS}
     for name, part in rows.items():
         if not len(part):
             raise UsageError(
-                f"{dataset} leaves no row of {context} tokens for {name}; give more data, a shorter context "
+                f"{p.dataset} leaves no row of {p.context} tokens for {name}; give more data, a shorter context "
                 "or another validation_share"
             )
+    if len(rows["train"]) < p.batch_size * p.accumulation:
+        raise UsageError(
+            f"{p.dataset} makes {len(rows['train'])} rows of {p.context} tokens to train on, fewer than the "
+            f"{p.batch_size * p.accumulation} of one step; lower batch_size or accumulation, or give more data"
+        )
+    rows["train"].train_on_padding = p.train_on_padding
     facts = {
+        **talks.facts,
         **counts,
+        "cut_conversations": 0 if p.packing else int(sum((lengths > p.context).sum() for _, lengths in parts.values())),
         "train_rows": len(rows["train"]),
         "validation_rows": len(rows["validation"]),
         "train_tokens": int(rows["train"].lengths.sum()),
-        "padding_share": 1 - float(rows["train"].lengths.mean()) / context,
+        "padding_share": 1 - float(rows["train"].lengths.mean()) / p.context,
         "token_sha256": fingerprint(rows),
     }
     return Corpus(rows["train"], rows["validation"], len(encoder), facts)
-
-
-def conversations(dataset: str) -> datasets.Dataset:
-    """`builtin`, a local .parquet, .json or .jsonl file, or a hub id, as a `datasets.Dataset` with `messages`."""
-    if dataset == "builtin":
-        return datasets.Dataset.from_list([{"messages": messages} for messages in builtin()])
-    path = local(dataset)
-    try:
-        if path.suffix in FORMATS:
-            if not path.is_file():
-                raise UsageError(
-                    f"there is no data file {dataset!r}, seen from {Path.cwd().name}/ or the repository's root"
-                )
-            found = datasets.load_dataset(FORMATS[path.suffix], data_files=str(path), split="train")
-        else:
-            found = datasets.load_dataset(dataset, split="train")
-    except UsageError:
-        raise
-    except Exception as error:
-        what = "read" if path.suffix in FORMATS else "load from the hub"
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(
-            f"cannot {what} {dataset!r}: {first_line.rstrip('.')}. Known: 'builtin', a hub id, "
-            f"or the path of a {', '.join(FORMATS)} file."
-        ) from error
-    if "messages" not in found.column_names:
-        raise UsageError(
-            f"{dataset} has the columns {', '.join(found.column_names)}; it needs `messages`: "
-            "a list of {role, content} per row"
-        )
-    return found
-
-
-def local(path: str) -> Path:
-    """A path as given, or from the repository's root where only that exists: notebooks run in either folder."""
-    return Path(path) if Path(path).exists() else from_root(path) if from_root(path).exists() else Path(path)
-
-
-def as_text(messages) -> tuple[str, int]:
-    """A conversation as one text, and how many empty turns it lost. Raises UsageError for a turn of another form."""
-    turns, empty = [], 0
-    for message in messages or []:
-        try:
-            role, content = message["role"], message["content"]
-        except (TypeError, KeyError):
-            raise UsageError(f"a turn must be {{role, content}}, not {str(message)[:60]!r}") from None
-        if content is None or not str(content).strip():
-            empty += 1
-        else:
-            turns.append(f"<|{role}|>\n{content}\n")
-    return "".join(turns), empty
 
 
 def load_tokenizer(name: str):
@@ -168,70 +122,92 @@ def load_tokenizer(name: str):
         return builtin_tokenizer()
     try:
         encoder = AutoTokenizer.from_pretrained(str(local(name)))
-    except Exception as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (Exception, RecursionError) as error:
         raise UsageError(
-            f"cannot load the tokenizer {name!r}: {first_line.rstrip('.')}. Known: 'builtin', a hub id, a local folder."
+            f"cannot load the tokenizer {name!r}: {first_line(error)}. Known: 'builtin', a hub id, a local folder."
         ) from error
     if encoder.eos_token is None:
         raise UsageError(f"the tokenizer {name!r} has no end-of-text token to end a conversation with")
     return encoder
 
 
-@cache
-def builtin() -> tuple[list[dict], ...]:
-    """About 4 MB of English prose as conversations: the docstrings of pandas and matplotlib.
-
-    Read from the sources of the pinned versions, never imported, so the text is the same wherever the pins hold.
-    """
-    # Every few syntax trees the garbage collector would walk all of PyTorch's objects: 6.6 s instead of 2.1.
-    gc.disable()
-    try:
-        return tuple(_builtin())
-    finally:
-        gc.enable()
-
-
-def _builtin():
-    seen = set()
-    for package in BUILTIN_SOURCES:
-        root = Path(importlib.util.find_spec(package).origin).parent
-        for file in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-            parts = file.relative_to(root).with_suffix("").parts
-            if "tests" in parts:
-                continue
-            for name, text in _docstrings(ast.parse(file.read_text(encoding="utf-8")), ".".join((package, *parts))):
-                if len(text) >= 80 and text not in seen:
-                    seen.add(text)
-                    question = {"role": "user", "content": f"What is {name.removesuffix('.__init__')}?"}
-                    yield [question, {"role": "assistant", "content": text}]
-
-
-def _docstrings(node: ast.AST, name: str):
-    text = ast.get_docstring(node)
-    if text:
-        yield name, text
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield from _docstrings(child, f"{name}.{child.name}")
-
-
-@cache
 def builtin_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) of 4,096 tokens, trained here on the builtin corpus."""
+    what = {"form": FORM, "source": source("builtin").identity, "tokenizers": version("tokenizers")}
+    folder = made_once(what, lambda scratch: _train_tokenizer().save_pretrained(scratch))
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _train_tokenizer() -> PreTrainedTokenizerFast:
     trained = ByteLevelBPETokenizer()
     texts = (as_text(messages)[0] for messages in builtin())
     trained.train_from_iterator(texts, BUILTIN_VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=END_OF_TEXT)
 
 
-def _rows(conversations: list[np.ndarray], context: int, packing: bool, padding_id: int) -> Rows:
-    tokens = np.concatenate(conversations) if conversations else np.empty(0, np.uint32)
+def _identity(encoder) -> str:
+    """Changes with anything that changes the tokens."""
+    content = encoder.backend_tokenizer.to_str() if encoder.is_fast else json.dumps(encoder.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{type(encoder).__name__} {encoder.eos_token} {content}".encode()).hexdigest()
+
+
+def _tokenize(talks, encoder, end: int, p, folder: Path) -> None:
+    """Writes the tokens of each part one conversation after the other, their lengths, and what was counted."""
+    kind = np.dtype("<u2" if len(encoder) <= 1 << 16 else "<u4")
+    lengths = {name: [] for name in PARTS}
+    counts = {"conversations": 0, "empty_turns": 0, "empty_conversations": 0}
+    bar = tqdm(total=talks.count, unit=" conversations", delay=2, leave=False, disable=p.dataset == "builtin")
+    with bar, open(folder / "train.tokens", "wb") as train, open(folder / "validation.tokens", "wb") as validation:
+        files = dict(zip(PARTS, (train, validation), strict=True))
+        for batch in talks.batches():
+            found = [as_text(messages, p.turns) for messages in batch]
+            texts = [text for text, _ in found if text]
+            counts["conversations"] += len(texts)
+            counts["empty_turns"] += sum(empty for _, empty in found)
+            counts["empty_conversations"] += len(found) - len(texts)
+            for text, ids in zip(texts, _encode(encoder, texts), strict=True):
+                part = "validation" if _fraction(text) < p.validation_share else "train"
+                ids = np.array([*ids, end], dtype=np.int64)
+                if ids.max() >= len(encoder):
+                    raise UsageError(
+                        f"the tokenizer {p.tokenizer!r} gives token {ids.max()}, beyond its vocabulary of "
+                        f"{len(encoder)}; it is damaged, or its added tokens are not its own"
+                    )
+                ids.astype(kind).tofile(files[part])
+                lengths[part].append(len(ids))
+            bar.update(len(batch))
+    if not counts["conversations"]:
+        raise UsageError(f"{p.dataset} holds no conversation with a word in it")
+    for name in PARTS:
+        np.save(folder / f"{name}.lengths.npy", np.array(lengths[name], dtype=np.int64))
+    (folder / "facts.json").write_text(json.dumps({"dtype": kind.str, "counts": counts}))
+
+
+def _encode(encoder, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return encoder(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The counts, and each part's tokens and lengths. Raises ValueError where they are not whole."""
+    facts = json.loads((folder / "facts.json").read_text())
+    parts = {}
+    for name in PARTS:
+        lengths, path = np.load(folder / f"{name}.lengths.npy"), folder / f"{name}.tokens"
+        kind = np.dtype(facts["dtype"])
+        if path.stat().st_size != lengths.sum() * kind.itemsize:
+            raise ValueError(f"{path.name} is not whole")
+        tokens = np.memmap(path, dtype=kind, mode="r") if len(lengths) else np.empty(0, kind)
+        parts[name] = (tokens, lengths)
+    return facts["counts"], parts
+
+
+def _rows(tokens: np.ndarray, sizes: np.ndarray, context: int, packing: bool, padding_id: int) -> Rows:
     if packing:  # the last tokens that fill no row are left out
         starts = np.arange(len(tokens) // context) * context
         lengths = np.full(len(starts), context)
     else:
-        sizes = np.array([len(ids) for ids in conversations], dtype=np.int64)
         starts, lengths = np.cumsum(sizes) - sizes, np.minimum(sizes, context)
     return Rows(tokens, starts, lengths, context, padding_id)
 
@@ -244,8 +220,9 @@ def _fraction(text: str) -> float:
 def fingerprint(rows: dict[str, Rows]) -> str:
     """SHA-256 of the tokens and row borders of both parts."""
     digest = hashlib.sha256()
-    for name in ("train", "validation"):
+    for name in PARTS:
         part = rows[name]
-        for array in (part.tokens.astype("<u4"), part.starts.astype("<i8"), part.lengths.astype("<i8")):
-            digest.update(array.tobytes())
+        for array, kind in ((part.tokens, "<u4"), (part.starts, "<i8"), (part.lengths, "<i8")):
+            for first in range(0, len(array), CHUNK):
+                digest.update(array[first : first + CHUNK].astype(kind).tobytes())
     return digest.hexdigest()

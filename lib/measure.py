@@ -13,6 +13,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib import energy
+from lib.errors import one_sentence_when_out_of_memory
 
 
 class Meter:
@@ -181,6 +182,7 @@ def _fused_attention_flops(query_shape, key_shape, value_shape, *_, **__) -> int
     return 2 * batch * heads * queries * key_shape[2] * (width + value_shape[3])
 
 
+@one_sentence_when_out_of_memory()
 @torch.no_grad()
 def inference(model, contexts: list[int], new_tokens: int, repeats: int, autocast) -> list[dict]:
     """Latency of one sequence by context length: prefill, then greedy decoding with the cache.

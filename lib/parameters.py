@@ -7,9 +7,11 @@ import ast
 import hashlib
 import inspect
 import json
+import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -17,12 +19,14 @@ import torch
 from lib import attention
 from lib.errors import UsageError
 from lib.model import gpt2_config
+from lib.record import ROOT
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 CHOICES = {
     "device": ("auto", "cpu", "cuda"),
     "precision": ("auto", "fp32", "bf16"),
     "schedule": ("cosine", "constant"),
+    "turns": ("roles", "joined"),
 }
 AT_LEAST = {
     "seed": 0, "layers": 1, "width": 1, "heads": 1, "positions": 1, "context": 2, "batch_size": 1, "accumulation": 1,
@@ -78,6 +82,15 @@ def _way_out(wanted: type, value) -> str:
         example = "{window: 64}" if wanted is dict else "[64, 256]"
         return f"; on the command line, for example: -y 'name: {example}'"
     return ""
+
+
+def portable(values: dict) -> dict:
+    """The values with paths as seen from the repository's root, so that no record names a machine's folders."""
+    found = dict(values)
+    for name in ("attention", "dataset", "tokenizer"):
+        if Path(values[name]).is_absolute():
+            found[name] = Path(os.path.relpath(values[name], ROOT)).as_posix()
+    return found
 
 
 def check_values(values: dict) -> None:
@@ -164,7 +177,7 @@ def _resolve(history: list[str], namespace: dict) -> SimpleNamespace:
         raise UsageError("run the parameters cell at the top first")
     values = check_types({name: namespace[name] for name in known}, known)
     check_values(values)
-    return SimpleNamespace(**values)
+    return SimpleNamespace(**portable(values))
 
 
 def _is_parameters(source: str) -> bool:

@@ -1,5 +1,6 @@
 """The run record: one JSON file per finished run, written whole or not at all, checked on writing and on reading."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -17,6 +18,8 @@ SCHEMA_VERSION = 1
 ROOT = Path(__file__).resolve().parent.parent
 OUT_VARIABLE = "ATTENTION_STUDY_OUT"  # the folder that runs write to, instead of notebooks/out
 SITTING_VARIABLE = "ATTENTION_STUDY_SITTING"  # JSON, set by `lib.study`: profile, sitting, block, position
+
+FAILED = "failed.json"  # the end of the name of a failed run's note
 
 REASONS = {
     "no_gpu": "the run used no GPU",
@@ -145,6 +148,7 @@ class Record(Strict):
     series: Series
     null_reasons: dict[str, Literal[tuple(REASONS)]]
     flags: list[str]
+    content_sha256: str = ""  # of all the rest; filled on writing
 
     @model_validator(mode="after")
     def every_null_has_a_reason(self):
@@ -153,6 +157,28 @@ class Record(Strict):
             odd = ", ".join(sorted(missing ^ set(self.null_reasons)))
             raise ValueError(f"a metric is null exactly where null_reasons says why; not so for {odd}")
         return self
+
+
+FAILURES = {
+    "out_of_memory": "out of memory",
+    "loss_not_finite": "the loss was not finite",
+    "killed": "its process was killed",
+    "wrong_input": "a parameter or its data must be put right",
+    "error": "an error",
+}
+
+
+class Failure(Strict):
+    """A run of a study that ended without a record. Never a record: no number of such a run counts."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: str
+    label: str
+    setting: str
+    sitting: Sitting
+    finished_at: datetime
+    reason: Literal[tuple(FAILURES)]
+    says: str
 
 
 def out_folder() -> Path:
@@ -183,43 +209,108 @@ def now() -> datetime:
 def write(record: Record, folder: Path | None = None) -> Path:
     """Writes a record to `folder`, by default `out_folder()`; returns its path. A half-written file never shows.
 
-    Raises UsageError where the folder cannot be written.
+    Raises UsageError where the folder cannot be written; the record then lies in the system's temporary folder.
     """
     folder = folder or out_folder()
-    record = Record.model_validate(record.model_dump())
+    content = json.loads(Record.model_validate(record.model_dump()).model_dump_json())
+    text = json.dumps(content | {"content_sha256": checksum(content)}, indent=1) + "\n"
+    file_name = f"{record.name}.json"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".", suffix=".tmp", delete=False) as file:
-            try:
-                file.write(record.model_dump_json(indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-                path = folder / f"{record.name}.json"
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        path = _write_whole(folder / file_name, text)
+        (folder / f"{record.name}.{FAILED}").unlink(missing_ok=True)
     except OSError as error:
-        raise UsageError(f"the record cannot be written to {folder.name}/: {error.strerror}") from error
+        way_out = _keep_elsewhere(file_name, text)
+        raise UsageError(f"the record cannot be written to {folder.name}/: {error.strerror}; {way_out}") from error
     return path
 
 
+def _keep_elsewhere(file_name: str, text: str) -> str:
+    """Hours of measuring are not lost to a full disk where another has room; what to do then."""
+    try:
+        kept = _write_whole(Path(tempfile.mkdtemp(prefix="attention-study-")) / file_name, text)
+    except OSError:
+        return "make room there and run the cell again"
+    return f"it lies in {kept}; make room and move it there"
+
+
+def write_failure(failure: Failure, folder: Path) -> Path:
+    """Notes beside the records that a run failed. The note goes when the run's record is written."""
+    return _write_whole(folder / f"{failure.name}.{FAILED}", failure.model_dump_json(indent=1) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
+    return path
+
+
+def checksum(content: dict) -> str:
+    """SHA-256 of a record's content as JSON, its own field left out."""
+    rest = {name: value for name, value in content.items() if name != "content_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def load(path: Path) -> Record:
-    """One record. Raises ValueError (pydantic's) where the file is none."""
-    return Record.model_validate_json(path.read_text())
+    """One record. Raises ValueError, with what is wrong in one line, where the file is none or was changed."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"it is no whole JSON ({error})") from None
+    if not isinstance(content, dict) or "schema_version" not in content:
+        raise ValueError("it is JSON of another kind")
+    if content["schema_version"] != SCHEMA_VERSION:
+        raise ValueError(
+            f"its schema_version is {str(content['schema_version'])[:20]}, this code reads {SCHEMA_VERSION}; "
+            "use the code that wrote it"
+        )
+    try:
+        record = Record.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from None
+    if record.content_sha256 != checksum(content):
+        raise ValueError("it was changed after it was written: its checksum does not fit")
+    if Path(path).stem != record.name:
+        raise ValueError(f"it is a copy, or renamed: its name is {record.name}")
+    return record
 
 
 def load_all(folder: Path) -> list[Record]:
     """All records of a folder, by name. A file that is no record is named in a warning and left out."""
     records = []
     for path in sorted(Path(folder).glob("*.json")):
+        if path.name.endswith(FAILED):
+            continue
         try:
             records.append(load(path))
-        except (ValidationError, ValueError, OSError) as error:
-            what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).splitlines()[0]
-            warnings.warn(f"{path.name} is left out, it is no record: {what}", stacklevel=2)
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{path.name} is left out: {error}", stacklevel=2)
     return records
+
+
+def failures(folder) -> pd.DataFrame:
+    """The runs of a folder that ended without a record: variant, seed's block and why, a row each."""
+    rows = []
+    for path in sorted(Path(folder).glob(f"*.{FAILED}")):
+        try:
+            failure = Failure.model_validate_json(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            warnings.warn(f"{path.name} is left out: {str(error).splitlines()[0]}", stacklevel=2)
+            continue
+        why = FAILURES[failure.reason]
+        rows.append({"variant": failure.label, "block": failure.sitting.block, "why": why, "it said": failure.says})
+    return pd.DataFrame(rows, columns=["variant", "block", "why", "it said"])
 
 
 def read(folder) -> pd.DataFrame:

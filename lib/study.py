@@ -6,18 +6,25 @@ Williams square. What has a record is not run again; what fails is reported at t
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import time
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
+import psutil
 import yaml
+from filelock import FileLock, Timeout
+from nbclient.exceptions import DeadKernelError
 
-from lib import attention, compare, parameters, record
-from lib.errors import UsageError
+from lib import attention, compare, corpus, parameters, record
+from lib.errors import UsageError, is_out_of_memory
 
 NOTEBOOKS = record.ROOT / "notebooks"
 NULL_VARIANT = {"attention": compare.REFERENCE, "label": compare.NULL}
@@ -70,6 +77,8 @@ def plan(overrides: dict, variants: list, blocks: int) -> list[dict]:
             given = overrides | entries[which] | {"seed": block}
             parameters.check_names(given, known)
             values = parameters.check_types({name: line.default for name, line in known.items()} | given, known)
+            values = parameters.portable(values)
+            given = {name: values[name] for name in given}
             runs.append({"values": values, "given": given, "block": block, "position": position})
     for run in runs[: len(entries)]:
         parameters.check_values(run["values"])
@@ -101,28 +110,87 @@ def is_finished(run: dict, folder: Path) -> bool:
         return False
 
 
-def execute(notebook: Path, output: Path, given: dict, context: dict) -> str | None:
-    """Papermill in a kernel of its own; returns None, or one line that says what went wrong."""
+class Stopped(BaseException):
+    """Ctrl-C or a signal to end: not an error of a run, so nothing that catches those catches it."""
+
+
+@contextlib.contextmanager
+def stoppable():
+    """Within it SIGINT, SIGTERM and SIGHUP raise Stopped, once: a second Ctrl-C would leave kernels behind."""
+
+    def stop(number, _):
+        for each in handled:
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(signal.Signals(number).name)
+
+    handled = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, stop) for number in handled}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _kill_kernels() -> None:
+    kernels = psutil.Process().children(recursive=True)
+    for kernel in kernels:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            kernel.kill()
+    psutil.wait_procs(kernels, timeout=10)
+
+
+def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[str, str] | None:
+    """Papermill in a kernel of its own; returns None, or why it failed: one of `record.FAILURES` and one line."""
     import papermill
 
     os.environ[record.SITTING_VARIABLE] = json.dumps(context)
+    killed_before = _killed_for_memory()
+    options = {"progress_bar": False, "kernel_name": "python3", "start_timeout": 300}
     try:
-        papermill.execute_notebook(
-            notebook, output, given, progress_bar=False, kernel_name="python3", start_timeout=300
-        )
+        # In a thread of its own, because in the main one nbclient replaces the handlers of signals.
+        with ThreadPoolExecutor(1) as thread:
+            running = thread.submit(papermill.execute_notebook, notebook, output, given, **options)
+            try:
+                running.result()
+            except Stopped:
+                _kill_kernels()
+                raise
     except papermill.PapermillExecutionError as error:
-        said = str(error.evalue).strip().splitlines() or [""]
-        return said[0] if error.ename == "UsageError" else f"{error.ename}: {said[0]}"
-    except Exception as error:  # a kernel that died, a folder that cannot be written: the study goes on
-        said = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {said[0]}"
+        return _reason(error.ename, str(error.evalue))
+    except DeadKernelError:
+        if _killed_for_memory() > killed_before:
+            return "out_of_memory", "the system killed the process because memory had run out; lower batch_size"
+        return "killed", "the process of the notebook was killed"
+    except Exception as error:  # a folder that cannot be written, a full disk: the study goes on
+        return "error", f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     finally:
         del os.environ[record.SITTING_VARIABLE]
     return None
 
 
+def _reason(kind: str, said: str) -> tuple[str, str]:
+    said = (said.strip().splitlines() or [""])[0]
+    if kind == "OutOfMemory" or is_out_of_memory(said) or kind == "MemoryError":
+        return "out_of_memory", said
+    if kind == "LossNotFinite":
+        return "loss_not_finite", said
+    if kind == "UsageError":
+        return "wrong_input", said
+    return "error", f"{kind}: {said}"
+
+
+def _killed_for_memory() -> int:
+    """How many processes Linux has killed because memory ran out; 0 where the system does not say."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
+
+
 def run_all(runs: list[dict], profile: str) -> dict[str, str]:
-    """Runs what is not finished; returns what failed, name to reason."""
+    """Runs what is not finished; returns what failed, name to one line. Each failure is noted beside the records."""
     folder = record.out_folder()
     todo = [run for run in runs if not is_finished(run, folder)]
     if len(todo) < len(runs):
@@ -137,21 +205,39 @@ def run_all(runs: list[dict], profile: str) -> dict[str, str]:
         started = time.monotonic()
         problem = execute(NOTEBOOKS / "train.ipynb", folder / f"{name}.ipynb", run["given"], context)
         if problem is None and not is_finished(run, folder):
-            problem = "the notebook ended, but left no record"
+            problem = "error", "the notebook ended, but left no record"
         if problem is None:
             metrics = record.load(folder / f"{name}.json").metrics
             outcome = f"validation loss {metrics.validation_loss:.3f}, window {metrics.time_s:.1f} s"
         else:
-            failed[name] = outcome = problem.splitlines()[0]
+            _note_failure(run, context, *problem, folder)
+            failed[name] = outcome = f"{record.FAILURES[problem[0]]}: {problem[1]}"
         print(f"      {_minutes(time.monotonic() - started)}: {outcome}", flush=True)
     return failed
+
+
+def _note_failure(run: dict, context: dict, reason: str, says: str, folder: Path) -> None:
+    note = record.Failure(
+        name=parameters.run_name(run["values"]),
+        label=parameters.display_name(run["values"]),
+        setting=parameters.setting(run["values"]),
+        sitting=record.Sitting(**context),
+        finished_at=record.now(),
+        reason=reason,
+        says=says,
+    )
+    try:
+        record.write_failure(note, folder)
+    except OSError as error:
+        print(f"      its failure could not be noted: {error.strerror}", file=sys.stderr)
 
 
 def summarize(folder: Path) -> str | None:
     """summary.ipynb over the records of `folder`, its figures beside them; returns None, or what went wrong."""
     where = os.path.relpath(folder, record.ROOT)
     given = {"records_folder": where, "figures_folder": os.path.join(where, "figures")}
-    return execute(NOTEBOOKS / "summary.ipynb", folder / "summary.ipynb", given, {})
+    problem = execute(NOTEBOOKS / "summary.ipynb", folder / "summary.ipynb", given, {})
+    return problem and problem[1]
 
 
 def _minutes(seconds: float) -> str:
@@ -165,6 +251,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--blocks", type=int, metavar="N", help="how many blocks (seeds 0 to N - 1)")
     parser.add_argument("--plan", action="store_true", help="only check and list the runs")
     options = parser.parse_args(words)
+    lock = None
     try:
         overrides, about_study = read_profile(options.profile)
         variants = options.variants or about_study.get("variants") or [*attention.variants(), NULL_VARIANT]
@@ -173,16 +260,50 @@ def main(words: list[str] | None = None) -> int:
             raise UsageError(f"blocks must be at least 1, not {blocks}")
         runs = plan(overrides, variants, blocks)
         folder = record.out_folder()
-        folder.mkdir(parents=True, exist_ok=True)
-    except (UsageError, OSError) as error:
+        if options.plan:
+            for run in runs:
+                state = "finished" if is_finished(run, folder) else "to run"
+                print(
+                    f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})"
+                )
+            return 0
+        lock = alone_in(folder)
+        with stoppable():
+            return study(runs, Path(options.profile).stem if options.profile else "quick", folder)
+    except UsageError as error:
         print(f"python -m lib.study: {error}", file=sys.stderr)
         return 2
-    if options.plan:
-        for run in runs:
-            state = "finished" if is_finished(run, folder) else "to run"
-            print(f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})")
-        return 0
-    failed = run_all(runs, Path(options.profile).stem if options.profile else "quick")
+    except Stopped as signal_name:
+        print(f"\nstopped by {signal_name}; the same command finishes what is missing", file=sys.stderr)
+        return 130
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def alone_in(folder: Path) -> FileLock:
+    """The lock of a study's folder: two studies at once would measure each other. It ends with the process.
+
+    Raises UsageError where another study holds it, or the folder cannot be written.
+    """
+    other = f"name another folder by the environment variable {record.OUT_VARIABLE}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".study.lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UsageError(
+            f"another study runs in {folder.name}/ and would be disturbed; wait for it, or {other}"
+        ) from None
+    except OSError as error:
+        raise UsageError(f"{folder.name}/ cannot be written: {error.strerror}; {other}") from None
+    return lock
+
+
+def study(runs: list[dict], profile: str, folder: Path) -> int:
+    """All runs, then the summary; returns the exit status. Raises UsageError, before any run, for unusable data."""
+    corpus.load(SimpleNamespace(**runs[0]["values"]))  # wrong data is said once; the tokens are then in the cache
+    failed = run_all(runs, profile)
     problem = summarize(folder)
     if problem:
         failed["summary"] = problem

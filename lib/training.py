@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from lib import corpus as corpora
-from lib.errors import UsageError
+from lib.errors import LossNotFinite, one_sentence_when_out_of_memory
 from lib.measure import Meter, synchronize
 
 BETAS = (0.9, 0.95)  # GPT-3's (Brown et al. 2020, appendix B)
@@ -63,6 +63,7 @@ class Trainer:
         rows = corpus.train.order(self.rows_per_step * max(self.steps, p.warmup_steps), p.seed)
         self.rows = rows.reshape(-1, p.accumulation, p.batch_size)  # (steps, accumulation, B)
 
+    @one_sentence_when_out_of_memory()
     def warm_up(self) -> list[float]:
         """Some steps that leave no trace but compiled kernels and allocated memory; returns the seconds of each.
 
@@ -86,11 +87,12 @@ class Trainer:
         self.losses.fill_(math.nan)
         return seconds
 
+    @one_sentence_when_out_of_memory()
     def run(self, report: Report | None = None, reports: int = 50) -> None:
         """The measured window: every step of every epoch, a validation after each, outside the window.
 
-        `report` is told of the losses that are finished by then, without waiting for any. Raises UsageError as soon as
-        one of them is seen not to be finite.
+        `report` is told of the losses that are finished by then, without waiting for any. Raises LossNotFinite as soon
+        as one of them is seen not to be, OutOfMemory where memory runs out.
         """
         torch.manual_seed(self.p.seed)
         watch = LossWatch(self.losses, report)
@@ -111,7 +113,7 @@ class Trainer:
         batches = [self.corpus.train.batch(rows) for rows in self.rows[step]]
         # The loss of a batch of `accumulation` parts is the mean over all their tokens, not the mean of means.
         predicted = torch.tensor(sum(int((labels[:, 1:] != corpora.IGNORED).sum()) for _, labels in batches))
-        self.useful_tokens[step % self.steps] = sum(int((labels != corpora.IGNORED).sum()) for _, labels in batches)
+        self.useful_tokens[step % self.steps] = self.corpus.train.lengths[self.rows[step]].sum()
         predicted = self._to_device(predicted)
         total = 0.0
         for ids, labels in batches:
@@ -176,7 +178,7 @@ class LossWatch:
         values = self.host[:steps].numpy()
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
-            raise UsageError(
+            raise LossNotFinite(
                 f"the loss is not finite from step {bad[0] + 1} on; lower learning_rate, or raise lr_warmup_steps"
             )
         if self.report is not None:

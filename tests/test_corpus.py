@@ -1,14 +1,20 @@
 """Conversations become rows that keep every token, in an order that depends on the seed alone."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
+import hub
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib import corpus
+from lib import conversations, corpus
 from lib.errors import UsageError
 
 
@@ -22,6 +28,12 @@ for n in range(60):
     TALK.append(
         {"dataset": "d", "id": str(n), "messages": [turn("user", f"How many is {n}?"), turn("assistant", answer)]}
     )
+
+
+GIVEN = {
+    "dataset_revision": "", "tokenizer": "builtin", "context": 32, "turns": "roles", "packing": False,
+    "train_on_padding": False, "validation_share": 0.2, "batch_size": 1, "accumulation": 1,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -44,24 +56,20 @@ def own_dataset_cache(tmp_path, monkeypatch):
 
 
 def load(path, **changes):
-    given = {"tokenizer": "builtin", "context": 32, "packing": False, "validation_share": 0.2} | changes
-    return corpus.load(path, **given)
+    return corpus.load(SimpleNamespace(**(GIVEN | {"dataset": path} | changes)))
 
 
 def test_the_builtin_corpus_is_about_4_mb_of_prose_and_the_same_each_time():
-    talks = corpus.builtin()
+    talks = conversations.builtin()
     text = "".join(turn["content"] for talk in talks for turn in talk)
     assert 3.5e6 < len(text) < 5e6
-    corpus.builtin.cache_clear()
-    assert corpus.builtin() == talks
+    conversations.builtin.cache_clear()
+    assert conversations.builtin() == talks
 
 
 def test_the_builtin_corpus_is_read_without_importing_its_packages():
-    import subprocess
-    import sys
-
     code = (
-        "import sys, importlib.util; from lib.corpus import builtin; before = set(sys.modules); builtin();"
+        "import sys, importlib.util; from lib.conversations import builtin; before = set(sys.modules); builtin();"
         "print([m for m in set(sys.modules) - before if m.startswith(('pandas', 'matplotlib'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -126,7 +134,7 @@ def test_the_order_visits_every_row_once_a_round(rows, count, seed):
     [
         ([{"text": "no messages"}], "has the columns text; it needs `messages`"),
         ([{"messages": [{"role": "user", "content": " "}]}], "holds no conversation with a word in it"),
-        ([{"messages": [{"who": "user", "text": "hi"}]}], "a turn must be {role, content}"),
+        ([{"messages": [{"who": "user", "text": "hi"}]}], "a turn must be {role: text, content: text}"),
         ([{"messages": [{"role": "user", "content": "alone"}]}], "leaves no row of 32 tokens"),
     ],
 )
@@ -138,7 +146,10 @@ def test_data_that_cannot_be_used_is_said_in_one_sentence(talk_file, rows, said)
 
 @pytest.mark.parametrize(
     ("dataset", "said"),
-    [("nowhere.parquet", "there is no data file"), ("no-such-user/no-such-data", "cannot load from the hub")],
+    [
+        ("nowhere.parquet", "there is no data file"),
+        ("no-such-user/no-such-data", "cannot load 'no-such-user/no-such-data' from the hub"),
+    ],
 )
 def test_data_that_is_not_there_is_said_in_one_sentence(dataset, said):
     with pytest.raises(UsageError) as error:
@@ -153,7 +164,7 @@ def test_a_broken_file_and_a_tokenizer_that_is_not_there_are_said_in_one_sentenc
         {"path": talk_file(), "tokenizer": "no-such/tokenizer"},
     ):
         with pytest.raises(UsageError) as error:
-            load(**changes)
+            load(changes.pop("path"), **changes)
         assert str(error.value).startswith("cannot") and "\n" not in str(error.value)
 
 
@@ -161,3 +172,167 @@ def test_a_tokenizer_saved_to_a_folder_is_the_same_one(tmp_path, talk_file):
     corpus.builtin_tokenizer().save_pretrained(tmp_path / "tokenizer")
     folder = load(talk_file(), tokenizer=str(tmp_path / "tokenizer"))
     assert folder.facts["token_sha256"] == load(talk_file()).facts["token_sha256"]
+
+
+def test_turns_can_be_joined_by_spaces_as_the_published_study_did(talk_file):
+    data = load(talk_file(), turns="joined", context=64)
+    ids, _ = data.train.batch(np.array([0]))
+    text = corpus.load_tokenizer("builtin").decode(ids[0, : data.train.lengths[0]].tolist())
+    assert text.startswith("How many is") and "? It is" in text and "<|user|>" not in text
+
+
+def test_padding_is_trained_on_where_asked_for_and_never_validated_on(talk_file):
+    data = load(talk_file(), train_on_padding=True, context=64)
+    for part, labelled in ((data.train, True), (data.validation, False)):
+        ids, labels = part.batch(np.array([0]))
+        padding = slice(int(part.lengths[0]), None)
+        assert (labels[0, padding] == (ids[0, padding] if labelled else -100)).all()
+    plain = load(talk_file(), context=64)
+    assert plain.facts == data.facts
+
+
+def test_tokens_are_made_once_and_read_from_the_cache(talk_file, monkeypatch):
+    path = talk_file()
+    first = load(path)
+    monkeypatch.setattr(corpus, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    again = load(path, context=48, packing=True)  # other rows of the same tokens
+    assert np.array_equal(again.train.tokens, first.train.tokens) and isinstance(again.train.tokens, np.memmap)
+
+
+@pytest.mark.parametrize("changed", [{"turns": "joined"}, {"validation_share": 0.3}])
+def test_what_changes_the_tokens_is_not_taken_from_the_cache(talk_file, changed):
+    path = talk_file()
+    assert load(path).facts["token_sha256"] != load(path, **changed).facts["token_sha256"]
+
+
+def test_a_file_that_changed_is_read_again(talk_file):
+    before = load(talk_file()).facts
+    after = load(talk_file(TALK[:50])).facts  # the same path
+    assert (before["conversations"], after["conversations"]) == (60, 50)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_cache_is_made_anew(talk_file, monkeypatch, tmp_path, damage):
+    monkeypatch.setenv("ATTENTION_STUDY_CACHE", str(tmp_path / "own"))
+    path = talk_file()
+    before = load(path).facts
+    for file in (tmp_path / "own").rglob("train.tokens"):
+        file.write_bytes(file.read_bytes()[:-10]) if damage == "cut" else file.unlink()
+    assert load(path).facts == before
+
+
+def test_more_rows_in_a_step_than_there_are_is_said(talk_file):
+    with pytest.raises(UsageError, match=r"makes \d+ rows of 32 tokens to train on, fewer than the 80 of one step"):
+        load(talk_file(), batch_size=8, accumulation=10)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("[" * 100_000, "cannot read"),
+        ('{"messages": ' * 5_000 + "1" + "}" * 5_000, "cannot read"),
+        (json.dumps(TALK[0], ensure_ascii=False).replace("How", "Wié").encode("latin-1") * 2, "cannot read"),
+        (b"\x00" * 1000, "cannot read"),
+        ("", "holds no conversation|cannot read"),
+        ('{"messages": null}\n' * 3, "holds no conversation"),
+        ('{"messages": [null]}\n', "a turn must be"),
+        ('{"messages": "hello"}\n', "a turn must be"),
+        ('{"messages": [{"role": null, "content": "x"}]}\n', "a turn must be"),
+        ('{"messages": [{"role": "user", "content": ["a", "b"]}]}\n', "a turn must be"),
+        ('{"messages": [{"role": "user"}]}\n', "a turn must be"),
+        ("messages,role\n1,2\n", "cannot read"),
+    ],
+    ids=["deep list", "deep object", "latin-1", "zeros", "empty", "null", "null turn", "text", "no role",
+         "list content", "no content", "csv"],
+)  # fmt: skip
+def test_a_hostile_file_is_one_sentence(tmp_path, content, said):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=said) as error:
+        load(str(path))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_a_line_of_100_mb_is_a_conversation_like_any_other(talk_file):
+    rows = [*TALK[:30], TALK[30] | {"id": "x" * 100_000_000}, *TALK[31:]]
+    assert load(talk_file(rows)).facts == load(talk_file()).facts
+
+
+words = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+turns = st.fixed_dictionaries({"role": words, "content": st.none() | words})
+
+
+@given(talks=st.lists(st.lists(turns, max_size=4), min_size=1, max_size=12), cut=st.none() | st.integers(0, 400))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_gives_its_conversations_or_one_sentence(talk_file, talks, cut):
+    path = talk_file([{"messages": talk} for talk in talks])
+    if cut is not None:
+        os.truncate(path, max(0, os.path.getsize(path) - cut))
+    try:
+        data = load(path, context=2, validation_share=0.5)
+    except UsageError as error:
+        assert "\n" not in str(error)
+        return
+    said = sum(any((turn["content"] or "").strip() for turn in talk) for talk in talks)
+    found = data.facts["conversations"]
+    assert found == said if cut is None else 0 < found <= said
+    assert data.facts["train_rows"] + data.facts["validation_rows"] == found
+
+
+def test_a_tokenizer_whose_tokens_do_not_fit_its_vocabulary_is_said(tmp_path, talk_file):
+    folder = tmp_path / "tokenizer"
+    corpus.builtin_tokenizer().save_pretrained(folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {word: 70_000 + number for word, number in content["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="beyond its vocabulary of"):
+        load(talk_file(), tokenizer=str(folder))
+
+
+HUB = """
+import json, sys
+from types import SimpleNamespace
+from lib import corpus
+from lib.errors import UsageError
+
+for dataset, revision, tokenizer in json.loads(sys.argv[1]):
+    p = {"dataset": dataset, "dataset_revision": revision, "tokenizer": tokenizer}
+    try:
+        print(json.dumps(corpus.load(SimpleNamespace(**json.loads(sys.argv[2]) | p)).facts))
+    except UsageError as error:
+        print(error)
+"""
+
+
+def ask(asked, **environment):
+    command = [sys.executable, "-c", HUB, json.dumps(asked), json.dumps(GIVEN)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_a_hub_s_data_and_tokenizer_come_at_a_commit_and_stay_when_the_hub_is_gone(tmp_path, talk_file):
+    (tmp_path / "talk" / "data").mkdir(parents=True)
+    shutil.copy(talk_file(suffix=".parquet"), tmp_path / "talk" / "data" / "train-00000-of-00001.parquet")
+    corpus.builtin_tokenizer().save_pretrained(tmp_path / "words")
+    repositories = {"datasets/org/talk": tmp_path / "talk", "org/words": tmp_path / "words"}
+    here = {"HF_HOME": str(tmp_path / "hf"), "ATTENTION_STUDY_CACHE": str(tmp_path / "own"), "HF_HUB_OFFLINE": "0"}
+    with hub.serving(
+        {**repositories, "datasets/org/gated": tmp_path / "talk"}, gated=("datasets/org/gated",)
+    ) as address:
+        asked = [
+            ("org/talk", "", "org/words"), ("org/talk", hub.COMMIT, "builtin"), ("org/talk", "nope", "builtin"),
+            ("org/gated", "", "builtin"), ("org/none", "", "builtin"), ("org/talk", "", "org/none"),
+        ]  # fmt: skip
+        newest, pinned, no_revision, gated, none, no_words = ask(asked, HF_ENDPOINT=address, **here)
+    facts = json.loads(newest)
+    assert facts == json.loads(pinned) and facts.pop("dataset_commit") == hub.COMMIT
+    assert facts == load(talk_file(suffix=".parquet")).facts
+    assert "Revision 'nope' doesn't exist" in no_revision
+    assert "gated" in gated and "hf auth login" in gated
+    assert "'org/none' doesn't exist on the Hub" in none and "cannot load the tokenizer 'org/none'" in no_words
+
+    gone = [("org/talk", "", "builtin"), ("org/talk", "0" * 40, "builtin"), ("org/none", "", "builtin")]
+    cached, other, none = ask(gone, **here | {"HF_HUB_OFFLINE": "1"})
+    assert json.loads(cached) == json.loads(pinned)
+    assert "cannot be had without the hub" in other and hub.COMMIT[:12] in other
+    assert "cannot load 'org/none' from the hub" in none

@@ -118,3 +118,12 @@ def test_profiles_hold_overrides_and_no_variants_of_their_own():
         profile = yaml.safe_load(path.read_text())
         assert set(profile) - {"study"} <= set(known), path.name
         assert path.read_text().startswith("#"), f"{path.name} opens with what it is for"
+
+
+def test_nothing_unpickles_runs_remote_code_or_executes_text():
+    for path in (ROOT / "lib").rglob("*.py"):
+        assert not {"pickle", "dill", "joblib"} & {name.split(".")[0] for name in imports(path)}, path.name
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call):
+                assert ast.unparse(node.func) not in ("eval", "exec", "torch.load"), path.name
+                assert not {"trust_remote_code", "allow_pickle"} & {word.arg for word in node.keywords}, path.name

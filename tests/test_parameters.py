@@ -4,6 +4,7 @@ import pytest
 
 from lib import parameters, study
 from lib.errors import UsageError
+from lib.record import ROOT
 
 CELL = "\n".join(f"{name}: {line.type} = {line.default!r}  # help" for name, line in study.known_parameters().items())
 
@@ -115,3 +116,10 @@ def test_names_tell_runs_apart_and_settings_bring_them_together():
     assert parameters.run_name(second).startswith("baseline-seed3-")
     assert parameters.setting(first) == parameters.setting(second) != parameters.setting(vars(resolve("epochs = 2")))
     assert parameters.display_name({"attention": "../my/ninth.py", "label": ""}) == "ninth"
+
+
+def test_no_record_names_a_machine_s_folders(tmp_path):
+    values = {"attention": str(tmp_path / "mine.py"), "dataset": "a/b.jsonl", "tokenizer": "/somewhere/gpt2"}
+    found = parameters.portable(values)
+    assert not any(value.startswith("/") for value in found.values())
+    assert found["dataset"] == "a/b.jsonl" and (ROOT / found["attention"]).resolve() == tmp_path / "mine.py"

@@ -22,16 +22,17 @@ needs_real_data = pytest.mark.skipif(
 
 
 P = SimpleNamespace(
-    seed=0, batch_size=1, accumulation=1, steps_per_epoch=4, epochs=1, learning_rate=1e-3, lr_warmup_steps=0,
+    seed=0, batch_size=1, accumulation=1, steps_per_epoch=4, epochs=1, learning_rate=3e-4, lr_warmup_steps=0,
     schedule="constant", weight_decay=0.0, clip_norm=1.0, warmup_steps=1, device="cpu", precision="fp32",
-    compile=False, validation_rows=1,
+    compile=False, validation_rows=1, dataset=str(TALKS), dataset_revision="", tokenizer=str(TOKENIZER), context=512,
+    turns="roles", packing=False, train_on_padding=False, validation_share=0.02,
 )  # fmt: skip
 EXACT = ("sdpa", "flash")  # other kernels for the same function as baseline
 
 
 @pytest.fixture(scope="module")
 def talks():
-    return corpus.load(str(TALKS), str(TOKENIZER), 512, packing=False, validation_share=0.02)
+    return corpus.load(P)
 
 
 @pytest.fixture(scope="module")

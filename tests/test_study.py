@@ -12,7 +12,7 @@ import pytest
 from make import make_record
 from matplotlib.text import Text
 
-from lib import attention, corpus, figures, parameters, record, study
+from lib import attention, conversations, corpus, figures, parameters, record, study
 
 ROOT = record.ROOT
 BIN = os.path.dirname(sys.executable)
@@ -70,7 +70,7 @@ def tiny(tmp_path_factory):
     """A profile with data and a tokenizer of its own: making the builtin ones costs seconds a run."""
     folder = tmp_path_factory.mktemp("tiny")
     corpus.builtin_tokenizer().save_pretrained(folder / "tokenizer")
-    talks = [json.dumps({"messages": messages}) for messages in corpus.builtin()[:200]]
+    talks = [json.dumps({"messages": messages}) for messages in conversations.builtin()[:200]]
     (folder / "talks.jsonl").write_text("\n".join(talks))
     files = {"dataset": str(folder / "talks.jsonl"), "tokenizer": str(folder / "tokenizer")}
     (folder / "tiny.yaml").write_text(json.dumps(TINY | files))

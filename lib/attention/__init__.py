@@ -63,7 +63,10 @@ def load(name: str) -> type:
     else:
         spec = importlib.util.spec_from_file_location(f"attention_{source_sha256(name)[:12]}", path)
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise ValueError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(getattr(module, "Attention", None), type):
         raise ValueError(f"{path.name} defines no class `Attention`; lib/attention/sdpa.py shows what one needs")
     return module.Attention
