@@ -125,12 +125,15 @@ def check_attention(p) -> None:
     """Builds one layer without memory, so that an unknown variant or a refused knob is said before anything runs."""
     try:
         variant = attention.load(p.attention)
-        known = list(inspect.signature(variant).parameters)[2:]
-        for knob in p.knobs:
+        known = dict(list(inspect.signature(variant).parameters.items())[2:])
+        for knob, value in p.knobs.items():
             if knob not in known:
                 guess = get_close_matches(knob, known, n=1)
                 hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
                 raise UsageError(f"{p.attention} has no knob {knob!r}; {hint}")
+            kind = type(known[knob].default)
+            if kind in (bool, int, str) and type(value) is not kind:
+                raise UsageError(f"{p.attention}'s knob {knob} must be {kind.__name__}, not {value!r}")
         with torch.device("meta"):
             variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.knobs)
     except ValueError as error:
