@@ -7,6 +7,7 @@ never an estimate. The GPU's energy counter is the measurement; the power trace 
 import contextlib
 import os
 import time
+import warnings
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +57,9 @@ class Counter:
     def end(self) -> None:
         """Closes the stretch. The device has to be idle."""
         if self.monitor is not None:
-            with self._losing_it():
+            with self._losing_it(), warnings.catch_warnings():
+                # Zeus warns of 0 J, and advises an estimate in its place; here it becomes a reason.
+                warnings.simplefilter("ignore", UserWarning)
                 counted = getattr(self.monitor.end_window("stretch", sync_execution=False), self.field)
                 self.stretches_j.append(sum((counted or {}).values()))
                 took_s = time.perf_counter() - self._begun_s
@@ -176,7 +179,6 @@ class PowerMonitor:
             return None
         (process,), (stop,) = self.monitor.processes.values(), self.monitor.stop_events.values()
         time.sleep(2 * TRACE_PERIOD_S)  # what was read inside the window arrives
-        whole = process.is_alive()
         stop.set()
         # Zeus kills a process that waits for its samples to be fetched, and loses them: fetch until it has ended.
         give_up_s = time.monotonic() + PATIENCE_S
@@ -184,7 +186,7 @@ class PowerMonitor:
             self.monitor.get_power_timeline("device_instant")
             process.join(0.02)
         samples = self.monitor.get_power_timeline("device_instant")[0]
-        whole &= not process.is_alive()
+        whole = process.exitcode == 0  # not where it failed, a lost GPU say, or had to be killed
         self.monitor.stop()
         return Trace(*np.array(samples).T) if samples and whole else None
 
@@ -257,6 +259,7 @@ def _nvml_reason(device: torch.device) -> str | None:
 def _is_part_of_a_card(device: torch.device) -> bool:
     """Whether NVML knows the device by the name of a MIG part, as in a container that was given one."""
     try:
+        pynvml.nvmlInit()
         pynvml.nvmlDeviceGetHandleByUUID(card_uuid(device).replace("GPU-", "MIG-", 1))
     except (pynvml.NVMLError, ValueError):
         return False

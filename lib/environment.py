@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lib.energy import card_uuid, nvml_handle
+from lib import energy
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "zeus", "papermill", "pandas", "matplotlib", "numpy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,13 +64,13 @@ def _gpu(device: torch.device) -> dict:
 
     properties = torch.cuda.get_device_properties(device)
     facts = {
-        "uuid": card_uuid(device),
+        "uuid": energy.card_uuid(device),
         "memory_bytes": properties.total_memory,
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
     }
     try:
-        handle = nvml_handle(device)
+        handle = energy.nvml_handle(device)
     except (pynvml.NVMLError, ValueError):
         return facts
     return facts | {
@@ -88,10 +88,10 @@ def gpu_state(device: torch.device) -> dict | None:
     """
     import pynvml
 
-    if card_uuid(device) is None:
+    if energy.card_uuid(device) is None:
         return None
     try:
-        handle = nvml_handle(device)
+        handle = energy.nvml_handle(device)
     except (pynvml.NVMLError, ValueError):
         return None
     limit_mw = _ask(pynvml.nvmlDeviceGetPowerManagementLimit, handle)

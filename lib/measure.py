@@ -213,7 +213,7 @@ class Meter:
         """The power trace as means over equal parts of the window, `POWER_PARTS` at most; empty without a trace."""
         if self.trace_j is None:
             return []
-        parts = int(min(POWER_PARTS, max(1, self.window_s / energy.TRACE_PERIOD_S)))
+        parts = min(POWER_PARTS, max(1, round(self.window_s / energy.TRACE_PERIOD_S)))
         return [round(watts, 1) for watts in self.trace.mean_watts(self._walls(), parts).tolist()]
 
     def metrics(self) -> tuple[dict, dict]:
