@@ -322,9 +322,14 @@ def busy_share(device: torch.device, run: Callable[[], None]) -> energy.Reading:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         run()
         synchronize(device)
-    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels_s = covered([(event.time_range.start, event.time_range.end) for event in on_device]) / 1e6
-    return energy.Reading(min(1.0, kernels_s / wall_s))
+    return energy.Reading(min(1.0, covered(_on_device(profiler.events())) / 1e6 / wall_s))
+
+
+def _on_device(events) -> list[tuple[float, float]]:
+    """Begin and end in microseconds of what ran on the GPU; a named region there spans the gaps in it too."""
+    cuda = torch.autograd.DeviceType.CUDA
+    ran = [event for event in events if event.device_type == cuda and not event.is_user_annotation]
+    return [(event.time_range.start, event.time_range.end) for event in ran]
 
 
 def covered(intervals: list[tuple[float, float]]) -> float:

@@ -3,6 +3,7 @@
 import os
 import stat
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -118,6 +119,16 @@ def test_two_kernels_at_once_are_busy_once():
     assert measure.covered([(0, 2), (5, 6), (1, 3), (5.5, 5.7)]) == 4
     assert measure.covered([]) == 0
     assert measure.busy_share(CPU, run=None) == (None, "no_gpu")
+
+
+def test_only_what_ran_on_the_gpu_is_busy_time():
+    def event(kind, begin, end, named=False):
+        span = SimpleNamespace(start=begin, end=end)
+        return SimpleNamespace(device_type=kind, time_range=span, is_user_annotation=named)
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [event(cuda, 0, 2), event(cpu, 0, 9), event(cuda, 0, 9, named=True), event(cuda, 5, 6)]
+    assert measure._on_device(events) == [(0, 2), (5, 6)]
 
 
 def test_mfu_is_useful_flops_over_the_device_s_peak():
