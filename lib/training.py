@@ -120,8 +120,10 @@ class Trainer:
         """The measured window: every step of every epoch, a validation after each, outside the window.
 
         `report` is told of the losses that are finished by then, without waiting for any. Raises UsageError as soon as
-        one of them is seen not to be finite.
+        one of them is seen not to be finite, and where a run has begun before, whole or not: it would go on from there.
         """
+        if self.meter.open or self.meter.stretches:
+            raise UsageError("this model has been trained already, at least in part; run all cells from the first on")
         torch.manual_seed(self.p.seed)
         watch = LossWatch(self.losses, report)
         self.validation = [self.validate(0)]

@@ -133,6 +133,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
         trainer.run()
 
 
+def test_a_run_that_was_broken_off_is_not_taken_up_again():
+    """Its cell may be run a second time: the record would hold more seconds and joules than steps."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(interrupted)
+    with pytest.raises(UsageError, match="trained already, at least in part; run all cells from the first on"):
+        trainer.run()
+
+
 def test_what_is_reported_is_what_was_finished():
     seen, trainer = [], make_trainer()
     trainer.run(lambda steps, losses: seen.append((steps, losses.copy())), reports=10)

@@ -240,8 +240,8 @@ def live(folder):
     stage(start=start, shape="real")
     meter, path = train(11, lambda *_: time.sleep(0.5), folder)
     walls = [(stretch.begin_wall_s, stretch.end_wall_s) for stretch in meter.stretches]
-    true_j = sum(pynvml.true_joules(*wall, "real", start) for wall in walls)
-    return {"record": str(path), "true_j": true_j, "trace_j": meter.trace_j, "samples": len(meter.trace.times_s)}
+    true_j = [pynvml.true_joules(*wall, "real", start) for wall in walls]
+    return {"record": str(path), "true_j": true_j, "trace_j": meter.trace_j}
 
 
 def lost(folder):
