@@ -70,6 +70,7 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict]) -> record.
     if at_context is None:
         reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
     padding_share = 1 - seen[-1] / (trainer.steps * trainer.rows_per_step * p.context)
+    power_time_s, power_w = trainer.meter.power()
     checks = selfcheck.checks(trainer.meter, metrics, reasons, padding_share)
     return record.Record(
         name=parameters.run_name(values),
@@ -94,7 +95,8 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict]) -> record.
             epoch_time_s=trainer.meter.stretches_s,
             epoch_energy_j=[] if energy_j is None else trainer.meter.gpu_counter.stretches_j,
             log=trainer.meter.log(),
-            power_w=trainer.meter.power_w(),
+            power_time_s=power_time_s,
+            power_w=power_w,
             inference=latencies,
         ),
         null_reasons=reasons,

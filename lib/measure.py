@@ -209,12 +209,14 @@ class Meter:
         rows = zip(steps, seconds, energies, strict=True)
         return [{"step": step, "time_s": time_s, "energy_j": joules} for step, time_s, joules in rows]
 
-    def power_w(self) -> list[float]:
-        """The power trace as means over equal parts of the window, `POWER_PARTS` at most; empty without a trace."""
+    def power(self) -> tuple[list[float], list[float]]:
+        """The power trace as means over equal parts of the window, `POWER_PARTS` at most: their middles in seconds, and
+        watts. Empty without a trace."""
         if self.trace_j is None:
-            return []
+            return [], []
         parts = min(POWER_PARTS, max(1, round(self.window_s / energy.TRACE_PERIOD_S)))
-        return [round(watts, 1) for watts in self.trace.mean_watts(self._walls(), parts).tolist()]
+        middles_s = (np.arange(parts) + 0.5) * self.window_s / parts
+        return middles_s.round(3).tolist(), self.trace.mean_watts(self._walls(), parts).round(1).tolist()
 
     def metrics(self) -> tuple[dict, dict]:
         """The window's metrics, and the reasons for those that are None."""

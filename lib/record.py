@@ -135,7 +135,8 @@ class Series(Strict):
     epoch_time_s: list[float]
     epoch_energy_j: list[float]  # empty where the run has no energy
     log: list[LogPoint]
-    power_w: list[float]  # means over as many equal parts of the window; empty without a trace
+    power_time_s: list[float]  # middles of equal parts of the window; empty without a power trace
+    power_w: list[float]  # means over them
     inference: list[Latency]
 
 

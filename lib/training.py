@@ -78,7 +78,8 @@ class Trainer:
         Weights, optimizer and random state are as before when it returns, so the window begins at token 0 of training.
         """
         seconds = []
-        with self._without_trace():
+        with self.untouched():
+            self.model.train()
             for step in range(self.p.warmup_steps):
                 begin = time.perf_counter()
                 self._step(step, self.steps)
@@ -93,28 +94,33 @@ class Trainer:
             for step in range(min(steps, len(self.rows))):
                 self._step(step, self.steps)
 
-        with self._without_trace():
+        with self.untouched():
+            self.model.train()
             self.busy = busy_share(self.device, some_steps)
         return self.busy
 
     @contextlib.contextmanager
-    def _without_trace(self):
-        """Weights, optimizer, losses and random state are afterwards as before, and where they were in memory."""
+    def untouched(self):
+        """Steps taken inside leave weights, optimizer, random state and the run's series as they were before."""
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
-        states = {w: {name: t.to("cpu", copy=True) for name, t in s.items()} for w, s in self.optimizer.state.items()}
-        losses, useful_tokens = self.losses.clone(), self.useful_tokens.copy()
-        random = torch.get_rng_state()
-        self.model.train()
-        yield
-        self.model.load_state_dict(weights)
-        with torch.no_grad():
-            for weight, state in self.optimizer.state.items():
-                for name, tensor in state.items():
-                    before = states.get(weight, {}).get(name)
-                    tensor.zero_() if before is None else tensor.copy_(before)  # AdamW starts from zeros
-            self.losses.copy_(losses)
-        self.useful_tokens[:] = useful_tokens
-        torch.set_rng_state(random)
+        moments = {
+            weight: {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            for weight, state in self.optimizer.state.items()
+        }
+        series = self.losses.clone(), self.useful_tokens.copy()
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.load_state_dict(weights)
+            with torch.no_grad():
+                for weight, state in self.optimizer.state.items():
+                    for name, tensor in state.items():  # in place, so that memory stays where it is
+                        # AdamW's state starts from zeros.
+                        tensor.copy_(moments[weight][name]) if weight in moments else tensor.zero_()
+            self.losses.copy_(series[0])
+            self.useful_tokens[:] = series[1]
 
     def run(self, report: Report | None = None, reports: int = 50) -> None:
         """The measured window: every step of every epoch, a validation after each, outside the window.
@@ -141,6 +147,17 @@ class Trainer:
 
     def _step(self, step: int, steps: int) -> None:
         """One optimizer step over `accumulation` batches; the loss stays on the device."""
+        total = self.passes(step)
+        if self.p.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.p, steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses[step % self.steps] = total
+
+    def passes(self, step: int, backward: bool = True) -> torch.Tensor:
+        """Forward and backward over the batches of one step; returns its loss, on the device."""
         batches = [self.corpus.train.batch(rows) for rows in self.rows[step]]
         # The loss of a batch of `accumulation` parts is the mean over all their tokens, not the mean of means.
         predicted = torch.tensor(sum(_useful(labels[:, 1:]) for _, labels in batches))
@@ -152,15 +169,10 @@ class Trainer:
                 loss = self.forward(
                     self._to_device(ids), labels=self._to_device(labels), use_cache=False, num_items_in_batch=predicted
                 ).loss
-            loss.backward()
+            if backward:
+                loss.backward()
             total = total + loss.detach()
-        if self.p.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.p, steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses[step % self.steps] = total
+        return total
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":

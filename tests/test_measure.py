@@ -88,7 +88,7 @@ def test_a_wall_clock_that_jumps_in_a_stretch_or_between_two_is_seen(monkeypatch
         monkeypatch.undo()
         assert meter.clock_jump_s == pytest.approx(5.0, abs=0.05)
         meter.trace = energy.Trace(np.array([0.0]), np.array([100.0]))
-        assert meter.trace_j is None and meter.power_w() == []
+        assert meter.trace_j is None and meter.power() == ([], [])
 
 
 def test_marks_are_seconds_of_the_window_and_not_of_what_lies_between():

@@ -140,7 +140,7 @@ def test_a_real_run_under_zeus_and_its_process_is_true_and_synthetic(said):
     assert live["trace_j"] == pytest.approx(sum(live["true_j"]), rel=0.05)
     assert result.series.log[-1].step == 22
     assert 0.8 < result.series.log[-1].energy_j / result.metrics.energy_j < 1  # the window ends half a second later
-    assert 50 < len(result.series.power_w) <= 600
+    assert 50 < len(result.series.power_w) == len(result.series.power_time_s) <= 600
     verdicts = {check.check: check.verdict for check in result.checks}
     assert verdicts["counter_against_power"] == "green" and verdicts["idle"] == "null"
     assert "window_length" in result.flags and len(result.gpu_states) == 3

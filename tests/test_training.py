@@ -219,7 +219,7 @@ def test_steps_that_are_profiled_after_the_run_leave_no_trace():
     tensors = [*trainer.model.parameters(), *states, trainer.losses]
     before = [tensor.detach().clone() for tensor in tensors]
     useful_tokens = trainer.useful_tokens.copy()
-    with trainer._without_trace():
+    with trainer.untouched():
         for step in range(3):
             trainer._step(step, trainer.steps)
         assert not torch.equal(before[0], tensors[0])

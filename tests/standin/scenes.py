@@ -119,7 +119,7 @@ def replay():
                             "trace_j": meter.trace_j,
                             "reading": meter.energy(),
                             "log": meter.log(),
-                            "power_w": meter.power_w(),
+                            "power_w": meter.power()[1],
                         }
                     )
     return rows
