@@ -4,11 +4,9 @@ import statistics
 
 import pandas as pd
 
-from lib import attention, environment, measure, parameters, record
+from lib import attention, energy, environment, measure, parameters, record, selfcheck
 from lib.errors import one_sentence_when_out_of_memory
 from lib.model import skeleton
-
-ENERGY_FLAGGED_BELOW_S = 30.0
 
 
 def costs(model, p) -> pd.DataFrame:
@@ -31,7 +29,7 @@ def costs(model, p) -> pd.DataFrame:
 
 
 @one_sentence_when_out_of_memory()
-def make_record(p, trainer, certificate: dict, latencies: list[dict], utilization) -> record.Record:
+def make_record(p, trainer, certificate: dict, latencies: list[dict]) -> record.Record:
     """The record of a finished run. Raises ValueError where something that must be there is not."""
     values = vars(p)
     model, device = trainer.model, trainer.device
@@ -41,6 +39,9 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], utilizatio
     on_paper = measure.flops(model, p.context)
     step_flops = 3 * on_paper["forward_flops_useful"] * p.batch_size * p.accumulation  # backward costs two forwards
     window_s, energy_j = metrics["time_s"], metrics["energy_j"]
+    useful_flops_per_s = step_flops * trainer.steps / window_s
+    surroundings = environment.describe(device)
+    mfu = measure.mfu(useful_flops_per_s, surroundings["device_name"], trainer.precision)
     at_context = next((row for row in latencies if row["context"] == p.context), None)
 
     def at_training_context(name):
@@ -50,10 +51,11 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], utilizatio
         "time_per_epoch_s": window_s / p.epochs,
         "useful_tokens_per_s": seen[-1] / window_s,
         "energy_per_useful_token_j": None if energy_j is None else energy_j / seen[-1],
-        "gpu_utilization_percent": utilization.joules,
+        "gpu_busy_share": trainer.busy.joules,
         **on_paper,
         "forward_flops_counted": measure.counted_flops(model, p.context, trainer.autocast),
-        "useful_flops_per_s": step_flops * trainer.steps / window_s,
+        "useful_flops_per_s": useful_flops_per_s,
+        "mfu": mfu.joules,
         "train_loss": statistics.fmean(losses[-p.steps_per_epoch :]),
         "validation_loss": trainer.validation[-1]["loss"],
         "prefill_latency_s": at_training_context("prefill_latency_s"),
@@ -64,12 +66,17 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], utilizatio
     }
     if energy_j is None:
         reasons["energy_per_useful_token_j"] = reasons["energy_j"]
-    if utilization.joules is None:
-        reasons["gpu_utilization_percent"] = utilization.reason
+    for name, reading in (("gpu_busy_share", trainer.busy), ("mfu", mfu)):
+        if reading.joules is None:
+            reasons[name] = reading.reason
     if at_context is None:
         reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
+    padding_share = 1 - seen[-1] / (trainer.steps * trainer.rows_per_step * p.context)
+    power_time_s, power_w = trainer.meter.power()
+    checks = selfcheck.checks(trainer.meter, metrics, reasons, padding_share)
     return record.Record(
         name=parameters.run_name(values),
+        provenance=energy.provenance(),
         finished_at=record.now(),
         label=parameters.display_name(values),
         attention=p.attention,
@@ -78,7 +85,7 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], utilizatio
         setting=parameters.setting(values),
         parameters=values,
         sitting=record.sitting(),
-        environment=environment.describe(device),
+        environment=surroundings,
         data=trainer.corpus.facts,
         certificate=record.Certificate(**certificate),
         kernels=measure.kernels(model, p.context, trainer.autocast),
@@ -88,11 +95,16 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], utilizatio
             useful_tokens=seen,
             validation=trainer.validation,
             epoch_time_s=trainer.meter.stretches_s,
-            epoch_energy_j=trainer.meter.gpu_counter.stretches_j,
+            epoch_energy_j=[] if energy_j is None else trainer.meter.gpu_counter.stretches_j,
+            log=trainer.meter.log(),
+            power_time_s=power_time_s,
+            power_w=power_w,
             inference=latencies,
         ),
         null_reasons=reasons,
-        flags=_flags(trainer, energy_j),
+        gpu_states=trainer.meter.states,
+        checks=checks,
+        flags=[check.check for check in checks if check.verdict == "flagged"],
     )
 
 
@@ -112,13 +124,6 @@ def measured(result: record.Record) -> pd.DataFrame:
     return pd.DataFrame({"measured": texts})
 
 
-def _flags(trainer, energy_j) -> list[str]:
-    """What a reader should know before using the numbers."""
-    flags = []
-    if energy_j is not None and trainer.meter.window_s < ENERGY_FLAGGED_BELOW_S:
-        flags.append("window_under_30_s")
-    if trainer.device.type == "cuda" and trainer.meter.foreign_processes is None:
-        flags.append("other_processes_unknown")
-    if trainer.p.compile:
-        flags.append("compiled")
-    return flags
+def self_check(result: record.Record) -> pd.DataFrame:
+    """The record's checks as a reader sees them."""
+    return pd.DataFrame([{"check": c.check, "verdict": c.verdict, "says": c.says} for c in result.checks])

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lib import energy
+
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "zeus", "papermill", "pandas", "matplotlib", "numpy")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -60,33 +62,68 @@ def _gpu(device: torch.device) -> dict:
     """The card as it is found; nothing is ever set. Null where NVML does not answer a question."""
     import pynvml
 
-    from lib.energy import nvml_handle
-
-    def ask(question, *words):
-        try:
-            answer = question(*words)
-        except pynvml.NVMLError:
-            return None
-        return answer.decode() if isinstance(answer, bytes) else answer
-
     properties = torch.cuda.get_device_properties(device)
     facts = {
-        "uuid": f"GPU-{properties.uuid}",
+        "uuid": energy.card_uuid(device),
         "memory_bytes": properties.total_memory,
         "capability": f"{properties.major}.{properties.minor}",
         "cuda": torch.version.cuda,
     }
     try:
-        handle = nvml_handle(device)
+        handle = energy.nvml_handle(device)
     except (pynvml.NVMLError, ValueError):
         return facts
-    limit_mw = ask(pynvml.nvmlDeviceGetPowerManagementLimit, handle)
     return facts | {
-        "driver": ask(pynvml.nvmlSystemGetDriverVersion),
-        "power_limit_w": None if limit_mw is None else limit_mw / 1000,
-        "sm_clock_mhz": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "max_sm_clock_mhz": ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-        "temperature_c": ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-        "persistence_mode": ask(pynvml.nvmlDeviceGetPersistenceMode, handle),
+        "driver": _ask(pynvml.nvmlSystemGetDriverVersion),
+        "max_sm_clock_mhz": _ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        "persistence_mode": _ask(pynvml.nvmlDeviceGetPersistenceMode, handle),
     }
+
+
+def gpu_state(device: torch.device) -> dict | None:
+    """What drifts while a card works: clock, heat, what holds the clock down, and for how long it has so far.
+
+    None without a GPU or an answer; a value is None where NVML does not answer that question.
+    """
+    import pynvml
+
+    if energy.card_uuid(device) is None:
+        return None
+    try:
+        handle = energy.nvml_handle(device)
+    except (pynvml.NVMLError, ValueError):
+        return None
+    limit_mw = _ask(pynvml.nvmlDeviceGetPowerManagementLimit, handle)
+    reasons = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    policies = (pynvml.NVML_PERF_POLICY_POWER, pynvml.NVML_PERF_POLICY_THERMAL)
+    held = [_ask(pynvml.nvmlDeviceGetViolationStatus, handle, policy) for policy in policies]
+    return {
+        "sm_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "temperature_c": _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
+        "performance_state": _ask(pynvml.nvmlDeviceGetPerformanceState, handle),
+        "power_limit_w": None if limit_mw is None else limit_mw / 1000,
+        "throttle_reasons": None if reasons is None else [name for bit, name in THROTTLE.items() if reasons & bit],
+        "held_down_s": None if None in held else sum(status.violationTime for status in held) / 1e9,
+    }
+
+
+# Of NVML's reasons for a lower clock those that slow a working card (nvml.h, nvmlClocksEventReasons).
+THROTTLE = {
+    0x04: "power cap",
+    0x08: "hardware slowdown",
+    0x20: "heat (software)",
+    0x40: "heat (hardware)",
+    0x80: "power brake",
+}
+
+
+def _ask(question, *words):
+    """NVML's answer, or None where it has none."""
+    import pynvml
+
+    try:
+        answer = question(*words)
+    except pynvml.NVMLError:
+        return None
+    return answer.decode() if isinstance(answer, bytes) else answer

@@ -1,19 +1,37 @@
 """What a run costs besides joules: time, memory, CPU, disk, FLOPs, latency, size, kernels."""
 
 import contextlib
+import itertools
+import math
 import resource
 import statistics
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import energy
+from lib import energy, environment
 from lib.errors import one_sentence_when_out_of_memory
+
+FLAGGED_DISAGREEMENT, REFUSED_DISAGREEMENT = 0.05, 0.10  # of the power trace's integral from the counter
+CLOCK_JUMP_S = 0.1  # a trace whose clock jumped by more cannot be laid over the window
+POWER_PARTS = 600  # of the power trace in a record
+
+
+class Stretch(NamedTuple):
+    """Begin and end of a measured stretch, by the steady clock and by the wall clock, which the power trace goes by."""
+
+    begin_s: float
+    end_s: float
+    begin_wall_s: float
+    end_wall_s: float
 
 
 class Meter:
@@ -21,42 +39,112 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.on_card = energy.card_uuid(device) is not None
         self.gpu_counter = energy.gpu_counter(device)
         self.cpu_counter = energy.cpu_counter()
-        self.stretches_s: list[float] = []
+        self.idle_power = energy.Reading(None, self.gpu_counter.reason or "not_asked_for")  # watts
+        self.stretches: list[Stretch] = []
+        self.marks: list[tuple[int, float]] = []  # (step, seconds of the window until the device got there)
+        self.states: list[dict] = []  # the GPU's clocks and heat, at the begin and after each stretch
+        self.trace: energy.Trace | None = None
+        self.utilization = energy.Reading(None, "not_asked_for" if device.type == "cuda" else "no_gpu")  # percent
         self.cpu_time_s = 0.0
         self.disk_bytes = 0
-        self.foreign_processes = 0
         self.open = False
+        self._others: list[int | None] = []
+        self._marked: list = []
         self._peaks = {"allocated": 0, "reserved": 0, "resident": 0}
         self._resident_resettable = True
+
+    @property
+    def stretches_s(self) -> list[float]:
+        return [stretch.end_s - stretch.begin_s for stretch in self.stretches]
 
     @property
     def window_s(self) -> float:
         return sum(self.stretches_s)
 
+    @property
+    def foreign_processes(self) -> int | None:
+        """The most other processes seen on the GPU; None where none was seen but the list could not always be read."""
+        seen = max((others for others in self._others if others is not None), default=0)
+        return seen or (None if None in self._others else 0)
+
+    def rest(self, idle_s: float) -> energy.Reading:
+        """Mean power in watts of the idle card with the model loaded, over `idle_s` seconds; 0 asks for none.
+
+        Only where the card has a counter; else it returns at once, with the reason.
+        """
+        counter = energy.Counter(self.gpu_counter.field, self.gpu_counter.monitor, self.gpu_counter.reason)
+        if idle_s and counter.monitor is not None:
+            synchronize(self.device)
+            counter.begin()
+            begin = time.perf_counter()
+            time.sleep(idle_s)
+            slept_s = time.perf_counter() - begin
+            counter.end()
+            idle = counter.reading(slept_s)
+            if energy.foreign_processes(self.device):
+                idle = energy.Reading(None, "foreign_process")
+            self.idle_power = energy.Reading(idle.joules and idle.joules / slept_s, idle.reason)
+        return self.idle_power
+
+    @contextlib.contextmanager
+    def watching(self):
+        """Power and utilization are sampled while the block inside it runs, by processes of their own."""
+        power, utilization = energy.PowerMonitor(self.device), Utilization(self.device)
+        try:
+            yield
+        finally:
+            self.utilization, self.trace = utilization.mean_percent(), power.stop()
+
     @contextlib.contextmanager
     def stretch(self):
         """Measures the block inside it, from an idle device to an idle device."""
+        if not self.stretches:
+            self._look_around()
         self._reset_peaks()
+        self._marked = []
         synchronize(self.device)
         self.gpu_counter.begin()
         self.cpu_counter.begin()
-        disk_before, cpu_before, begin = _disk_bytes(), time.process_time(), time.perf_counter()
+        disk_before, cpu_before = _disk_bytes(), time.process_time()
+        begin_wall_s, begin_s = time.time(), time.perf_counter()
+        begun = self._now()
         self.open = True
         yield
         synchronize(self.device)
         self.open = False
-        self.stretches_s.append(time.perf_counter() - begin)
-        self.cpu_time_s += time.process_time() - cpu_before
+        end_s, end_wall_s = time.perf_counter(), time.time()
         self.gpu_counter.end()
         self.cpu_counter.end()
+        self.cpu_time_s += time.process_time() - cpu_before
+        before_s = self.window_s
+        self.marks += [(step, before_s + _between_s(begun, moment)) for step, moment in self._marked]
+        self.stretches.append(Stretch(begin_s, end_s, begin_wall_s, end_wall_s))
         disk_after = _disk_bytes()
         self.disk_bytes = None if disk_after is None else self.disk_bytes + disk_after - disk_before
         self._read_peaks()
-        if self.device.type == "cuda" and self.foreign_processes is not None:
-            others = energy.foreign_processes(self.device)
-            self.foreign_processes = None if others is None else max(self.foreign_processes, others)
+        self._look_around()
+
+    def mark(self, step: int) -> None:
+        """Notes, without waiting, when the device has finished what it was given so far: `step` steps."""
+        self._marked.append((step, self._now()))
+
+    def _now(self):
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _look_around(self):
+        """The card's state, and how many others compute on it."""
+        state = environment.gpu_state(self.device)
+        if state is not None:
+            self.states.append(state)
+        if self.on_card:
+            self._others.append(energy.foreign_processes(self.device))
 
     def _reset_peaks(self):
         if self.device.type == "cuda":
@@ -80,17 +168,72 @@ class Meter:
         for name, value in now.items():
             self._peaks[name] = max(self._peaks[name], value)
 
+    @property
+    def clock_jump_s(self) -> float:
+        """By how much the wall clock has left the steady one, at most, between two readings of both."""
+        both = [pair for s in self.stretches for pair in ((s.begin_s, s.begin_wall_s), (s.end_s, s.end_wall_s))]
+        return max((abs((w1 - w0) - (s1 - s0)) for (s0, w0), (s1, w1) in itertools.pairwise(both)), default=0.0)
+
+    def _walls(self) -> list[tuple[float, float]]:
+        return [(stretch.begin_wall_s, stretch.end_wall_s) for stretch in self.stretches]
+
+    @property
+    def trace_j(self) -> float | None:
+        """The power trace's integral over the stretches; None without a trace that can be laid over them."""
+        if self.trace is None or self.clock_jump_s > CLOCK_JUMP_S or self.trace.times_s[0] > self._walls()[0][0]:
+            return None
+        return float(self.trace.joules_by(self._walls(), sum(end - begin for begin, end in self._walls())))
+
+    @property
+    def disagreement(self) -> float | None:
+        """The power trace's integral against the counter, as a share of the counter; None where one is missing."""
+        counted, integral_j = self.gpu_counter.reading(self.window_s).joules, self.trace_j
+        return None if counted is None or integral_j is None else integral_j / counted - 1
+
+    def energy(self) -> energy.Reading:
+        """The GPU's joules over the window, after every gate."""
+        counted = self.gpu_counter.reading(self.window_s)
+        if counted.joules is not None and self.foreign_processes:
+            return energy.Reading(None, "foreign_process")
+        if self.disagreement is not None and abs(self.disagreement) > REFUSED_DISAGREEMENT:
+            return energy.Reading(None, "counter_power_disagree")
+        return counted
+
+    def log(self) -> list[dict]:
+        """The marked steps: seconds of the window until then, and joules, the trace scaled to the window's counter."""
+        steps, seconds = zip(*self.marks, strict=True) if self.marks else ((), ())
+        joules, integral_j = self.energy().joules, self.trace_j
+        if joules is None or integral_j is None:
+            energies = [None] * len(steps)
+        else:
+            energies = (self.trace.joules_by(self._walls(), np.array(seconds)) * joules / integral_j).tolist()
+        rows = zip(steps, seconds, energies, strict=True)
+        return [{"step": step, "time_s": time_s, "energy_j": joules} for step, time_s, joules in rows]
+
+    def power(self) -> tuple[list[float], list[float]]:
+        """The power trace as means over equal parts of the window, `POWER_PARTS` at most: their middles in seconds, and
+        watts. Empty without a trace."""
+        if self.trace_j is None:
+            return [], []
+        parts = min(POWER_PARTS, max(1, round(self.window_s / energy.TRACE_PERIOD_S)))
+        middles_s = (np.arange(parts) + 0.5) * self.window_s / parts
+        return middles_s.round(3).tolist(), self.trace.mean_watts(self._walls(), parts).round(1).tolist()
+
     def metrics(self) -> tuple[dict, dict]:
         """The window's metrics, and the reasons for those that are None."""
         window_s = self.window_s
-        gpu, cpu = self.gpu_counter.reading(window_s), self.cpu_counter.reading(window_s)
-        if gpu.joules is not None and self.foreign_processes:
-            gpu = energy.Reading(None, "foreign_process")
+        gpu, cpu, idle = self.energy(), self.cpu_counter.reading(window_s), self.idle_power
+        if gpu.joules is not None and idle.joules is not None and idle.joules * window_s >= gpu.joules:
+            idle = energy.Reading(None, "not_idle")
+        net = None if gpu.joules is None or idle.joules is None else gpu.joules - idle.joules * window_s
         on_gpu = self.device.type == "cuda"
         values = {
             "time_s": window_s,
             "energy_j": gpu.joules,
             "mean_power_w": None if gpu.joules is None else gpu.joules / window_s,
+            "idle_power_w": idle.joules,
+            "net_energy_j": net,
+            "gpu_utilization_percent": self.utilization.joules,
             "cpu_energy_j": cpu.joules,
             "cpu_time_s": self.cpu_time_s,
             "cpu_cores_used": self.cpu_time_s / window_s,
@@ -100,10 +243,17 @@ class Meter:
             "peak_resident_bytes": self._peaks["resident"] if not on_gpu and self._resident_resettable else None,
         }
         reasons = {"energy_j": gpu.reason, "mean_power_w": gpu.reason, "cpu_energy_j": cpu.reason}
+        reasons |= {"idle_power_w": idle.reason, "net_energy_j": gpu.reason or idle.reason}
+        reasons["gpu_utilization_percent"] = self.utilization.reason
         reasons["peak_memory_bytes"] = reasons["peak_reserved_memory_bytes"] = "no_gpu"
         reasons["peak_resident_bytes"] = "gpu_run" if on_gpu else "peak_not_resettable"
         reasons["disk_bytes"] = "not_counted_here"
         return values, {name: reasons[name] for name, value in values.items() if value is None}
+
+
+def _between_s(begin, end) -> float:
+    """Seconds between two moments of `Meter._now`; the device has to have passed both."""
+    return begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin
 
 
 class Utilization:
@@ -114,7 +264,7 @@ class Utilization:
         self.reason = "no_gpu"
         self.samples = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the process ended
         if device.type == "cuda":
-            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            uuid = energy.card_uuid(device)
             query = f"nvidia-smi -i {uuid} --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 500"
             try:
                 self.process = subprocess.Popen(query.split(), stdout=self.samples, stderr=subprocess.DEVNULL)
@@ -131,6 +281,67 @@ class Utilization:
         lines = [line.strip() for line in self.samples.read().splitlines()]
         numbers = [float(line) for line in lines if line.replace(".", "", 1).isdigit()]
         return energy.Reading(statistics.fmean(numbers)) if numbers else energy.Reading(None, "nvidia_smi_unavailable")
+
+
+# Dense peaks in FLOP/s (no sparsity) by the name that CUDA gives a card: bf16 on tensor cores, fp32 on the others, as
+# PyTorch multiplies float32 unless TF32 is asked for. From NVIDIA's data sheets of H100 and H200 (SXM), A100 and L40S,
+# and the Ada whitepaper's table of the RTX 4090 (bf16 with fp32 accumulation).
+PEAK_FLOPS_PER_S = {
+    "NVIDIA H200": {"bf16": 989.4e12, "fp32": 66.9e12},
+    "NVIDIA H100 80GB HBM3": {"bf16": 989.4e12, "fp32": 66.9e12},
+    "NVIDIA A100-SXM4-40GB": {"bf16": 312e12, "fp32": 19.5e12},
+    "NVIDIA A100-SXM4-80GB": {"bf16": 312e12, "fp32": 19.5e12},
+    "NVIDIA A100-PCIE-40GB": {"bf16": 312e12, "fp32": 19.5e12},
+    "NVIDIA A100 80GB PCIe": {"bf16": 312e12, "fp32": 19.5e12},
+    "NVIDIA L40S": {"bf16": 362.05e12, "fp32": 91.6e12},
+    "NVIDIA GeForce RTX 4090": {"bf16": 165.2e12, "fp32": 82.6e12},
+}
+
+
+def mfu(useful_flops_per_s: float, device_name: str, precision: str) -> energy.Reading:
+    """Model FLOPs utilization (Chowdhery et al. 2022, appendix B): useful FLOP/s over the device's dense peak.
+
+    `precision` is bf16 or fp32. Where the peak is not in the table, a CPU's too: None and `peak_unknown`.
+    """
+    if device_name not in PEAK_FLOPS_PER_S:
+        return energy.Reading(None, "peak_unknown")
+    return energy.Reading(useful_flops_per_s / PEAK_FLOPS_PER_S[device_name][precision])
+
+
+def busy_share(device: torch.device, run: Callable[[], None]) -> energy.Reading:
+    """Share of the time of `run()` in which the GPU computes: kernels of one run, profiled, over the time of another.
+
+    Two runs, so that the profiler's own time, which is the host's, is not taken for waiting.
+    """
+    if device.type != "cuda":
+        return energy.Reading(None, "no_gpu")
+    from torch.profiler import ProfilerActivity, profile
+
+    synchronize(device)
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    wall_s = time.perf_counter() - begin
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        synchronize(device)
+    return energy.Reading(min(1.0, covered(_on_device(profiler.events())) / 1e6 / wall_s))
+
+
+def _on_device(events) -> list[tuple[float, float]]:
+    """Begin and end in microseconds of what ran on the GPU; a named region there spans the gaps in it too."""
+    cuda = torch.autograd.DeviceType.CUDA
+    ran = [event for event in events if event.device_type == cuda and not event.is_user_annotation]
+    return [(event.time_range.start, event.time_range.end) for event in ran]
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals: kernels of two streams at once count once."""
+    total, reached = 0.0, -math.inf
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 def synchronize(device: torch.device) -> None:

@@ -26,17 +26,21 @@ REASONS = {
     "gpu_run": "not the memory that a GPU run is about",
     "nvml_unavailable": "NVIDIA's management library does not answer",
     "nvidia_smi_unavailable": "nvidia-smi does not answer",
+    "gpu_lost": "the GPU stopped answering NVIDIA's management library during the run",
     "mig": "the GPU is split (MIG) and its counter counts all parts",
     "counter_unsupported": "this GPU has no energy counter",
     "counter_zero": "the energy counter did not move",
     "counter_reset": "the energy counter went backwards",
     "window_too_short": "under 10 s, too short for the energy counter",
     "foreign_process": "another process ran on the GPU",
+    "counter_power_disagree": "the energy counter and the power trace differ by more than 10 %",
+    "not_idle": "the GPU drew as much before the run as in it",
     "rapl_unavailable": "no energy counter of the CPU (RAPL)",
-    "permission": "the CPU's energy counter may not be read by this user",
+    "permission": "this user may not read the energy counter",
+    "peak_unknown": "the device's peak FLOP/s is in no table of ours",
     "peak_not_resettable": "the system keeps no peak of its own for the window",
     "not_counted_here": "the system does not count it per process",
-    "not_asked_for": "the training context is not among inference_contexts",
+    "not_asked_for": "not asked for by the run's parameters",
 }
 
 Measured = Annotated[float | None, Field(allow_inf_nan=False)]
@@ -55,7 +59,10 @@ class Metrics(Strict):
     energy_j: Measured
     energy_per_useful_token_j: Measured
     mean_power_w: Measured
+    idle_power_w: Measured
+    net_energy_j: Measured
     gpu_utilization_percent: Measured
+    gpu_busy_share: Measured
     cpu_energy_j: Measured
     cpu_time_s: Measured
     cpu_cores_used: Measured
@@ -68,6 +75,7 @@ class Metrics(Strict):
     forward_flops_counted: Measured
     attention_core_share: Measured
     useful_flops_per_s: Measured
+    mfu: Measured
     train_loss: Measured
     validation_loss: Measured
     prefill_latency_s: Measured
@@ -94,12 +102,44 @@ class Latency(Strict):
     cache_bytes_analytic: int
 
 
+class LogPoint(Strict):
+    """How far the window was, on the device's clock, when a step was done; joules where counter and trace agree."""
+
+    step: int
+    time_s: float
+    energy_j: Measured
+
+
+class Check(Strict):
+    """One thing that a reviewer would ask of a run. What is flagged is one of the record's flags."""
+
+    check: str
+    value: Measured
+    limit: Measured
+    verdict: Literal["green", "flagged", "null"]
+    says: str
+
+
+class GpuState(Strict):
+    """What drifts while a GPU works; None where NVML does not say."""
+
+    sm_clock_mhz: int | None
+    temperature_c: int | None
+    performance_state: int | None
+    power_limit_w: float | None
+    throttle_reasons: list[str] | None
+    held_down_s: float | None  # since the driver was loaded, by power or heat
+
+
 class Series(Strict):
     train_loss: list[Measured]  # per step, nats per token
     useful_tokens: list[int]  # seen up to the end of each step
     validation: list[Point]
     epoch_time_s: list[float]
-    epoch_energy_j: list[float]  # empty where no energy was read
+    epoch_energy_j: list[float]  # empty where the run has no energy
+    log: list[LogPoint]
+    power_time_s: list[float]  # middles of equal parts of the window; empty without a power trace
+    power_w: list[float]  # means over them
     inference: list[Latency]
 
 
@@ -147,6 +187,8 @@ class Record(Strict):
     metrics: Metrics
     series: Series
     null_reasons: dict[str, Literal[tuple(REASONS)]]
+    gpu_states: list[GpuState]  # at the begin of the window and after each epoch; empty without a GPU
+    checks: list[Check]
     flags: list[str]
     content_sha256: str = ""  # of all the rest; filled on writing
 
@@ -156,6 +198,12 @@ class Record(Strict):
         if missing != set(self.null_reasons):
             odd = ", ".join(sorted(missing ^ set(self.null_reasons)))
             raise ValueError(f"a metric is null exactly where null_reasons says why; not so for {odd}")
+        return self
+
+    @model_validator(mode="after")
+    def every_flag_is_a_flagged_check(self):
+        if self.flags != [check.check for check in self.checks if check.verdict == "flagged"]:
+            raise ValueError("flags are the checks that are flagged")
         return self
 
 

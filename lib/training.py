@@ -2,14 +2,16 @@
 
 import contextlib
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from lib import corpus as corpora
-from lib.errors import LossNotFinite, one_sentence_when_out_of_memory
-from lib.measure import Meter, synchronize
+from lib.energy import Reading
+from lib.errors import LossNotFinite, UsageError, one_sentence_when_out_of_memory
+from lib.measure import Meter, busy_share, synchronize
 
 BETAS = (0.9, 0.95)  # GPT-3's (Brown et al. 2020, appendix B)
 FINAL_RATE = 0.1  # where the cosine ends, as a share of the peak rate (Hoffmann et al. 2022, section 3)
@@ -23,11 +25,16 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(precision: str, device: torch.device):
-    """A factory of contexts for `precision`: bf16 autocast or nothing. `auto`: bf16 on CUDA, fp32 on the CPU."""
-    bf16 = device.type == "cuda" if precision == "auto" else precision == "bf16"
-    if bf16:
+    """A factory of contexts for `precision`: bf16 autocast or nothing."""
+    if resolve_precision(precision, device) == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """`auto`: bf16 on CUDA, fp32 on the CPU."""
+    automatic = "bf16" if device.type == "cuda" else "fp32"
+    return automatic if precision == "auto" else precision
 
 
 def learning_rate(step: int, p, steps: int) -> float:
@@ -48,12 +55,14 @@ class Trainer:
         self.device = choose_device(p.device)
         self.model = model.to(self.device)
         self.forward = torch.compile(self.model) if p.compile else self.model
-        self.autocast = autocast(p.precision, self.device)
+        self.precision = resolve_precision(p.precision, self.device)
+        self.autocast = autocast(self.precision, self.device)
         self.steps = p.steps_per_epoch * p.epochs
         self.meter = Meter(self.device)
         self.losses = torch.full((self.steps,), math.nan, device=self.device)
         self.useful_tokens = np.zeros(self.steps, dtype=np.int64)
         self.validation: list[dict] = []
+        self.busy = Reading(None, "not_asked_for" if self.device.type == "cuda" else "no_gpu")
 
         decayed = [w for w in model.parameters() if w.dim() >= 2]
         others = [w for w in model.parameters() if w.dim() < 2]
@@ -69,31 +78,61 @@ class Trainer:
 
         Weights, optimizer and random state are as before when it returns, so the window begins at token 0 of training.
         """
-        import time
-
-        before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
-        self.model.train()
         seconds = []
-        for step in range(self.p.warmup_steps):
-            begin = time.perf_counter()
-            self._step(step, self.steps)
-            synchronize(self.device)
-            seconds.append(time.perf_counter() - begin)
-        self.model.load_state_dict(before)
-        with torch.no_grad():
-            for state in self.optimizer.state.values():
-                for tensor in state.values():
-                    tensor.zero_()  # AdamW starts from zeros; in place, so that memory stays where it is
-        self.losses.fill_(math.nan)
+        with self.untouched():
+            self.model.train()
+            for step in range(self.p.warmup_steps):
+                begin = time.perf_counter()
+                self._step(step, self.steps)
+                synchronize(self.device)
+                seconds.append(time.perf_counter() - begin)
         return seconds
+
+    def busy_share(self, steps: int = 5) -> Reading:
+        """Share of the time of some steps, of which no trace is left, in which the GPU computes; None on a CPU."""
+
+        def some_steps():
+            for step in range(min(steps, len(self.rows))):
+                self._step(step, self.steps)
+
+        with self.untouched():
+            self.model.train()
+            self.busy = busy_share(self.device, some_steps)
+        return self.busy
+
+    @contextlib.contextmanager
+    def untouched(self):
+        """Steps taken inside leave weights, optimizer, random state and the run's series as they were before."""
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+        moments = {
+            weight: {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            for weight, state in self.optimizer.state.items()
+        }
+        series = self.losses.clone(), self.useful_tokens.copy()
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.load_state_dict(weights)
+            with torch.no_grad():
+                for weight, state in self.optimizer.state.items():
+                    for name, tensor in state.items():  # in place, so that memory stays where it is
+                        # AdamW's state starts from zeros.
+                        tensor.copy_(moments[weight][name]) if weight in moments else tensor.zero_()
+            self.losses.copy_(series[0])
+            self.useful_tokens[:] = series[1]
 
     @one_sentence_when_out_of_memory()
     def run(self, report: Report | None = None, reports: int = 50) -> None:
         """The measured window: every step of every epoch, a validation after each, outside the window.
 
         `report` is told of the losses that are finished by then, without waiting for any. Raises LossNotFinite as soon
-        as one of them is seen not to be, OutOfMemory where memory runs out.
+        as one of them is seen not to be, OutOfMemory where memory runs out, UsageError where a run has begun before, whole
+        or not: it would go on from there.
         """
+        if self.meter.open or self.meter.stretches:
+            raise UsageError("this model has been trained already, at least in part; run all cells from the first on")
         torch.manual_seed(self.p.seed)
         watch = LossWatch(self.losses, report)
         self.validation = [self.validate(0)]
@@ -104,15 +143,27 @@ class Trainer:
                 for step in range(epoch * self.p.steps_per_epoch, (epoch + 1) * self.p.steps_per_epoch):
                     self._step(step, self.steps)
                     if (step + 1) % every == 0:
+                        self.meter.mark(step + 1)
                         watch.look(step + 1)
             watch.look(step + 1, wait=True)
             self.validation.append(self.validate(int(self.useful_tokens[: step + 1].sum())))
 
     def _step(self, step: int, steps: int) -> None:
         """One optimizer step over `accumulation` batches; the loss stays on the device."""
+        total = self.passes(step)
+        if self.p.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.p, steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses[step % self.steps] = total
+
+    def passes(self, step: int, backward: bool = True) -> torch.Tensor:
+        """Forward and backward over the batches of one step; returns its loss, on the device."""
         batches = [self.corpus.train.batch(rows) for rows in self.rows[step]]
         # The loss of a batch of `accumulation` parts is the mean over all their tokens, not the mean of means.
-        predicted = torch.tensor(sum(int((labels[:, 1:] != corpora.IGNORED).sum()) for _, labels in batches))
+        predicted = torch.tensor(sum(_labelled(labels[:, 1:]) for _, labels in batches))
         self.useful_tokens[step % self.steps] = self.corpus.train.lengths[self.rows[step]].sum()
         predicted = self._to_device(predicted)
         total = 0.0
@@ -121,15 +172,10 @@ class Trainer:
                 loss = self.forward(
                     self._to_device(ids), labels=self._to_device(labels), use_cache=False, num_items_in_batch=predicted
                 ).loss
-            loss.backward()
+            if backward:
+                loss.backward()
             total = total + loss.detach()
-        if self.p.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.p, steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses[step % self.steps] = total
+        return total
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
@@ -144,12 +190,17 @@ class Trainer:
         total, predicted = torch.zeros((), device=self.device), 0
         for first in range(0, count, self.p.batch_size):
             ids, labels = self.corpus.validation.batch(np.arange(first, min(first + self.p.batch_size, count)))
-            tokens = int((labels[:, 1:] != corpora.IGNORED).sum())
+            tokens = _labelled(labels[:, 1:])
             with self.autocast():
                 loss = self.model(self._to_device(ids), labels=self._to_device(labels), use_cache=False).loss
             total += loss.float() * tokens
             predicted += tokens
         return {"useful_tokens": useful_tokens, "loss": total.item() / predicted}
+
+
+def _labelled(labels: torch.Tensor) -> int:
+    """Tokens that the loss counts, on the host, where the labels are."""
+    return int(np.count_nonzero(labels.numpy() != corpora.IGNORED))
 
 
 class LossWatch:

@@ -6,7 +6,8 @@ from lib import record
 
 METRICS = {
     "time_s": 20.0, "time_per_epoch_s": 10.0, "useful_tokens_per_s": 5e3,
-    "energy_j": 4e3, "energy_per_useful_token_j": 0.04, "mean_power_w": 200.0, "gpu_utilization_percent": 90.0,
+    "energy_j": 4e3, "energy_per_useful_token_j": 0.04, "mean_power_w": 200.0, "idle_power_w": 80.0,
+    "net_energy_j": 2400.0, "gpu_utilization_percent": 90.0, "gpu_busy_share": 0.99, "mfu": 0.3,
     "cpu_energy_j": None, "cpu_time_s": 18.0, "cpu_cores_used": 0.9, "disk_bytes": 0.0,
     "peak_memory_bytes": 2e9, "peak_reserved_memory_bytes": 3e9, "peak_resident_bytes": None,
     "forward_flops_useful": 7e8, "forward_flops_dense": 8e8, "forward_flops_counted": 8e8,
@@ -17,6 +18,12 @@ METRICS = {
 PARAMETERS = {
     "layers": 2, "width": 32, "context": 16, "steps_per_epoch": 2, "epochs": 2, "batch_size": 4, "accumulation": 1,
     "dataset": "builtin",
+}  # fmt: skip
+CERTIFICATE = {
+    "causal": True, "prefix_equal": True, "mixes": True, "receptive_field": 9, "cached_equal": True,
+    "gpt2_projection": True, "gpt2_initialisation": True, "reference_difference": 0.0,
+    "reference_gradient_difference": 0.0, "parameters_vs_baseline": 1.0, "memory_growth": 1.0, "flops_growth": 2.0,
+    "passed": True,
 }  # fmt: skip
 
 
@@ -41,21 +48,18 @@ def make_record(label="sdpa", block=0, sitting="s1", certified=True, setting="0"
         "sitting": {"sitting": sitting, "block": block, "position": 0} if sitting else {},
         "environment": {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-1"}},
         "data": {},
-        "certificate": {
-            "causal": certified, "prefix_equal": True, "mixes": True, "receptive_field": 9, "cached_equal": True,
-            "gpt2_projection": True, "gpt2_initialisation": True, "reference_difference": 0.0,
-            "reference_gradient_difference": 0.0, "parameters_vs_baseline": 1.0, "memory_growth": 1.0,
-            "flops_growth": 2.0, "passed": certified,
-        },
+        "certificate": CERTIFICATE | {"causal": certified, "passed": certified},
         "kernels": {"forward": ["k"], "backward": ["k"]},
         "metrics": metrics,
         "series": {
             "train_loss": [6.0, 5.5, 5.2, 5.0], "useful_tokens": [64, 128, 192, 256],
             "validation": [{"useful_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
-            "epoch_energy_j": [], "inference": [{"context": context} | latency for context in (8, 16)],
+            "epoch_energy_j": [], "log": [{"step": 4, "time_s": 20.0, "energy_j": metrics["energy_j"]}],
+            "power_time_s": [10.0], "power_w": [200.0],
+            "inference": [{"context": context} | latency for context in (8, 16)],
         },
         "null_reasons": {name: reasons.get(name, "no_gpu") for name, value in metrics.items() if value is None},
-        "flags": [],
+        "gpu_states": [], "checks": [], "flags": [],
     }  # fmt: skip
     return record.Record.model_validate(fields | others)
 

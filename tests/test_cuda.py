@@ -1,5 +1,6 @@
 """What only a GPU can show: kernels, no synchronisation in the window, the counter."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from test_attention import HASHES
 from test_training import P, make_rows
 
-from lib import attention, corpus, energy, measure, training
+from lib import attention, corpus, measure, training
 from lib.model import build_model, gpt2_config
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -59,6 +60,7 @@ def test_nothing_synchronises_inside_a_step(name):
     try:
         for step in range(3):
             trainer._step(step, trainer.steps)
+            trainer.meter.mark(step + 1)
             watch.look(step + 1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -83,20 +85,32 @@ def test_kernels_are_named_forward_and_backward(name):
     assert names["forward"] and names["backward"]
 
 
-def test_the_counter_moves_by_a_plausible_power():
-    """Ten seconds of matrix products: between idle and twice the card's limit."""
-    counter = energy.gpu_counter(CUDA)
-    if counter.monitor is None:
-        pytest.skip(f"no energy counter: {counter.reason}")
-    import time
-
+@pytest.mark.parametrize("square", [False, True], ids=["constant", "square"])
+def test_the_counter_agrees_with_the_power_trace(square):
+    """Eleven seconds of matrix products, without and with pauses of half a second in each."""
+    meter = measure.Meter(CUDA)
+    if meter.gpu_counter.monitor is None:
+        pytest.skip(f"no energy counter: {meter.gpu_counter.reason}")
     a = torch.randn(4096, 4096, device=CUDA, dtype=torch.bfloat16)
-    counter.begin()
-    begin = time.perf_counter()
-    while time.perf_counter() - begin < 10.5:
-        a @ a
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - begin
-    counter.end()
-    reading = counter.reading(seconds)
-    assert reading.reason is None and 20 < reading.joules / seconds < 2000
+    with meter.watching(), meter.stretch():
+        begin = time.perf_counter()
+        while (passed_s := time.perf_counter() - begin) < 11:
+            if square and passed_s % 1 > 0.5:
+                time.sleep(0.5)
+            a @ a
+            meter.mark(1)
+            torch.cuda.synchronize()
+    counted = meter.gpu_counter.reading(meter.window_s)
+    print(f"{counted.joules:.1f} J by the counter, the trace {meter.disagreement:+.2%} against it")
+    assert counted.reason is None and 20 < counted.joules / meter.window_s < 2000
+    assert abs(meter.disagreement) < measure.REFUSED_DISAGREEMENT
+    assert meter.log()[-1]["time_s"] == pytest.approx(meter.window_s, abs=0.6) and meter.states[-1]["sm_clock_mhz"] > 0
+
+
+@every_variant
+def test_the_gpu_s_busy_share_is_a_share_and_leaves_no_trace(name):
+    trainer = make_trainer(name)
+    trainer.warm_up()
+    before = [weight.detach().clone() for weight in trainer.model.parameters()]
+    assert 0 < trainer.busy_share().joules <= 1
+    assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))

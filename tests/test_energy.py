@@ -1,9 +1,14 @@
 """Joules come from a counter, or are null with the reason: never 0, never an estimate."""
 
+import os
 from types import SimpleNamespace
 
+import numpy as np
+import pynvml
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lib import energy, record
 
@@ -14,11 +19,13 @@ class FakeMonitor:
     def __init__(self, moves):
         self.moves, self.opened = list(moves), set()
 
-    def begin_window(self, key, restart=False):
+    def begin_window(self, key, sync_execution, restart=False):
+        assert not sync_execution  # Zeus would wait for the wrong device
         assert restart or key not in self.opened
         self.opened.add(key)
 
-    def end_window(self, key):
+    def end_window(self, key, sync_execution):
+        assert not sync_execution
         self.opened.remove(key)
         joules = self.moves.pop(0)
         return SimpleNamespace(gpu_energy=None if joules is None else {0: joules})
@@ -69,8 +76,6 @@ def test_every_reason_has_a_sentence():
 @pytest.fixture
 def nvml(monkeypatch):
     """A card as NVML shows it, with answers that a test may change."""
-    import pynvml
-
     answers = {"mig": [0, 0], "counter": 1, "init": None, "processes": []}
 
     def answer(name):
@@ -86,16 +91,15 @@ def nvml(monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMigMode", answer("mig"))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", answer("counter"))
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", answer("processes"))
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetIndex", lambda _: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="1-2-3"))
     return answers
 
 
 def test_a_card_without_a_usable_counter_gives_its_reason(nvml, monkeypatch):
-    import pynvml
-
     card, error = torch.device("cuda", 0), pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
     for change, reason in (
-        ({"init": error}, "nvml_unavailable"),
+        ({"init": pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)}, "nvml_unavailable"),
         ({"init": None, "mig": [1, 1]}, "mig"),
         ({"mig": error, "counter": error}, "counter_unsupported"),
     ):
@@ -111,9 +115,53 @@ def test_zeus_without_a_gpu_never_reads_as_0_joules(nvml):
     assert energy.gpu_counter(torch.device("cuda", 0)).reading(60.0) == (None, "nvml_unavailable")
 
 
-def test_other_processes_are_counted_or_unknown(nvml):
-    import os
+def test_a_trace_holds_each_value_until_the_next():
+    """Worked by hand: 100 W from 0 s, 300 W from 4 s, 200 W from 10 s; two stretches, and a gap that does not count."""
+    trace = energy.Trace(np.array([0.0, 4.0, 10.0]), np.array([100.0, 300.0, 200.0]))
+    stretches = [(1.0, 5.0), (9.0, 12.0)]
+    moments = {0: 0, 3: 300, 4: 600, 5: 900, 6: 1100, 7: 1300}  # seconds of the window: joules
+    assert trace.joules_by(stretches, np.array(list(moments))).tolist() == list(moments.values())
+    assert trace.mean_watts(stretches, 7).tolist() == [100, 100, 100, 300, 300, 200, 200]
 
+
+@given(
+    changes=st.lists(st.tuples(st.floats(0.01, 3), st.floats(1, 700)), min_size=1, max_size=20),
+    cuts=st.lists(st.floats(0.1, 20), min_size=1, max_size=4),
+)
+def test_values_that_did_not_change_may_be_left_out_of_a_trace(changes, cuts):
+    """What Zeus does: its own `get_energy`, by trapezoids, is wrong then; a held value is not."""
+    times = 1000 + np.cumsum([0.0, *(gap for gap, _ in changes)])
+    watts = np.array([50.0, *(watts for _, watts in changes)])
+    middles = (times[1:] + times[:-1]) / 2
+    full = energy.Trace(np.sort(np.concatenate([times, middles])), np.repeat(watts, 2)[: 2 * len(times) - 1])
+    ends = 1000 + np.cumsum(cuts)
+    stretches = list(zip(np.concatenate([[1000.0], ends[:-1] + 0.05]), ends, strict=True))
+    window_s = np.linspace(0, sum(end - begin for begin, end in stretches), 13)
+    sparse = energy.Trace(times, watts).joules_by(stretches, window_s)
+    assert sparse == pytest.approx(full.joules_by(stretches, window_s))
+    assert (np.diff(sparse) > 0).all()
+
+
+def test_a_counter_that_fails_ends_no_run_and_says_why():
+    class Broken(FakeMonitor):
+        def end_window(self, key, sync_execution):
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+
+    counter = energy.Counter("gpu_energy", Broken([]))
+    for _ in range(2):
+        counter.begin()
+        counter.end()
+    assert counter.reading(60.0) == (None, "gpu_lost")
+
+
+def test_without_a_gpu_there_is_no_trace_and_no_variable_is_changed(monkeypatch):
+    monkeypatch.setenv(energy.VISIBLE, "GPU-1-2-3")
+    assert energy.PowerMonitor(torch.device("cpu")).stop() is None
+    assert energy.cpu_counter().reading(60.0).reason in ("rapl_unavailable", "permission", "counter_zero")
+    assert os.environ[energy.VISIBLE] == "GPU-1-2-3"
+
+
+def test_other_processes_are_counted_or_unknown(nvml):
     card = torch.device("cuda", 0)
     own, other = SimpleNamespace(pid=os.getpid()), SimpleNamespace(pid=-1)
     for listed, expected in (([own], 0), ([own, other], 1), ([other], None)):

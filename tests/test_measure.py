@@ -2,11 +2,14 @@
 
 import os
 import stat
+import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from lib import measure
+from lib import energy, measure
 from lib.model import build_model, gpt2_config, skeleton
 from lib.training import autocast
 
@@ -72,6 +75,67 @@ def test_a_meter_adds_up_its_stretches_and_nothing_between():
     values, reasons = meter.metrics()
     assert len(meter.stretches_s) == 2 and values["time_s"] == pytest.approx(sum(meter.stretches_s))
     assert values["cpu_time_s"] > 0 and values["energy_j"] is None and reasons["energy_j"] == "no_gpu"
+
+
+def test_a_wall_clock_that_jumps_in_a_stretch_or_between_two_is_seen(monkeypatch):
+    for where in ("inside", "between"):
+        meter, ahead_s, wall = measure.Meter(CPU), [0.0], time.time
+        monkeypatch.setattr(measure.time, "time", lambda ahead_s=ahead_s, wall=wall: wall() + ahead_s[0])
+        for _ in range(2):
+            with meter.stretch():
+                ahead_s[0] += 5.0 if where == "inside" else 0.0
+            ahead_s[0] += 5.0 if where == "between" else 0.0
+        monkeypatch.undo()
+        assert meter.clock_jump_s == pytest.approx(5.0, abs=0.05)
+        meter.trace = energy.Trace(np.array([0.0]), np.array([100.0]))
+        assert meter.trace_j is None and meter.power() == ([], [])
+
+
+def test_marks_are_seconds_of_the_window_and_not_of_what_lies_between():
+    meter = measure.Meter(CPU)
+    for step in (1, 2):
+        with meter.stretch():
+            sum(range(200_000))
+            meter.mark(step)
+        sum(range(2_000_000))
+    first, second = (point["time_s"] for point in meter.log())
+    assert 0 < first <= meter.stretches_s[0] < second <= meter.window_s
+    assert [point["energy_j"] for point in meter.log()] == [None, None]
+
+
+def test_another_process_that_was_seen_once_stays_seen(monkeypatch):
+    for seen, expected in (((0, 0), 0), ((0, None), None), ((None, 2, 0), 2), ((2, None), 2)):
+        meter = measure.Meter(CPU)
+        meter._others = list(seen)
+        assert meter.foreign_processes == expected
+
+
+def test_without_a_gpu_idle_power_takes_no_time_and_has_its_reason(monkeypatch):
+    monkeypatch.setattr(measure.time, "sleep", None)
+    assert measure.Meter(CPU).rest(30.0) == (None, "no_gpu")
+
+
+def test_two_kernels_at_once_are_busy_once():
+    assert measure.covered([(0, 2), (5, 6), (1, 3), (5.5, 5.7)]) == 4
+    assert measure.covered([]) == 0
+    assert measure.busy_share(CPU, run=None) == (None, "no_gpu")
+
+
+def test_only_what_ran_on_the_gpu_is_busy_time():
+    def event(kind, begin, end, named=False):
+        span = SimpleNamespace(start=begin, end=end)
+        return SimpleNamespace(device_type=kind, time_range=span, is_user_annotation=named)
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [event(cuda, 0, 2), event(cpu, 0, 9), event(cuda, 0, 9, named=True), event(cuda, 5, 6)]
+    assert measure._on_device(events) == [(0, 2), (5, 6)]
+
+
+def test_mfu_is_useful_flops_over_the_device_s_peak():
+    assert measure.mfu(98.94e12, "NVIDIA H200", "bf16").joules == pytest.approx(0.1)
+    assert measure.mfu(16.52e12, "NVIDIA GeForce RTX 4090", "fp32").joules == pytest.approx(0.2)
+    for unknown in ("NVIDIA H200 MIG 1g.18gb", "some CPU"):
+        assert measure.mfu(1e12, unknown, "bf16") == (None, "peak_unknown")
 
 
 def test_the_resident_peak_is_the_window_s_own():

@@ -53,6 +53,9 @@ def test_a_null_without_a_reason_is_refused(name):
         {"schema_version": 2},
         {"unknown_field": 1},
         {"provenance": "guessed"},
+        {"flags": ["host_bound"]},
+        {"checks": [{"check": "host_bound", "value": 0.5, "limit": 0.95, "verdict": "flagged", "says": "so"}]},
+        {"checks": [{"check": "host_bound", "value": 0.5, "limit": 0.95, "verdict": "perhaps", "says": "so"}]},
     ],
 )
 def test_what_the_schema_does_not_know_is_refused(change):

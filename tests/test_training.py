@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import corpus, training
+from lib import attention, corpus, training
 from lib.errors import UsageError
 from lib.model import build_model, gpt2_config
 
@@ -132,6 +133,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
         trainer.run()
 
 
+def test_a_run_that_was_broken_off_is_not_taken_up_again():
+    """Its cell may be run a second time: the record would hold more seconds and joules than steps."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    trainer = make_trainer()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run(interrupted)
+    with pytest.raises(UsageError, match="trained already, at least in part; run all cells from the first on"):
+        trainer.run()
+
+
 def test_what_is_reported_is_what_was_finished():
     seen, trainer = [], make_trainer()
     trainer.run(lambda steps, losses: seen.append((steps, losses.copy())), reports=10)
@@ -154,3 +168,69 @@ def test_the_window_holds_training_and_not_validation(monkeypatch):
     assert {state for what, state in inside if what == "validate"} == {False}
     assert {state for what, state in inside if what == "step"} == {True}
     assert len(trainer.meter.stretches_s) == 2
+
+
+class Watch(TorchDispatchMode):
+    """Notes, inside the measured window alone, what would make the host wait for the device."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.trainer, self.seen = trainer, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if self.trainer.meter.open and function is torch.ops.aten._local_scalar_dense.default:
+            self.seen.append(function)
+        return function(*args, **kwargs or {})
+
+
+def waits(trainer, monkeypatch):
+    watch = Watch(trainer)
+    for name in ("item", "tolist", "cpu", "__bool__", "__float__", "__int__"):
+        asked = getattr(torch.Tensor, name)
+
+        def noted(tensor, *words, name=name, asked=asked):
+            watch.seen += [name] if trainer.meter.open else []
+            return asked(tensor, *words)
+
+        monkeypatch.setattr(torch.Tensor, name, noted)
+    with watch:
+        trainer.run()
+    monkeypatch.undo()
+    return watch.seen
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_nothing_in_the_window_waits_for_a_value(name, monkeypatch):
+    """`aten::_local_scalar_dense` is what `.item()`, `bool()` and an index by a tensor come down to."""
+    assert waits(make_trainer(name, steps_per_epoch=2), monkeypatch) == []
+
+
+def test_a_step_that_asks_for_its_loss_is_seen_to_wait(monkeypatch):
+    trainer = make_trainer(steps_per_epoch=2)
+    step = trainer._step
+    trainer._step = lambda *words: (step(*words), trainer.losses[0].item())
+    assert "item" in waits(trainer, monkeypatch)
+
+
+def test_steps_that_are_profiled_after_the_run_leave_no_trace():
+    trainer = run(dropout=0.1)
+    states = [t for state in trainer.optimizer.state.values() for t in state.values()]
+    random = torch.get_rng_state()
+    tensors = [*trainer.model.parameters(), *states, trainer.losses]
+    before = [tensor.detach().clone() for tensor in tensors]
+    useful_tokens = trainer.useful_tokens.copy()
+    with trainer.untouched():
+        for step in range(3):
+            trainer._step(step, trainer.steps)
+        assert not torch.equal(before[0], tensors[0])
+    assert all(torch.equal(one, other) for one, other in zip(before, tensors, strict=True))
+    assert np.array_equal(useful_tokens, trainer.useful_tokens) and torch.equal(random, torch.get_rng_state())
+    assert trainer.busy_share() == trainer.busy == (None, "no_gpu")
+
+
+def test_every_log_point_is_a_step_at_its_moment_of_the_window():
+    trainer = run(steps_per_epoch=7)
+    log = trainer.meter.log()
+    assert [point["step"] for point in log] == list(range(1, 15))
+    times = [point["time_s"] for point in log]
+    assert times == sorted(times) and times[-1] <= trainer.meter.window_s

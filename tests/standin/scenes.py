@@ -1,0 +1,268 @@
+"""What a measurement says of the stand-in's cards; run as a script, in a process that has the stand-in instead of NVML.
+
+`scenes.py replayed FOLDER` plays `replay` and `faults` by a clock of their own, so that a minute takes no time, and
+`scenes.py real FOLDER` plays `lost` and `live` by the real one; what they find is written to FOLDER. Imports stand in
+the functions: the processes that Zeus spawns import this file too.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+SCENARIO = Path(os.environ["NVML_STANDIN"])
+START = 1_000_000.0  # of the replayed clock
+
+
+def stage(**facts) -> None:
+    """Changes the scenario, whole or not at all: other processes read it."""
+    half = SCENARIO.with_suffix(".tmp")
+    half.write_text(json.dumps(facts))
+    os.replace(half, SCENARIO)
+
+
+class Clock:
+    """Seconds that pass only where `sleep` says so; the wall clock may run off by `ahead_s`."""
+
+    def __init__(self):
+        self.now_s, self.ahead_s = START, 0.0
+
+    def __call__(self):
+        return self.now_s
+
+    def sleep(self, seconds):
+        self.now_s += seconds
+
+    def module(self):
+        wall = SimpleNamespace(time=lambda: self.now_s + self.ahead_s, perf_counter=self, monotonic=self)
+        return SimpleNamespace(**vars(wall), sleep=self.sleep, process_time=time.process_time)
+
+
+def on_the_card():
+    """A device that PyTorch takes for the CPU and the instruments for the stand-in's second card."""
+    import pynvml
+    import torch
+
+    from lib import energy
+
+    energy.card_uuid = lambda device: pynvml.CARD
+    return torch.device("cpu")
+
+
+def on_a_replayed_clock() -> Clock:
+    import pynvml
+    import zeus.monitor.energy
+    import zeus.monitor.power
+
+    from lib import energy, measure
+
+    clock = Clock()
+    pynvml.now = zeus.monitor.energy.time = zeus.monitor.power.time = clock
+    zeus.monitor.power.sleep = clock.sleep
+    energy.time = measure.time = clock.module()
+    return clock
+
+
+def polled(clock: Clock, begin_s: float, end_s: float):
+    """The trace that Zeus's polling loop gives between two moments."""
+    import queue
+
+    import numpy as np
+    from zeus.monitor.power import PowerDomain, _domain_polling_process
+
+    from lib import energy
+
+    samples = queue.SimpleQueue()
+    resumed_s, clock.now_s = clock.now_s, begin_s
+    stop = SimpleNamespace(is_set=lambda: clock.now_s > end_s)
+    ready = SimpleNamespace(set=lambda: None)
+    _domain_polling_process(PowerDomain.DEVICE_INSTANT, [0], samples, ready, stop, energy.TRACE_PERIOD_S)
+    clock.now_s = resumed_s
+    found = []
+    while (sample := samples.get()) != "STOP":
+        found.append((sample.timestamp, sample.power_mw / 1000))
+    return energy.Trace(*np.array(found).T)
+
+
+def replay():
+    """Counter and trace against the truth: every shape, windows of 1 to 60 s in one and in three stretches."""
+    import pynvml
+
+    from lib import measure
+
+    device, clock, rows = on_the_card(), on_a_replayed_clock(), []
+    for shape in ("constant", "square", "ramp", "real"):
+        stage(start=START, shape=shape)
+        for window_s in (1, 5, 10, 30, 60):
+            for offset_s in (3.03, 7.58):
+                for parts in (1, 3):
+                    clock.now_s = START + offset_s
+                    meter = measure.Meter(device)
+                    for part in range(parts):
+                        with meter.stretch():
+                            clock.sleep(window_s / parts)
+                            meter.mark(part + 1)
+                        clock.sleep(1.7)  # a validation
+                    meter.trace = polled(clock, START + offset_s - 2.04, clock.now_s)
+                    walls = [(s.begin_wall_s, s.end_wall_s) for s in meter.stretches]
+                    true_j = sum(pynvml.true_joules(*wall, shape, START) for wall in walls)
+                    rows.append(
+                        {
+                            "shape": shape,
+                            "window_s": window_s,
+                            "parts": parts,
+                            "true_j": true_j,
+                            "counter_j": sum(meter.gpu_counter.stretches_j),
+                            "trace_j": meter.trace_j,
+                            "reading": meter.energy(),
+                            "log": meter.log(),
+                            "power_w": meter.power()[1],
+                        }
+                    )
+    return rows
+
+
+def faults():
+    """What becomes of a minute's window when something fails: joules, reason, and the checks."""
+    import pynvml
+
+    from lib import measure, selfcheck
+
+    device, clock, found = on_the_card(), on_a_replayed_clock(), {}
+
+    def measured(name, trace=True, seconds=(20, 20, 20), during=None, idle_s=0, before=None, visible=None, **facts):
+        clock.now_s, clock.ahead_s = START + 5.0, 0.0
+        ordinary = {"start": START, "shape": "constant"}
+        stage(**ordinary | facts)
+        if visible is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        meter = measure.Meter(device)
+        assert os.environ.pop("CUDA_VISIBLE_DEVICES", None) == visible
+        meter.rest(idle_s)
+        if before is not None:
+            before(meter)
+        for part, stretch_s in enumerate(seconds):
+            with meter.stretch():
+                clock.sleep(stretch_s)
+                meter.mark(part + 1)
+                if during is not None and part == 1:
+                    during(ordinary | facts)
+            clock.sleep(1)
+        if trace and meter.gpu_counter.monitor is not None:
+            meter.trace = polled(clock, START + 4, clock.now_s)
+        values, reasons = meter.metrics()
+        values |= {"gpu_busy_share": None, "mfu": None}
+        reasons |= {"gpu_busy_share": "not_asked_for", "mfu": "peak_unknown"}
+        checks = {check.check: check.verdict for check in selfcheck.checks(meter, values, reasons, 0.0)}
+        found[name] = {"energy_j": values["energy_j"], "reason": reasons.get("energy_j"), "checks": checks}
+        found[name] |= {"idle_w": values["idle_power_w"], "net_j": values["net_energy_j"]}
+        found[name] |= {"idle_reason": reasons.get("idle_power_w"), "net_reason": reasons.get("net_energy_j")}
+        found[name] |= {"log": [point["energy_j"] for point in meter.log()], "others": meter.foreign_processes}
+
+    def crash(meter):
+        with contextlib.suppress(ZeroDivisionError), meter.stretch():
+            clock.sleep(30)
+            raise ZeroDivisionError
+
+    lost = {"nvmlDeviceGetTotalEnergyConsumption": pynvml.NVML_ERROR_GPU_IS_LOST}
+    lost_all = lost | {"nvmlDeviceGetHandleByUUID": pynvml.NVML_ERROR_GPU_IS_LOST}
+    unsupported = {"nvmlDeviceGetTotalEnergyConsumption": pynvml.NVML_ERROR_NOT_SUPPORTED}
+    forbidden = {"nvmlDeviceGetTotalEnergyConsumption": pynvml.NVML_ERROR_NO_PERMISSION}
+    measured("nothing", idle_s=30, shape="put to work")
+    measured("uuid", visible=f"{pynvml.CARD}")
+    measured("uuids", visible=",".join(reversed(pynvml.CARDS)))
+    measured("other numbers", visible="1,0")
+    measured("crashed before", before=crash)
+    measured("reset", reset_at=30.0)
+    measured("reset and counted on", seconds=(10, 250), reset_at=60.0)
+    measured("stuck", stuck_at=0.0)
+    measured("stuck later", stuck_at=40.0)
+    measured("stuck in a stretch", seconds=(20, 60), stuck_at=40.0)
+    measured("unsupported", errors=unsupported)
+    measured("too old", architecture=pynvml.NVML_DEVICE_ARCH_PASCAL)
+    measured("lost before", errors=lost)
+    measured("lost in the window", trace=False, during=lambda facts: stage(**facts, errors=lost))
+    measured("lost altogether", trace=False, during=lambda facts: stage(**facts, errors=lost_all), idle_s=30)
+    measured("no driver", errors={"nvmlInit": pynvml.NVML_ERROR_DRIVER_NOT_LOADED})
+    measured("mig", mig=1)
+    measured("mig by variable", visible="MIG-1")
+    measured("mig by name", known_as=[pynvml.CARDS[0], "MIG-standin-1"])
+    measured("permission", errors=forbidden)
+    measured("foreign", processes=["own", 1])
+    measured("foreign for a while", during=lambda facts: stage(**facts, processes=["own", 1, 2]))
+    measured("hidden processes", processes=[1])
+    measured("short", seconds=(4, 5.9))
+    measured("flagged length", seconds=(11,))
+    measured("short idle", idle_s=5)
+    measured("busy idle", idle_s=30)
+    measured("no trace", trace=False)
+    for scale in (1.04, 0.93, 1.15):
+        measured(f"counter times {scale}", scale=scale)
+    measured("clock jumps", during=lambda _: setattr(clock, "ahead_s", 3.0))
+    measured("throttled", throttled=True)
+    measured("slower and hotter", during=lambda facts: stage(**facts, clock=1500, temperature=80))
+    return found
+
+
+def train(steps, report, folder):
+    """A run as the notebook does it, on the stand-in's card; the record's path."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from make import CERTIFICATE
+    from test_training import make_rows
+
+    from lib import assemble, corpus, parameters, record, training
+    from lib.model import build_model, gpt2_config
+
+    on_the_card()
+    cells = json.loads((record.ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
+    (source,) = ("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
+    p = {name: line.default for name, line in parameters.declared(source).items()}
+    p |= {"layers": 1, "width": 32, "heads": 2, "positions": 32, "context": 16, "validation_rows": 4, "epochs": 2}
+    p = SimpleNamespace(**p | {"steps_per_epoch": steps, "device": "cpu", "precision": "fp32"})
+    model = build_model("sdpa", gpt2_config(1, 32, 2, 32, 30), p.seed)
+    trainer = training.Trainer(model, corpus.Corpus(make_rows(), make_rows(9), 30), p)
+    trainer.warm_up()
+    with trainer.meter.watching():
+        trainer.run(report, reports=2 * steps)
+    path = record.write(assemble.make_record(p, trainer, CERTIFICATE, []), folder)
+    return trainer.meter, path
+
+
+def live(folder):
+    """Eleven real seconds under Zeus and the process that it spawns, by a UUID in CUDA_VISIBLE_DEVICES."""
+    import pynvml
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = pynvml.CARD
+    start = time.time() - 10
+    stage(start=start, shape="real")
+    meter, path = train(11, lambda *_: time.sleep(0.5), folder)
+    walls = [(stretch.begin_wall_s, stretch.end_wall_s) for stretch in meter.stretches]
+    true_j = [pynvml.true_joules(*wall, "real", start) for wall in walls]
+    return {"record": str(path), "true_j": true_j, "trace_j": meter.trace_j}
+
+
+def lost(folder):
+    """The card stops answering in the middle of a run."""
+    import pynvml
+
+    facts = {"start": time.time() - 10, "shape": "real"}
+    stage(**facts)
+    functions = ("nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetFieldValues", "nvmlDeviceGetHandleByUUID")
+
+    def report(done, _):
+        if done == 6:
+            stage(**facts, errors=dict.fromkeys(functions, pynvml.NVML_ERROR_GPU_IS_LOST))
+        time.sleep(0.1)
+
+    meter, path = train(4, report, folder)
+    return {"record": str(path), "trace": meter.trace is not None}
+
+
+if __name__ == "__main__":
+    on_own_clock, folder = sys.argv[1] == "replayed", Path(sys.argv[2])
+    scenes = (replay, faults) if on_own_clock else (lost, live)
+    said = {scene.__name__: scene(*() if on_own_clock else (folder / scene.__name__,)) for scene in scenes}
+    (folder / f"{sys.argv[1]}.json").write_text(json.dumps(said))
