@@ -128,8 +128,8 @@ class Trainer:
         """The measured window: every step of every epoch, a validation after each, outside the window.
 
         `report` is told of the losses that are finished by then, without waiting for any. Raises LossNotFinite as soon
-        as one of them is seen not to be, OutOfMemory where memory runs out, UsageError where a run has begun before, whole
-        or not: it would go on from there.
+        as one of them is seen not to be, OutOfMemory where memory runs out, UsageError where a run has begun before: it
+        would go on from there.
         """
         if self.meter.open or self.meter.stretches:
             raise UsageError("this model has been trained already, at least in part; run all cells from the first on")

@@ -107,7 +107,7 @@ def test_a_knob_that_its_variant_refuses_is_said(tmp_path):
         resolve(attention + "knobs = {'window': 0}")
     with pytest.raises(UsageError, match="did you mean 'window'"):
         resolve(attention + "knobs = {'windw': 4}")
-    with pytest.raises(UsageError, match="knob window must be int, not 2.5"):
+    with pytest.raises(UsageError, match=r"knob window must be int, not 2\.5"):
         resolve(attention + "knobs = {'window': 2.5}")
     assert resolve(attention + "knobs = {'window': 4}").knobs == {"window": 4}
 
