@@ -105,7 +105,9 @@ def test_a_study_with_a_ninth_variant_and_one_that_fails(out, tiny, tmp_path, ca
     # The failed one is named at the end, its notebook kept, and the others ran and stand in the figures.
     assert "FAILED broken-seed0-" in said.err and "RuntimeError: boom" in said.err
     assert "[3/3] ninth-seed0-" in said.out and "left" in said.out
-    assert list(out.glob("broken-seed0-*.ipynb")) and not list(out.glob("broken-seed0-*.json"))
+    assert list(out.glob("broken-seed0-*.ipynb"))
+    assert [path.name.partition(".")[2] for path in out.glob("broken-seed0-*.json")] == [record.FAILED]
+    assert "RuntimeError: boom" in (out / "summary.ipynb").read_text()
     runs = record.read(out)
     assert sorted(runs["label"]) == ["ninth", "sdpa"] and runs["certified"].all()
     assert set(runs["profile"]) == {"tiny"} and runs["sitting"].nunique() == 1
