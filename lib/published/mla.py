@@ -25,7 +25,8 @@ class Attention(Published):
 
     def mix(self, hidden_states, padding_mask):
         B, T, C = hidden_states.shape
-        q = self.query(self.latents.expand(B, LATENTS, C))
+        # Copies: a view of a weight asks for a gradient even under no_grad, at which torch's FLOP counter gives up.
+        q = self.query(self.latents.repeat(B, 1, 1))  # (B, 64, C)
         scores = q @ self.key(hidden_states).mT * C**-0.5  # (B, 64, T)
         if padding_mask is not None:
             scores = scores.masked_fill(~padding_mask[:, None], torch.finfo(scores.dtype).min)
