@@ -1,25 +1,15 @@
-"""What was published beside what it should have been: the tables and the figure of replication.ipynb.
+"""What was published beside what it should have been: the tables and the figure of replication.ipynb."""
 
-`python -m lib.replication PROFILE --labels LABEL ... --write FILE.csv` trains these runs of a profile and writes what
-each loses with the whole row in sight, and token by token.
-"""
-
-import argparse
 import inspect
-import sys
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 
-from lib import attention, certificate, compare, corpus, figures, measure, model, parameters, record, study, training
-from lib.errors import UsageError
+from lib import attention, certificate, compare, figures, measure, model
 from lib.published import convention
 from lib.record import REASONS, ROOT
 
@@ -59,41 +49,6 @@ def moved_by_a_token(name: str, *, layers=2, width=64, context=512, at=300, **kn
     return int(moved[:at].sum()), int(moved[at + 1 :].sum())
 
 
-@torch.no_grad()
-def teacher_forced_and_generated_loss(gpt2, ids: torch.Tensor) -> tuple[float, float]:
-    """Mean loss of (B, T) token ids in nats per token: in one pass over all, as in training; and token by token.
-
-    Token by token each prediction is made as in generation, from the tokens before it alone, everything computed
-    anew. For a causal model the two are the same; one that was trained to look ahead finds nothing there.
-    """
-    gpt2.eval()
-    at_once = gpt2(ids, use_cache=False).logits.log_softmax(-1)
-    alone = [gpt2(ids[:, :t], use_cache=False).logits[:, -1].log_softmax(-1) for t in range(1, ids.shape[1])]
-    next_ids = ids[:, 1:, None]
-    losses = (-found.gather(2, next_ids).mean().item() for found in (at_once[:, :-1], torch.stack(alone, dim=1)))
-    return tuple(losses)
-
-
-def prefix_losses(profile: str, labels: Iterable[str], rows: int = 64) -> pd.DataFrame:
-    """Trains the runs of a profile that have these labels; both losses on its first `rows` validation rows."""
-    overrides, about_study = study.read_profile(profile)
-    planned = {parameters.display_name(run["values"]): run for run in study.plan(overrides, about_study["variants"], 1)}
-    found = []
-    for label in labels:
-        if label not in planned:
-            raise UsageError(f"{profile} has no run {label!r}; it has: {', '.join(planned)}")
-        p = SimpleNamespace(**planned[label]["values"])
-        data = corpus.load(p.dataset, p.tokenizer, p.context, p.packing, p.validation_share)
-        config = model.gpt2_config(p.layers, p.width, p.heads, p.positions, data.vocabulary, p.dropout)
-        trainer = training.Trainer(model.build_model(p.attention, config, p.seed, **p.knobs), data, p)
-        trainer.run()
-        ids, _ = data.validation.batch(np.arange(min(rows, len(data.validation))))
-        both = teacher_forced_and_generated_loss(trainer.model, ids.to(trainer.device))
-        found.append({"run": label, **dict(zip(("teacher_forced_loss", "generated_loss"), both, strict=True))})
-        print(found[-1], flush=True)
-    return pd.DataFrame(found)
-
-
 def definitions(name: str, **ours_too) -> dict[str, tuple[str, dict]]:
     """What stands side by side for a variant: column to (attention, knobs). `ours_too`: columns of ours with knobs."""
     theirs = published(name)
@@ -113,6 +68,7 @@ def side_by_side(name: str, **ours_too) -> pd.DataFrame:
 
 def _sizes(name, knobs) -> dict:
     earlier, later = moved_by_a_token(name, **knobs)
+    count = convention.observed if name in attention.variants() else convention.derived
     gpt2 = model.skeleton(name, model.gpt2_config(*convention.GPT2), **knobs)
     size = sum(w.numel() * w.element_size() for w in gpt2.parameters())
     useful = sum(block.attn.core_flops(convention.CONTEXT) for block in gpt2.transformer.h)
@@ -121,7 +77,7 @@ def _sizes(name, knobs) -> dict:
         "and of 211 after it": str(later),
         "parameters at GPT-2's size": f"{sum(w.numel() for w in gpt2.parameters()):,}",
         "MiB of weights": f"{size / 2**20:.0f}",
-        "FLOPs as published, x10¹²": f"{convention.observed(name, **knobs) / 1e12:.3f}",
+        "FLOPs as published, x10¹²": f"{count(name, **knobs) / 1e12:.3f}",
         "useful FLOPs of scores and mixing, x10¹²": f"{convention.BATCH * useful / 1e12:.3f}",
     }
 
@@ -145,11 +101,6 @@ def flops() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def runs(folder: str) -> pd.DataFrame:
-    """The largest group of comparable runs of a folder of records, named from the repository's root."""
-    return compare.groups(record.read(record.from_root(folder)))[0].runs
-
-
 def loss_curves(found: pd.DataFrame) -> plt.Figure:
     """Validation loss by useful tokens, a panel per variant: ours solid, the published definition dashed."""
     figures.use_style()
@@ -161,7 +112,7 @@ def loss_curves(found: pd.DataFrame) -> plt.Figure:
                 x, y = ([point[key] for point in points] for key in ("useful_tokens", "loss"))
                 axes.plot(x, y, line, color=colour[name], marker=marker[name], markersize=4, label=said)
         axes.set_title(name, loc="left")
-        axes.legend(frameon=False, fontsize=9, loc="lower left")
+        axes.legend(frameon=False, fontsize=9, loc="upper right")
         axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
         axes.set_ylim(bottom=0)
     figure.supxlabel("useful tokens seen", fontsize=11)
@@ -178,6 +129,20 @@ def final_losses(found: pd.DataFrame) -> pd.DataFrame:
         for name in attention.STUDY_ORDER
     ]
     return pd.DataFrame(rows)
+
+
+def leaks(path: Path) -> pd.DataFrame:
+    """The losses that `prefix_losses` found, and what is lost where the rest of the row is out of sight."""
+    found = pd.read_csv(path)
+    gap = found["generated_loss"] - found["teacher_forced_loss"]
+    return pd.DataFrame(
+        {
+            "run": found["run"],
+            "teacher-forced loss": found["teacher_forced_loss"].map("{:.2f}".format),
+            "generated loss": found["generated_loss"].map("{:.2f}".format),
+            "lost in generation": (gap.round(2) + 0.0).map("{:.2f}".format),
+        }
+    )
 
 
 def ledger(costs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
@@ -239,22 +204,3 @@ def _sight(name: str) -> str:
 
 def _number(value) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def main(words: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m lib.replication", description=prefix_losses.__doc__)
-    parser.add_argument("profile", help="a YAML file with study: variants")
-    parser.add_argument("--labels", nargs="+", required=True, help="the runs to train, by label")
-    parser.add_argument("--write", type=Path, required=True, metavar="CSV", help="the file that the losses go to")
-    options = parser.parse_args(words)
-    try:
-        found = prefix_losses(options.profile, options.labels)
-    except UsageError as error:
-        print(f"python -m lib.replication: {error}", file=sys.stderr)
-        return 2
-    found.round(4).to_csv(options.write, index=False)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from make import make_record
 
-from lib import attention, compare, figures, record, replication, study
+from lib import attention, compare, figures, leak, record, replication, study
 from lib.model import build_model, gpt2_config
 
 
@@ -20,9 +20,7 @@ def train(name, steps=150, length=16, vocabulary=12, **knobs):
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return replication.teacher_forced_and_generated_loss(
-        model, torch.randint(vocabulary, (64, length), generator=generator)
-    )
+    return leak.teacher_forced_and_generated_loss(model, torch.randint(vocabulary, (64, length), generator=generator))
 
 
 @pytest.mark.parametrize("name", ["sdpa", "mla"])
@@ -104,7 +102,7 @@ def test_curves_are_drawn_of_both_byte_identical(tmp_path):
     runs(tmp_path / "records")
     for label in ("published_mla", "published_sdpa", "published_sdpa_unpadded"):
         record.write(make_record(label, certified=False), tmp_path / "records")
-    found = replication.runs(str(tmp_path / "records"))
+    found = compare.groups(record.read(tmp_path / "records"))[0].runs
     for folder in ("first", "second"):
         figure = figures.save(replication.loss_curves(found), tmp_path / folder, "losses")
     assert (tmp_path / "first" / "losses.svg").read_bytes() == (tmp_path / "second" / "losses.svg").read_bytes()
@@ -116,7 +114,7 @@ def test_curves_are_drawn_of_both_byte_identical(tmp_path):
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
     out = tmp_path / "losses.csv"
     words = ["params/replication.yaml", "--write", str(out), "--labels", "beauty"]
-    assert replication.main(words) == 2 and not out.exists()
+    assert leak.main(words) == 2 and not out.exists()
     assert "has no run 'beauty'; it has: baseline" in capsys.readouterr().err
 
 
@@ -126,3 +124,18 @@ def test_the_profile_trains_each_definition_beside_ours():
     pairs = {(run["attention"], run["label"]) for run in runs}
     for name in attention.STUDY_ORDER:
         assert {(name, ""), (replication.published(name), f"published_{name}")} <= pairs
+
+
+def test_the_committed_losses_are_of_the_committed_runs():
+    """Trained a second time, each is where its record left it; and those that are causal lose nothing."""
+    folder = record.from_root("records/replication-cpu")
+    runs = record.read(folder).set_index("label")
+    found = pd.read_csv(folder / "prefix_losses.csv").set_index("run")
+    for label, losses in found.iterrows():
+        assert losses["teacher_forced_loss"] == pytest.approx(runs.loc[label, "validation_loss"], abs=0.01)
+        if runs.loc[label, "certified"]:
+            assert losses["generated_loss"] == pytest.approx(losses["teacher_forced_loss"], abs=1e-3)
+    causal = runs[runs["certified"]]["validation_loss"].min()
+    for leaking in ("published_mla", "published_sdpa_unpadded"):
+        assert found.loc[leaking, "teacher_forced_loss"] < 0.6 * causal
+        assert found.loc[leaking, "generated_loss"] > 1.5 * causal
