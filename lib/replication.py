@@ -114,7 +114,7 @@ def loss_curves(found: pd.DataFrame) -> plt.Figure:
         axes.set_title(name, loc="left")
         axes.legend(frameon=False, fontsize=9, loc="upper right")
         axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # shared; room for the legends
     figure.supxlabel("useful tokens seen", fontsize=11)
     figure.supylabel("validation loss, nats per token", fontsize=11)
     figure.tight_layout()
