@@ -101,24 +101,25 @@ def table(certificates: dict[str, dict]) -> pd.DataFrame:
     def shown(said):
         within = max(said["reference_difference"], said["reference_gradient_difference"]) <= TOLERANCE
         return {
-            "no output depends on a later token": _yes(said["causal"]),
-            "a prefix gives the prefix of the output": _yes(said["prefix_equal"]),
-            "tokens are mixed": _yes(said["mixes"]),
+            "no output depends on a later token": yes(said["causal"]),
+            "a prefix gives the prefix of the output": yes(said["prefix_equal"]),
+            "tokens are mixed": yes(said["mixes"]),
             f"tokens that the last of {LENGTH} sees": str(said["receptive_field"]),
-            "token by token with the cache: the same": _yes(said["cached_equal"]),
-            f"output and gradients are its reference's, within {TOLERANCE:g}": _yes(within),
-            "output projection as GPT-2's": _yes(said["gpt2_projection"]),
-            "initial weights as GPT-2's": _yes(said["gpt2_initialisation"]),
+            "token by token with the cache: the same": yes(said["cached_equal"]),
+            f"output and gradients are its reference's, within {TOLERANCE:g}": yes(within),
+            "output projection as GPT-2's": yes(said["gpt2_projection"]),
+            "initial weights as GPT-2's": yes(said["gpt2_initialisation"]),
             "weights, over GPT-2's own": f"{said['parameters_vs_baseline']:.3f}",
             "memory for the backward pass grows as": f"T^{said['memory_growth']:.1f}",
             "FLOPs of scores and mixing grow as": f"T^{said['flops_growth']:.1f}",
-            "passed": _yes(said["passed"]),
+            "passed": yes(said["passed"]),
         }
 
     return pd.DataFrame({name: shown(said) for name, said in certificates.items()})
 
 
-def _yes(fact: bool) -> str:
+def yes(fact: bool) -> str:
+    """A fact as tables show it."""
     return "yes" if fact else "NO"
 
 

@@ -365,14 +365,19 @@ def flops(model, context: int) -> dict:
     and token (Kaplan et al. 2020, section 2.1); norms, activations and the embedding look-up are left out, as usual.
     """
     blocks = model.transformer.h
-    weights = sum(p.numel() for p in blocks.parameters() if p.dim() >= 2) + model.lm_head.weight.numel()
+    projections = 2 * context * (_matrix_weights(blocks) + model.lm_head.weight.numel())
+    for attn in (b.attn for b in blocks if hasattr(b.attn, "projection_flops")):
+        projections += attn.projection_flops(context) - 2 * context * _matrix_weights(attn)
     core, core_dense = (sum(b.attn.core_flops(context, dense=dense) for b in blocks) for dense in (False, True))
-    projections = 2 * weights * context
     return {
         "forward_flops_useful": projections + core,
         "forward_flops_dense": projections + core_dense,
         "attention_core_share": core / (projections + core),
     }
+
+
+def _matrix_weights(module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.dim() >= 2)
 
 
 def counted_flops(model, context: int, autocast) -> int:

@@ -34,8 +34,13 @@ def build_model(name: str, config: GPT2Config, seed: int = 0, **knobs) -> "GPT2"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2(config)
+    kept = tuple(
+        f"transformer.h.{layer}.attn."
+        for layer, block in enumerate(model.transformer.h)
+        if getattr(block.attn, "own_initialisation", False)
+    )
     for parameter_name, parameter in model.named_parameters():
-        if ".attn." in parameter_name:
+        if ".attn." in parameter_name and not parameter_name.startswith(kept):
             _initialise(parameter_name, parameter, config, seed)
     return model
 

@@ -16,7 +16,13 @@ windows and buckets honoured; `dense=True`: as if every score were computed |
 | `reference(hidden_states)` | the same output from an independent slow form with the same weights |
 
 Parameters named `c_attn` and `c_proj` start as GPT-2's do; matrices of any other name start as N(0, 0.02), vectors as
-the constructor leaves them (`lib.model`).
+the constructor leaves them (`lib.model`). Two more members are for what is built otherwise, and may be left out:
+
+| member | promise |
+| --- | --- |
+| `own_initialisation` | True: all weights stay as the constructor leaves them |
+| `projection_flops(context)` | FLOPs of the weights in one forward, where they are not two per token and weight of \
+every matrix |
 """
 
 import hashlib

@@ -1,0 +1,141 @@
+"""The replication's tables say what definitions and records hold, and the leak is at work."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from make import make_record
+
+from lib import attention, compare, figures, leak, record, replication, study
+from lib.model import build_model, gpt2_config
+
+
+def train(name, steps=150, length=16, vocabulary=12, **knobs):
+    """Random tokens, of which nothing can be known in advance: a causal model's loss stays at log(vocabulary)."""
+    generator = torch.Generator().manual_seed(0)
+    model = build_model(name, gpt2_config(1, 32, 4, length, vocabulary), **knobs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(steps):
+        ids = torch.randint(vocabulary, (32, length), generator=generator)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return leak.teacher_forced_and_generated_loss(model, torch.randint(vocabulary, (64, length), generator=generator))
+
+
+@pytest.mark.parametrize("name", ["sdpa", "mla"])
+def test_what_sees_the_future_learns_it_and_then_fails_to_generate(name):
+    chance = np.log(12)
+    forced, generated = train(replication.published(name))
+    assert forced < 0.8 * chance and generated > 1.1 * chance
+    forced, generated = train(name, steps=20)
+    assert forced > 0.99 * chance and generated == pytest.approx(forced, abs=1e-5)
+
+
+def test_the_definition_that_saw_padding_masks_learns_no_future():
+    forced, generated = train(replication.published("sdpa"), steps=20, masked=True)
+    assert forced > 0.99 * np.log(12) and generated == pytest.approx(forced, abs=1e-5)
+
+
+def test_side_by_side_shows_both_and_what_a_mask_changes():
+    table = replication.side_by_side("sdpa")
+    assert list(table.columns) == ["published", "published, padded batch", "ours"]
+    assert list(table.loc["no output depends on a later token"]) == ["NO", "yes", "yes"]
+    assert list(table.loc["another token at 300 moves, of 300 before it"]) == ["300", "0", "0"]
+    assert list(table.loc["FLOPs as published, x10¹²"]) == ["1.032", "1.032", "1.013"]
+    assert list(replication.definitions("flash")) == ["published", "ours"]
+
+
+def test_reformer_s_borders_move():
+    assert replication.moved_by_a_token("lsh")[0] == 0
+    assert replication.moved_by_a_token("lsh", borders="reformer")[0] > 100
+
+
+def test_a_random_state_of_the_caller_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    replication.moved_by_a_token(replication.published("lsh"), layers=1, context=8, at=4)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def runs(folder, **changes):
+    """Certified runs of all eight variants, each metric alike; `changes` are of one."""
+    for label in attention.STUDY_ORDER:
+        record.write(make_record(label, **changes.get(label, {})), folder)
+    return compare.groups(record.read(folder))[0].runs
+
+
+def test_the_ledger_weighs_every_claim_against_both(tmp_path):
+    costs = runs(tmp_path, flash={"energy_j": 3e3}, linear={"mean_power_w": 150.0}, mla={"certified": True})
+    ledger = replication.ledger(costs, costs).set_index("claim")
+    assert len(ledger) == len(pd.read_csv(replication.CLAIMS)) and ledger.notna().all().all()
+    energy = ledger.loc["Flash takes the least energy"]
+    assert energy["published figures"].startswith("yes: flash 0.843; the others 0.921 to 1.126")
+    assert energy["our records"] == "yes: flash 0.750; the others 1.000 to 1.000 (n = 1)"
+    assert energy["what the published module does"] == "flash: sees no other token"
+
+
+def test_the_page_s_own_contradiction_stands_in_the_ledger(tmp_path):
+    costs = runs(tmp_path, linear={"mean_power_w": 150.0})
+    ledger = replication.ledger(costs, costs).set_index("claim")
+    low, high = (ledger.loc[f"Linear attention {what} power"] for what in ("is among the lowest in", "draws the most"))
+    assert low["published figures"].startswith("NO: linear 1.003") and low["our records"].startswith("yes: linear 0.75")
+    assert high["published figures"].startswith("yes") and high["our records"].startswith("NO")
+
+
+def test_what_was_not_measured_is_said_with_its_reason(tmp_path):
+    missing = {"energy_j": None, "energy_per_useful_token_j": None, "mean_power_w": None}
+    costs = runs(tmp_path, **dict.fromkeys(attention.STUDY_ORDER, missing))
+    ledger = replication.ledger(costs, costs).set_index("claim")
+    assert ledger.loc["Flash takes the least energy", "our records"] == "not measured yet: the run used no GPU"
+    assert ledger.loc["LSH trains fastest", "our records"].startswith("yes: lsh 1.000")
+
+
+def test_each_claim_names_variants_and_a_published_figure():
+    claims = pd.read_csv(replication.CLAIMS)
+    for claim in claims.itertuples():
+        assert set(claim.variants.split()) <= set(attention.STUDY_ORDER), claim.claim
+        assert claim.figure in replication.OURS and claim.direction in ("lowest", "highest", "above sdpa")
+
+
+def test_curves_are_drawn_of_both_byte_identical(tmp_path):
+    runs(tmp_path / "records")
+    for label in ("published_mla", "published_sdpa", "published_sdpa_unpadded"):
+        record.write(make_record(label, certified=False), tmp_path / "records")
+    found = compare.groups(record.read(tmp_path / "records"))[0].runs
+    for folder in ("first", "second"):
+        figure = figures.save(replication.loss_curves(found), tmp_path / folder, "losses")
+    assert (tmp_path / "first" / "losses.svg").read_bytes() == (tmp_path / "second" / "losses.svg").read_bytes()
+    assert [len(axes.lines) for axes in figure.axes] == [1, 3, 1, 1, 1, 1, 1, 2]
+    table = replication.final_losses(found).set_index("variant")
+    assert list(table.loc["sdpa"]) == ["5.00", "5.00", "5.00"] and list(table.loc["gqa"]) == ["5.00", "–", "–"]
+
+
+def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
+    out = tmp_path / "losses.csv"
+    words = ["params/replication.yaml", "--write", str(out), "--labels", "beauty"]
+    assert leak.main(words) == 2 and not out.exists()
+    assert "has no run 'beauty'; it has: baseline" in capsys.readouterr().err
+
+
+def test_the_profile_trains_each_definition_beside_ours():
+    overrides, about = study.read_profile("params/replication.yaml")
+    runs = [run["values"] for run in study.plan(overrides, about["variants"], 1)]
+    pairs = {(run["attention"], run["label"]) for run in runs}
+    for name in attention.STUDY_ORDER:
+        assert {(name, ""), (replication.published(name), f"published_{name}")} <= pairs
+
+
+def test_the_committed_losses_are_of_the_committed_runs():
+    """Trained a second time, each is where its record left it; and those that are causal lose nothing."""
+    folder = record.from_root("records/replication-cpu")
+    runs = record.read(folder).set_index("label")
+    found = pd.read_csv(folder / "prefix_losses.csv").set_index("run")
+    for label, losses in found.iterrows():
+        assert losses["teacher_forced_loss"] == pytest.approx(runs.loc[label, "validation_loss"], abs=0.01)
+        if runs.loc[label, "certified"]:
+            assert losses["generated_loss"] == pytest.approx(losses["teacher_forced_loss"], abs=1e-3)
+    causal = runs[runs["certified"]]["validation_loss"].min()
+    for leaking in ("published_mla", "published_sdpa_unpadded"):
+        assert found.loc[leaking, "teacher_forced_loss"] < 0.6 * causal
+        assert found.loc[leaking, "generated_loss"] > 1.5 * causal
