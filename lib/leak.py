@@ -41,7 +41,7 @@ def prefix_losses(profile: str, labels: Iterable[str], rows: int = 64) -> pd.Dat
         if label not in planned:
             raise UsageError(f"{profile} has no run {label!r}; it has: {', '.join(planned)}")
         p = SimpleNamespace(**planned[label]["values"])
-        data = corpus.load(p.dataset, p.tokenizer, p.context, p.packing, p.validation_share)
+        data = corpus.load(p)
         config = model.gpt2_config(p.layers, p.width, p.heads, p.positions, data.vocabulary, p.dropout)
         trainer = training.Trainer(model.build_model(p.attention, config, p.seed, **p.knobs), data, p)
         trainer.run()
