@@ -70,21 +70,38 @@ class Trainer:
         """
         import time
 
-        before = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
-        self.model.train()
         seconds = []
-        for step in range(self.p.warmup_steps):
-            begin = time.perf_counter()
-            self._step(step, self.steps)
-            synchronize(self.device)
-            seconds.append(time.perf_counter() - begin)
-        self.model.load_state_dict(before)
-        with torch.no_grad():
-            for state in self.optimizer.state.values():
-                for tensor in state.values():
-                    tensor.zero_()  # AdamW starts from zeros; in place, so that memory stays where it is
-        self.losses.fill_(math.nan)
+        with self.untouched():
+            self.model.train()
+            for step in range(self.p.warmup_steps):
+                begin = time.perf_counter()
+                self._step(step, self.steps)
+                synchronize(self.device)
+                seconds.append(time.perf_counter() - begin)
         return seconds
+
+    @contextlib.contextmanager
+    def untouched(self):
+        """Steps taken inside leave weights, optimizer, random state and the run's series as they were before."""
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+        moments = {
+            weight: {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
+            for weight, state in self.optimizer.state.items()
+        }
+        series = self.losses.clone(), self.useful_tokens.copy()
+        try:
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.load_state_dict(weights)
+            with torch.no_grad():
+                for weight, state in self.optimizer.state.items():
+                    for name, tensor in state.items():  # in place, so that memory stays where it is
+                        # AdamW's state starts from zeros.
+                        tensor.copy_(moments[weight][name]) if weight in moments else tensor.zero_()
+            self.losses.copy_(series[0])
+            self.useful_tokens[:] = series[1]
 
     def run(self, report: Report | None = None, reports: int = 50) -> None:
         """The measured window: every step of every epoch, a validation after each, outside the window.
@@ -108,6 +125,17 @@ class Trainer:
 
     def _step(self, step: int, steps: int) -> None:
         """One optimizer step over `accumulation` batches; the loss stays on the device."""
+        total = self.passes(step)
+        if self.p.clip_norm:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, self.p, steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.losses[step % self.steps] = total
+
+    def passes(self, step: int, backward: bool = True) -> torch.Tensor:
+        """Forward and backward over the batches of one step; returns its loss, on the device."""
         batches = [self.corpus.train.batch(rows) for rows in self.rows[step]]
         # The loss of a batch of `accumulation` parts is the mean over all their tokens, not the mean of means.
         predicted = torch.tensor(sum(int((labels[:, 1:] != corpora.IGNORED).sum()) for _, labels in batches))
@@ -119,15 +147,10 @@ class Trainer:
                 loss = self.forward(
                     self._to_device(ids), labels=self._to_device(labels), use_cache=False, num_items_in_batch=predicted
                 ).loss
-            loss.backward()
+            if backward:
+                loss.backward()
             total = total + loss.detach()
-        if self.p.clip_norm:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.p, steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.losses[step % self.steps] = total
+        return total
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
