@@ -257,7 +257,10 @@ def inference_latency(runs):
 
 
 def loss_against_cost(runs):
-    """Validation loss at the end against what it cost: energy where it was measured, else time."""
+    """Validation loss at the end against what it cost: energy where it was measured, else time; and the Pareto front.
+
+    The front is drawn through the means of the certified variants; the null variant is not a competitor.
+    """
     use_style()
     on_energy = runs["energy_j"].notna().any()
     metric, scale, unit = ("energy_j", 1e3, "GPU energy, kJ") if on_energy else ("time_s", 1, "training time, s")
@@ -272,12 +275,115 @@ def loss_against_cost(runs):
     low, high = axes.get_ylim()
     room = max(0.0, 0.1 - (high - low)) / 2  # differences of a thousandth are not drawn as if they were large
     axes.set_ylim(low - room, high + room)
+    _front(axes, runs, metric, scale)
     axes.set_title("Validation loss against cost: lower left is better", loc="left")
     axes.set_xlabel(unit if on_energy else f"{unit} (energy not measured)")
     axes.set_ylabel("nats per token")
     axes.legend(**BESIDE)
     _note(figure, runs)
     return figure
+
+
+def _front(axes, runs, metric: str, scale: float) -> None:
+    """The border of what some variant beats in both cost and loss, to the edges of the plot."""
+    competing = runs[runs["certified"] & (runs["label"] != compare.NULL)]
+    means = competing.groupby("label")[[metric, "validation_loss"]].mean().sort_values(metric)
+    means = means[compare.pareto_front(means[metric], means["validation_loss"])]
+    if means.empty:
+        return
+    right, top = axes.get_xlim()[1], axes.get_ylim()[1]
+    costs, losses = means[metric] / scale, means["validation_loss"]
+    x, y = [costs.iloc[0], *costs, right], [top, *losses, losses.iloc[-1]]
+    axes.step(x, y, where="post", color="0.4", linewidth=1, linestyle="--", zorder=0, label="Pareto front (of means)")
+    axes.set_xlim(right=right)
+    axes.set_ylim(top=top)
+
+
+def cost_to_target(runs):
+    """Energy and time to the validation loss at which `sdpa` ends in the same block, from `compare.to_target`.
+
+    Behind each number is its ratio to `sdpa`'s. A censored bar is pale and ends in an arrow: it costs more (not
+    reached, ">", and the most by which a block fell short) or less ("<") than is drawn.
+    """
+    use_style()
+    target = compare.to_target(runs)
+    figure, all_axes = plt.subplots(1, 2, figsize=(13.5, 1.1 + 0.42 * runs["label"].nunique()))
+    panels = (("Energy to sdpa's loss", "energy_j", 1e3, "kJ"), ("Time to sdpa's loss", "time_s", 1, "s"))
+    for axes, (title, cost, scale, unit) in zip(all_axes, panels, strict=True):
+        _target_bars(axes, runs, target, cost, scale)
+        axes.set_title(title, loc="left")
+        axes.set_xlabel(f"{unit} (×: ratio to sdpa's)")
+    _note(figure, runs)
+    figure.tight_layout()
+    return figure
+
+
+def _target_bars(axes, runs, target: pd.DataFrame, cost: str, scale: float) -> None:
+    names = labels(runs)
+    colour, certified = colours(names), runs.groupby("label")["certified"].all()
+    summary = compare.target_summary(target).set_index("label").reindex(names)
+    longest = summary[cost].max() / scale
+    for row, (name, found) in enumerate(summary.iterrows()):
+        if pd.isna(found[cost]):
+            reason = "no run of sdpa to compare with" if pd.isna(found["reason"]) else found["reason"]
+            text = f"not measured: {reason}" if reason in REASONS.values() else reason
+            axes.text(0.01, row, text, va="center", fontsize=9, color="0.35", transform=axes.get_yaxis_transform())
+            continue
+        value, sign = found[cost] / scale, found["censored"]
+        axes.barh(row, value, color=colour[name], alpha=0.85 if pd.isna(sign) else 0.35, height=0.7)
+        note, end = f" {value:,.3g}", value
+        if not pd.isna(sign):
+            end = value + (0.06 if sign == ">" else -0.06) * longest
+            axes.annotate("", (end, row), (value, row), arrowprops={"arrowstyle": "->", "color": "0.2"})
+            short = target.loc[target["label"] == name, "short_by_nats"].max()
+            missing = f", {short:.2g} nats short" if sign == ">" else ""
+            note = f" {sign} {value:,.3g} (reached in {found['reached']:.0f} of {found['n']:.0f}{missing})"
+        else:
+            note += f" (× {_interval(found, cost)}, n = {found['n']:.0f})"
+        axes.text(max(end, value), row, note, va="center", fontsize=9, color="0.2")
+    axes.set_yticks(range(len(names)), [name if certified[name] else f"{name}\n(not certified)" for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlim(0, 1 if pd.isna(longest) else 2.6 * longest)
+    if pd.isna(longest):
+        axes.set_xticks([])
+
+
+def power_over_time(runs):
+    """The power trace of every run over its window, a row per variant; dashed: the mean by the energy counter."""
+    use_style()
+    names = labels(runs)
+    colour, certified = colours(names), runs.groupby("label")["certified"].all()
+    traces_of = {name: _power_traces(runs[runs["label"] == name]) for name in names}
+    height = 1.2 + (0.8 if any(traces_of.values()) else 0.42) * len(names)
+    figure, all_axes = plt.subplots(len(names), 1, figsize=(8, height), sharex=True, sharey=True, squeeze=False)
+    for axes, (name, traces) in zip(all_axes[:, 0], traces_of.items(), strict=True):
+        own = runs[runs["label"] == name]
+        for times, watts in traces:
+            axes.plot(times, watts, color=colour[name], linewidth=1, alpha=0.85)
+        if not traces:
+            reason = REASONS.get(own["null_reasons"].iloc[0].get("energy_j"), "no power trace in the record")
+            text = f"not measured: {reason}"
+            axes.text(0.01, 0.5, text, va="center", fontsize=9, color="0.35", transform=axes.transAxes)
+        elif own["mean_power_w"].notna().any():
+            axes.axhline(own["mean_power_w"].mean(), color="0.2", linewidth=1, linestyle="--")
+        title = [name, *([] if certified[name] else ["(not certified)"]), *([f"(n = {len(traces)})"] if traces else [])]
+        axes.set_ylabel("\n".join(title), rotation=0, ha="right", va="center", labelpad=12)
+    if not any(traces_of.values()):
+        axes.set_xticks([])
+        axes.set_yticks([])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("seconds of the measured window")
+    all_axes[0, 0].set_title("GPU power, W (dashed: mean by the energy counter)", loc="left")
+    figure.tight_layout()
+    _note(figure, runs)
+    return figure
+
+
+def _power_traces(runs: pd.DataFrame) -> list[tuple[list, list]]:
+    """(seconds, watts) of each run that has a trace; a record from before there were any has no such column."""
+    both = (runs.get(f"series_power_{name}", pd.Series([None] * len(runs))) for name in ("time_s", "w"))
+    return [(times, watts) for times, watts in zip(*both, strict=True) if isinstance(times, list) and times]
 
 
 PUBLISHED_BESIDE_OURS = {
@@ -313,7 +419,7 @@ def published_beside_ours(runs):
 
 FIGURES = (
     training_time, gpu_energy, peak_memory, loss_curves, flops, gpu_power, gpu_utilization, inference_latency, cpu_use,
-    model_size, loss_against_cost, published_beside_ours,
+    model_size, loss_against_cost, cost_to_target, power_over_time, published_beside_ours,
 )  # fmt: skip
 
 
@@ -360,10 +466,9 @@ def table(frame: pd.DataFrame):
     return HTML(frame.style.hide().set_uuid(f"{content:x}").to_html())
 
 
-def _interval(found: pd.Series) -> str:
-    if pd.isna(found["low"]):
-        return f"{found['ratio']:.3f}"
-    return f"{found['ratio']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+def _interval(found: pd.Series, of: str = "") -> str:
+    ratio, low, high = (found[f"{of}_{end}" if of else end] for end in ("ratio", "low", "high"))
+    return f"{ratio:.3f}" if pd.isna(low) else f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def certificates(runs: pd.DataFrame) -> pd.DataFrame:

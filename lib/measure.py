@@ -1,6 +1,7 @@
 """What a run costs besides joules: time, memory, CPU, disk, FLOPs, latency, size, kernels."""
 
 import contextlib
+import copy
 import itertools
 import math
 import resource
@@ -436,11 +437,93 @@ def _generate(model, ids, new_tokens) -> dict:
     out = model(ids, use_cache=True, logits_to_keep=1)
     synchronize(model.device)
     prefilled = time.perf_counter()
-    for _ in range(new_tokens):
-        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    out = _decode(model, out, new_tokens)
     synchronize(model.device)
     end = time.perf_counter()
     return {"prefill_s": prefilled - begin, "decode_s": end - prefilled, "cache": out.past_key_values}
+
+
+def _decode(model, out, new_tokens):
+    for _ in range(new_tokens):
+        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    return out
+
+
+@torch.no_grad()
+def inference_energy(model, contexts: list[int], new_tokens: int, window_s: float, autocast) -> list[dict]:
+    """Joules of what `inference` times, a row per context: one prefill, and one decoded token.
+
+    Each is repeated for `window_s` seconds or more inside one window of the GPU's counter, so 10 s are the least that
+    give a number; None has its `null_reason`. Every repetition of decoding starts from a copy of the prompt's cache,
+    and the copying counts with it: once per `new_tokens` tokens.
+    """
+    model.eval()
+    rows = []
+    for context in contexts:
+        ids = torch.arange(context, device=model.device)[None] % model.config.vocab_size
+        with autocast():
+            prefilled = model(ids, use_cache=True, logits_to_keep=1)
+
+            def prefill(ids=ids):
+                model(ids, use_cache=True, logits_to_keep=1)
+
+            def decode(prefilled=prefilled):
+                _decode(model, copy.deepcopy(prefilled), new_tokens)
+
+            per_prefill, per_decoding = (_energy_of(work, model.device, window_s) for work in (prefill, decode))
+        per_token = None if per_decoding.joules is None else per_decoding.joules / new_tokens
+        reason = per_prefill.reason or per_decoding.reason
+        rows.append({"context": context, "prefill_energy_j": per_prefill.joules})
+        rows[-1] |= {"decode_energy_j_per_token": per_token, "energy_null_reason": reason}
+    return rows
+
+
+def _energy_of(work, device: torch.device, window_s: float) -> energy.Reading:
+    """Joules of one call of `work`, from calls that fill `window_s` seconds; makes none where nothing counts them."""
+    if not window_s > 0:
+        return energy.Reading(None, "not_asked_for")
+    watch = Stopwatch(device)
+    if watch.counter.monitor is None:
+        return watch.counter.reading(window_s)
+    work()
+    calls, begin = 0, time.perf_counter()
+    with watch:
+        while time.perf_counter() - begin < window_s:
+            work()
+            synchronize(device)
+            calls += 1
+    found = watch.reading()
+    return found if found.joules is None else energy.Reading(found.joules / calls)
+
+
+class Stopwatch:
+    """Times repetitions of one kind of work, `with` it, from an idle device to an idle device; the counter beside it.
+
+    `seconds` and `counter.stretches_j` hold an entry for each repetition that ended without an error.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device, self.counter = device, energy.gpu_counter(device)
+        self.seconds: list[float] = []
+
+    def __enter__(self):
+        synchronize(self.device)
+        self.counter.begin()
+        self.begin = time.perf_counter()
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            synchronize(self.device)
+            self.seconds.append(time.perf_counter() - self.begin)
+            self.counter.end()
+
+    def reading(self) -> energy.Reading:
+        """Joules of all repetitions, if each of them was long enough for the counter and nothing else ran."""
+        found = self.counter.reading(min(self.seconds, default=0.0))
+        if found.joules is not None and energy.foreign_processes(self.device):
+            return energy.Reading(None, "foreign_process")
+        return found
 
 
 def _tensors(cache):

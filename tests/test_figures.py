@@ -6,9 +6,16 @@ import sys
 import matplotlib.pyplot as plt
 import pytest
 from make import make_record, write_blocks
+from test_compare import curve
 
 from lib import compare, figures, record
 from lib.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
 
 
 def drawn(tmp_path, **changes):
@@ -17,7 +24,7 @@ def drawn(tmp_path, **changes):
 
 
 def texts(figure):
-    figure.canvas.draw()
+    figure.figure.canvas.draw()  # of an axes: its figure's
     return " ".join(text.get_text() for text in figure.findobj(plt.Text))
 
 
@@ -66,6 +73,52 @@ def test_what_fails_its_certificate_is_drawn_apart_and_never_ranked(tmp_path):
     table = figures.ranking(runs)
     assert list(table["variant"])[-1] == "aleak" and list(table["rank"]) == [1, 2, 3, "–"]
     assert table["verdict"].iloc[-1] == "fails its certificate"
+
+
+def test_cost_to_target_shows_bounds_as_bounds_and_refuses_the_uncertified(tmp_path):
+    records = [
+        curve("sdpa", [6.0, 5.0, 4.5, 4.0]),
+        curve("gqa", [6.0, 5.0, 4.5, 3.9]),
+        curve("lsh", [6.0, 5.0, 4.4, 4.3]),
+        curve("mla", [6.0, 3.9, 3.5, 3.2]),
+        curve("linear", [6.0, 5.0, 4.0, 3.9], energy_j=None),
+        curve("aleak", [6.0, 2.0, 1.0, 0.5], certified=False),
+    ]
+    for one in records:
+        record.write(one, tmp_path)
+    figure = figures.cost_to_target(record.read(tmp_path))
+    energy, time = (texts(axes) for axes in figure.axes)
+    assert "> 0.9 (reached in 0 of 1, 0.3 nats short)" in energy and "> 70 (reached" in time
+    assert "< 0.1 (reached in 1 of 1)" in energy and "< 10 (reached" in time
+    assert "not measured: the run used no GPU" in energy and "30 (× 0.429, n = 1)" in time
+    assert energy.count("fails its certificate") == time.count("fails its certificate") == 1
+    arrows = [text.arrow_patch for text in figure.axes[1].texts if getattr(text, "arrow_patch", None)]
+    assert len(arrows) == 2 and len(figure.axes[1].patches) == 5  # bars; none for what fails its certificate
+
+
+def test_the_pareto_front_leaves_out_the_null_variant_and_the_uncertified(tmp_path):
+    points = {"sdpa": (2e3, 5.0), "sdpa_again": (1.5e3, 4.9), "gqa": (1e3, 5.5), "mla": (3e3, 4.5), "lsh": (3e3, 6.0)}
+    for label, (energy_j, loss) in points.items():
+        record.write(make_record(label, energy_j=energy_j, validation_loss=loss), tmp_path)
+    record.write(make_record("aleak", certified=False, energy_j=500.0, validation_loss=1.0), tmp_path)
+    (front,) = figures.loss_against_cost(record.read(tmp_path)).axes[0].lines
+    x, y = front.get_data()
+    assert list(zip(x[1:-1], y[1:-1], strict=True)) == [(1, 5.5), (2, 5.0), (3, 4.5)]
+
+
+def test_power_over_time_draws_the_traces_there_are_and_says_what_is_missing(tmp_path):
+    runs = drawn(tmp_path)
+    assert texts(figures.power_over_time(runs)).count("not measured: no power trace in the record") == 3
+    traces = {"sdpa": ([0.0, 0.1, 0.2], [100.0, 300.0, 200.0])}
+    runs["series_power_time_s"] = [traces.get(label, (None, []))[0] for label in runs["label"]]
+    runs["series_power_w"] = [traces.get(label, (None, []))[1] for label in runs["label"]]
+    figure = figures.power_over_time(runs)
+    baseline, sdpa, again = figure.axes
+    assert not baseline.lines and not again.lines
+    trace, mean = sdpa.lines
+    assert list(trace.get_xdata()) == [0.0, 0.1, 0.2] and list(trace.get_ydata()) == [100.0, 300.0, 200.0]
+    assert set(mean.get_ydata()) == {200.0}
+    assert texts(figure).count("not measured: no power trace in the record") == 2
 
 
 def test_a_variant_has_one_colour_everywhere_and_strangers_get_their_own():
