@@ -29,8 +29,11 @@ def costs(model, p) -> pd.DataFrame:
 
 
 @one_sentence_when_out_of_memory()
-def make_record(p, trainer, certificate: dict, latencies: list[dict]) -> record.Record:
-    """The record of a finished run. Raises ValueError where something that must be there is not."""
+def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dict) -> record.Record:
+    """The record of a finished run: `latencies` by `measure.inference`, `parts` by `phases.measured`.
+
+    Raises ValueError where something that must be there is not.
+    """
     values = vars(p)
     model, device = trainer.model, trainer.device
     metrics, reasons = trainer.meter.metrics()
@@ -100,6 +103,7 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict]) -> record.
             power_time_s=power_time_s,
             power_w=power_w,
             inference=latencies,
+            **parts,
         ),
         null_reasons=reasons,
         gpu_states=trainer.meter.states,

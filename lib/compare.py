@@ -78,11 +78,12 @@ def balanced(runs: pd.DataFrame) -> bool:
     """Whether over the whole blocks every label stood in every place, and right behind every other, equally often.
 
     A Williams square does that in as many blocks as there are labels, or in twice as many where their number is odd.
+    The null variant is no part of it: only the order of the others among themselves counts.
     """
     orders = [part.sort_values("position") for _, part in whole_blocks(runs).groupby(BLOCK)]
     if not orders or any(list(order["position"]) != list(range(len(order))) for order in orders):
         return False
-    names = [list(order["label"]) for order in orders]
+    names = [[label for label in order["label"] if label != NULL] for order in orders]
     places = Counter(place for order in names for place in enumerate(order))
     neighbours = Counter(two for order in names for two in pairwise(order))
     labels = len(names[0])

@@ -401,11 +401,13 @@ def _fused_attention_flops(query_shape, key_shape, value_shape, *_, **__) -> int
 
 @one_sentence_when_out_of_memory()
 @torch.no_grad()
-def inference(model, contexts: list[int], new_tokens: int, repeats: int, autocast) -> list[dict]:
-    """Latency of one sequence by context length: prefill, then greedy decoding with the cache.
+def inference(
+    model, contexts: list[int], new_tokens: int, repeats: int, autocast, energy_window_s: float = 0.0
+) -> list[dict]:
+    """Latency and joules of one sequence by context length: prefill, then greedy decoding with the cache.
 
-    Medians of `repeats`, after a warm-up at the same length. Cache bytes are counted from the cache itself and, beside
-    them, from the variant's formula.
+    Latencies are medians of `repeats`, after a warm-up at the same length. Cache bytes are counted from the cache
+    itself and, beside them, from the variant's formula. Joules are those of `inference_energy`.
     """
     model.eval()
     rows = []
@@ -427,7 +429,8 @@ def inference(model, contexts: list[int], new_tokens: int, repeats: int, autocas
                 ),
             }
         )
-    return rows
+    joules = inference_energy(model, contexts, new_tokens, energy_window_s, autocast)
+    return [row | found for row, found in zip(rows, joules, strict=True)]
 
 
 def _generate(model, ids, new_tokens) -> dict:

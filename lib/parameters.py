@@ -31,7 +31,8 @@ CHOICES = {
 AT_LEAST = {
     "seed": 0, "layers": 1, "width": 1, "heads": 1, "positions": 1, "context": 2, "batch_size": 1, "accumulation": 1,
     "steps_per_epoch": 1, "epochs": 1, "warmup_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0, "clip_norm": 0,
-    "validation_rows": 1, "new_tokens": 1, "inference_repeats": 1, "idle_s": 0,
+    "validation_rows": 1, "new_tokens": 1, "inference_repeats": 1, "inference_window_s": 0,
+    "phase_steps": 0, "idle_s": 0,
 }  # fmt: skip
 WHO = ("attention", "knobs", "label", "seed")  # what differs within a study; all else is its setting
 

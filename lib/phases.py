@@ -7,13 +7,43 @@ What is compared is measured in rounds of alternating order, so that drift of cl
 import statistics
 
 import numpy as np
+import pandas as pd
 import statsmodels.api as sm
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lib.errors import one_sentence_when_out_of_memory
 from lib.measure import Stopwatch
 
 FEW_COUNTS = 5  # of blocks that keep their attention, where there are more layers than that
+
+
+@one_sentence_when_out_of_memory()
+def measured(trainer, steps: int) -> dict:
+    """`phases` and `slope` with rounds of so many steps, as a record holds them; nothing where `steps` is 0."""
+    if not steps:
+        return {"phases": [], "slope": None}
+    return {"phases": phases(trainer, steps), "slope": slope(trainer, steps)}
+
+
+def table(found: dict) -> pd.DataFrame:
+    """What `measured` found, as a reader sees it, in milliseconds and, where counted, joules."""
+    rows = [
+        {
+            "part": f"{row['phase'].replace('_', ' and ')}{' (derived)' if row['derived'] else ''}",
+            "ms": f"{row['time_s_per_step'] * 1e3:.2f}",
+            "least ms": f"{row['least_time_s_per_step'] * 1e3:.2f}",
+            "J": "–" if row["energy_j_per_step"] is None else f"{row['energy_j_per_step']:.3f}",
+        }
+        for row in found["phases"]
+    ]
+    slope = found["slope"]
+    if slope:
+        low, high = slope["time_s_per_core_low"] * 1e3, slope["time_s_per_core_high"] * 1e3
+        cost = f"{slope['time_s_per_core'] * 1e3:.3f} [{low:.3f}, {high:.3f}]"
+        joules = "–" if slope["energy_j_per_core"] is None else f"{slope['energy_j_per_core']:.4f}"
+        rows.append({"part": "one attention core, by slope", "ms": cost, "least ms": "", "J": joules})
+    return pd.DataFrame(rows or [{"part": "not asked for: phase_steps is 0"}])
 
 
 def phases(trainer, steps: int, rounds: int = 3, warmup: int = 2) -> list[dict]:

@@ -100,6 +100,37 @@ class Latency(Strict):
     decode_latency_s_per_token: float
     cache_bytes: int
     cache_bytes_analytic: int
+    prefill_energy_j: Measured
+    decode_energy_j_per_token: Measured
+    energy_null_reason: Literal[tuple(REASONS)] | None
+
+
+class Phase(Strict):
+    """A part of a training step, in a loop of its own; `derived` ones are differences of others."""
+
+    phase: str
+    derived: bool
+    time_s_per_step: float
+    least_time_s_per_step: float
+    energy_j_per_step: Measured
+    energy_null_reason: Literal[tuple(REASONS)] | None
+
+
+class Slope(Strict):
+    """Cost of forward and backward by the number of blocks that keep their attention, and of one of them (95 %)."""
+
+    kept: list[int]
+    time_s_per_step: list[float]
+    time_s_per_core: float
+    time_s_per_core_low: float
+    time_s_per_core_high: float
+    time_r_squared: float
+    energy_j_per_step: list[float] | None
+    energy_j_per_core: Measured
+    energy_j_per_core_low: Measured
+    energy_j_per_core_high: Measured
+    energy_r_squared: Measured
+    energy_null_reason: Literal[tuple(REASONS)] | None
 
 
 class LogPoint(Strict):
@@ -141,6 +172,8 @@ class Series(Strict):
     power_time_s: list[float]  # middles of equal parts of the window; empty without a power trace
     power_w: list[float]  # means over them
     inference: list[Latency]
+    phases: list[Phase]  # empty where not asked for
+    slope: Slope | None  # None where not asked for
 
 
 class Certificate(Strict):

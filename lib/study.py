@@ -72,7 +72,12 @@ def plan(overrides: dict, variants: list, blocks: int) -> list[dict]:
     known = known_parameters()
     entries = [entry if isinstance(entry, dict) else {"attention": str(entry)} for entry in variants]
     runs = []
-    for block, order in enumerate(orders(len(entries), blocks)):
+    nulls = [index for index, entry in enumerate(entries) if entry.get("label") == compare.NULL]
+    others = [index for index in range(len(entries)) if index not in nulls]
+    for block, square in enumerate(orders(len(others), blocks)):
+        order = [others[which] for which in square]
+        for null in nulls:  # it wanders through all places, and leaves the balance of the others as it is
+            order.insert(block % len(entries), null)
         for position, which in enumerate(order):
             given = overrides | entries[which] | {"seed": block}
             parameters.check_names(given, known)

@@ -33,7 +33,8 @@ def make_record(label="sdpa", block=0, sitting="s1", certified=True, setting="0"
     others = {name: value for name, value in changes.items() if name not in METRICS}
     reasons = {"cpu_energy_j": "rapl_unavailable", "peak_resident_bytes": "gpu_run"}
     latency = {"prefill_latency_s": 0.01, "decode_latency_s_per_token": 0.002}
-    latency |= {"cache_bytes": 10, "cache_bytes_analytic": 10}
+    latency |= {"cache_bytes": 10, "cache_bytes_analytic": 10, "prefill_energy_j": None}
+    latency |= {"decode_energy_j_per_token": None, "energy_null_reason": "not_asked_for"}
     end = {"useful_tokens": 256, "loss": metrics["validation_loss"]}
     digest = hashlib.sha256(f"{label}{block}{sitting}{setting}".encode()).hexdigest()
     fields = {
@@ -56,7 +57,7 @@ def make_record(label="sdpa", block=0, sitting="s1", certified=True, setting="0"
             "validation": [{"useful_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
             "epoch_energy_j": [], "log": [{"step": 4, "time_s": 20.0, "energy_j": metrics["energy_j"]}],
             "power_time_s": [10.0], "power_w": [200.0],
-            "inference": [{"context": context} | latency for context in (8, 16)],
+            "inference": [{"context": context} | latency for context in (8, 16)], "phases": [], "slope": None,
         },
         "null_reasons": {name: reasons.get(name, "no_gpu") for name, value in metrics.items() if value is None},
         "gpu_states": [], "checks": [], "flags": [],

@@ -197,6 +197,7 @@ def curve(label, losses, block=0, tokens=(0, 100, 200, 400), **changes):
     seen = [int(n) for n in np.interp(np.arange(1, 31), [0, 10, 20, 30], tokens)]
     series = {
         "train_loss": [5.0] * 30, "useful_tokens": seen, "epoch_time_s": [10.0, 20.0, 40.0], "inference": [],
+        "log": [], "power_time_s": [], "power_w": [], "phases": [], "slope": None,
         "epoch_energy_j": [] if changes.get("energy_j", 1) is None else [100.0, 300.0, 500.0],
         "validation": [{"useful_tokens": n, "loss": loss} for n, loss in zip(tokens, losses, strict=True)],
     }  # fmt: skip

@@ -12,7 +12,7 @@ import pytest
 from make import make_record
 from matplotlib.text import Text
 
-from lib import attention, conversations, corpus, figures, parameters, record, study
+from lib import attention, compare, conversations, corpus, figures, parameters, record, study
 
 ROOT = record.ROOT
 BIN = os.path.dirname(sys.executable)
@@ -182,6 +182,22 @@ def test_over_a_whole_square_positions_and_neighbours_are_balanced(variants):
         assert len(set(Counter(order[position] for order in blocks).values())) == 1
     followers = Counter((a, b) for order in blocks for a, b in pairwise(order))
     assert len(followers) == variants * (variants - 1) and len(set(followers.values())) == 1
+
+
+def test_eight_blocks_of_the_study_are_balanced_and_the_null_variant_wanders(out):
+    variants = [*attention.STUDY_ORDER, study.NULL_VARIANT]
+    runs = study.plan(TINY, variants, 8)
+    for run in runs:
+        place = {"sitting": "s", "block": run["block"], "position": run["position"]}
+        record.write(make_record(parameters.display_name(run["values"]), run["block"]).model_copy(
+            update={"sitting": record.Sitting(**place)}), out)  # fmt: skip
+    made = record.read(out)
+    assert compare.balanced(made) and not compare.balanced(made[made["block"] < 7])
+    nulls = [run["position"] for run in runs if run["values"]["label"] == compare.NULL]
+    references = [run["position"] for run in runs if parameters.display_name(run["values"]) == compare.REFERENCE]
+    assert len(set(nulls)) == 8
+    behind = [null - reference for null, reference in zip(nulls, references, strict=True)]
+    assert min(behind) < 0 < max(behind) and len(set(behind)) > 4
 
 
 def test_a_record_of_other_parameters_or_of_an_older_file_is_not_taken_for_finished(out):
