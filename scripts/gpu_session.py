@@ -42,12 +42,14 @@ class Blocks(NamedTuple):
 
     profile: str
     first_guess_s: float
+    most: float = float("inf")
 
 
 # Imports what lib/ and its tests import, so that a wheel that was forgotten is named here and not in every run's log.
 VERSIONS = """
 import importlib, platform, sys
 names = "torch transformers tokenizers datasets papermill ipykernel ipywidgets zeus pynvml pydantic psutil numpy "
+names += "filelock platformdirs "
 names += "pandas matplotlib seaborn scipy statsmodels yaml tqdm pytest hypothesis nbval"
 missing = []
 print("python", platform.python_version())
@@ -69,10 +71,11 @@ FIRST = (
     Stage("cuda_tests", CUDA_TESTS, 30, 180, fine=(0, 5)),  # 5: no test is for CUDA
 )
 # Guesses for nine runs on an H200: the arithmetic is in the profiles' comments.
-BLOCKS = (Blocks("gpu_512", 505), Blocks("gpu_4096", 480))
+BLOCKS = (Blocks("gpu_512", 505), Blocks("gpu_4096", 480), Blocks("gpu_phases", 510, most=1))
 BLOCK_COMMAND = ("{python}", "-m", "lib.study", "{profile}", "--blocks", "{number}")
 # Whatever fits behind the blocks; what a benchmark writes to the folder {out} comes back in benchmarks.tar.gz.
-BENCHMARKS: tuple[Stage, ...] = ()
+OVERHEAD = "scripts/instrument_overhead.py params/gpu_512.yaml --steps 50 --repeats 8 --out {out}/overhead.json"
+BENCHMARKS = (Stage("instrument_overhead", ("{python}", *OVERHEAD.split()), 90, 240),)
 
 RESERVE_S = 20.0  # kept for packing
 MARGIN = 1.05  # a block is predicted to take this much more than the slowest of its profile so far
@@ -223,6 +226,7 @@ class Session:
         """Whole blocks, always of the profile that has the fewest, for as long as one is predicted to fit."""
         open_profiles = list(profiles)
         while open_profiles and not self.signal:
+            open_profiles = [blocks for blocks in open_profiles if self.finished_blocks(blocks) < blocks.most]
             fitting = [blocks for blocks in open_profiles if self.predicted_s(blocks) <= self.left_s]
             if not fitting:
                 break
@@ -267,6 +271,8 @@ class Session:
     def records(self, profile: str) -> list[tuple[Path, dict]]:
         found = []
         for path in sorted((self.runs / profile).glob("*.json")):
+            if path.name.endswith(".failed.json"):  # the note of a run that left none
+                continue
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 facts = json.loads(path.read_bytes())
                 if isinstance(facts["sitting"]["block"], int):

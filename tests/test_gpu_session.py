@@ -294,7 +294,7 @@ def test_an_out_folder_with_something_in_it_is_refused(script, tmp_path, capsys)
 def test_all_well_is_exit_0_and_skipped_stages_do_not_run(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "FIRST", tuple(script.Stage(name, python("print(1)"), 0) for name in ("one", "two")))
     monkeypatch.setattr(script, "has_gpu", lambda: True)
-    skipped = ["--skip", "one", "gpu_512", "gpu_4096"]
+    skipped = ["--skip", "one", "gpu_512", "gpu_4096", "gpu_phases", "instrument_overhead"]
     assert script.main(["--out", str(tmp_path / "out"), "--budget-s", "60", *skipped]) == 0
     assert [stage["name"] for stage in stages(tmp_path / "out")] == ["two"]
 
