@@ -1,5 +1,6 @@
 """Made-up records for tests of what reads records."""
 
+import contextlib
 import hashlib
 
 from lib import record
@@ -69,3 +70,10 @@ def write_blocks(folder, labels=("baseline", "sdpa", "sdpa_again"), blocks=1, **
     for block in range(blocks):
         for label in labels:
             record.write(make_record(label, block, **changes), folder)
+
+
+def fill(disk):
+    """Leaves no byte free on a `small_disk`."""
+    with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(b"0" * 4096)

@@ -13,6 +13,7 @@ import pytest
 from test_study import NINTH, TINY
 
 from lib import cache, conversations, corpus, record, study
+from lib.errors import UsageError
 
 # A variant that, where STALL names a file, makes that file in its first training step and then waits to be killed.
 STALLING = NINTH.replace("import torch\n", "import os, pathlib, time\nimport torch\n", 1).replace(
@@ -239,12 +240,23 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.parent.iterdir()) == sorted([folder.name, f"{folder.name}.lock"])
 
 
-def test_a_full_disk_under_the_cache_is_one_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
+def test_a_full_disk_under_the_cache_is_one_sentence(small_disk, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(small_disk / "cache"))
 
-    def full(_):
-        raise OSError(28, "No space left on device")
+    def build(folder):
+        (folder / "tokens").write_bytes(bytes(1 << 20))
 
-    with pytest.raises(cache.UsageError, match=r"cannot be written: No space left on device; free some space") as said:
-        cache.made_once({"a": 1}, full)
+    with pytest.raises(UsageError, match=r"cannot be written: No space left on device; free some space") as said:
+        cache.made_once({"a": 1}, build)
     assert cache.CACHE_VARIABLE in str(said.value)
+    assert [path.suffix for path in (small_disk / "cache").iterdir()] == [".lock"]
+
+
+def test_a_study_on_a_full_disk_says_so_and_leaves_nothing_half_written(folder, small_disk):
+    (small_disk / "filler").write_bytes(bytes(200_000))  # room for a record and a note, not for a notebook
+    stopped = start(folder, small_disk, "sdpa")
+    said, errors = stopped.communicate(timeout=300)
+    assert stopped.returncode == 1 and "No space left on device" in errors, said
+    whole = [path.name for path in small_disk.glob("*.json") if not path.name.endswith(record.FAILED)]
+    assert [f"{found.name}.json" for found in record.load_all(small_disk)] == whole
+    assert not list(small_disk.glob("*.tmp"))

@@ -1,17 +1,15 @@
 """A record is whole and true to its schema, or it is not there."""
 
-import contextlib
 import json
 import os
 import shutil
-import subprocess
 import tempfile
 import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import METRICS, make_record, write_blocks
+from make import METRICS, fill, make_record, write_blocks
 from pydantic import ValidationError
 
 from lib import record
@@ -130,47 +128,26 @@ def test_a_failed_run_is_noted_apart_and_its_record_ends_the_note(tmp_path):
     assert record.failures(tmp_path).empty and len(record.read(tmp_path)) == 1
 
 
-def fill(folder):
-    """Leaves no byte free; returns False where the file system is too large to be a test's."""
-    if shutil.disk_usage(folder).total > 1 << 20:
-        return False
-    with contextlib.suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
-        while True:
-            file.write(b"0" * 4096)
-    return True
-
-
-@pytest.fixture
-def full_disk(tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", disk], capture_output=True).returncode
-    if mounted != 0:
-        pytest.skip("this user may mount no file system")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_loses_no_record(full_disk, tmp_path, monkeypatch):
+def test_a_full_disk_loses_no_record(small_disk, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "elsewhere"))
     (tmp_path / "elsewhere").mkdir()
-    assert fill(full_disk)
+    fill(small_disk)
     made = make_record()
     with pytest.raises(UsageError, match="cannot be written to disk/: No space left on device; it lies in ") as said:
-        record.write(made, full_disk)
-    assert os.listdir(full_disk) == ["filler"]
+        record.write(made, small_disk)
+    assert os.listdir(small_disk) == ["filler"]
     (kept,) = (tmp_path / "elsewhere").rglob("*.json")
     assert str(kept) in str(said.value) and "\n" not in str(said.value)
-    (full_disk / "filler").unlink()
-    shutil.move(kept, full_disk)
-    assert list(record.read(full_disk)["name"]) == [made.name]
+    (small_disk / "filler").unlink()
+    shutil.move(kept, small_disk)
+    assert list(record.read(small_disk)["name"]) == [made.name]
 
 
-def test_where_no_disk_has_room_the_way_out_is_to_make_some(full_disk, monkeypatch):
-    monkeypatch.setattr(tempfile, "tempdir", str(full_disk))
-    assert fill(full_disk)
+def test_where_no_disk_has_room_the_way_out_is_to_make_some(small_disk, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
+    fill(small_disk)
     with pytest.raises(UsageError, match="No space left on device; make room there and run the cell again"):
-        record.write(make_record(), full_disk)
+        record.write(make_record(), small_disk)
 
 
 def test_an_old_record_survives_a_failed_write_of_its_successor(tmp_path, monkeypatch):
