@@ -1,6 +1,5 @@
 """A folder on disk for what takes long to make and is the same each time: tokens, and a trained tokenizer."""
 
-import errno
 import hashlib
 import json
 import os
@@ -39,8 +38,6 @@ def made_once(what: dict, build: Callable[[Path], None]) -> Path:
                     shutil.rmtree(scratch, ignore_errors=True)
                     raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-            raise
         raise UsageError(
             f"the cache {cache} cannot be written: {error.strerror}; free some space there, or name another folder "
             f"by the environment variable {CACHE_VARIABLE}"
