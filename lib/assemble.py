@@ -128,6 +128,25 @@ def measured(result: record.Record) -> pd.DataFrame:
     return pd.DataFrame({"measured": texts})
 
 
+def inference_table(latencies: list[dict]) -> pd.DataFrame:
+    """What `measure.inference` found, as a reader sees it."""
+    rows = []
+    for row in latencies:
+        joules = {"prefill, J": row["prefill_energy_j"], "J per new token": row["decode_energy_j_per_token"]}
+        rows.append(
+            {
+                "context": f"{row['context']:,}",
+                "prefill, ms": f"{row['prefill_latency_s'] * 1e3:.2f}",
+                "ms per new token": f"{row['decode_latency_s_per_token'] * 1e3:.2f}",
+                "cache, KiB": f"{row['cache_bytes'] / 1024:,.1f}",
+                "cache by formula, KiB": f"{row['cache_bytes_analytic'] / 1024:,.1f}",
+                **{name: "–" if value is None else f"{value:.3f}" for name, value in joules.items()},
+                "without joules, because": record.REASONS.get(row["energy_null_reason"], ""),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
 def self_check(result: record.Record) -> pd.DataFrame:
     """The record's checks as a reader sees them."""
     return pd.DataFrame([{"check": c.check, "verdict": c.verdict, "says": c.says} for c in result.checks])
