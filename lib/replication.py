@@ -59,10 +59,23 @@ def definitions(name: str, **ours_too) -> dict[str, tuple[str, dict]]:
     return columns | {column: (name, knobs) for column, knobs in ours_too.items()}
 
 
-def side_by_side(name: str, **ours_too) -> pd.DataFrame:
-    """The published definition of a variant and ours: certificate, what a changed token moves, parameters, FLOPs."""
+def certificates(*several: pd.DataFrame) -> dict[tuple[str, str], dict]:
+    """The certificates that runs carry, by attention and knobs."""
+    runs = pd.concat(several)
+    keys = zip(runs["attention"], (str(values["knobs"]) for values in runs["parameter_values"]), strict=True)
+    return dict(zip(keys, runs["certificate"], strict=True))
+
+
+def side_by_side(name: str, known: dict, **ours_too) -> pd.DataFrame:
+    """The published definition of a variant and ours: certificate, what a changed token moves, parameters, FLOPs.
+
+    `known`: the `certificates` of runs; a definition that is not among them is examined now.
+    """
     columns = definitions(name, **ours_too)
-    certificates = {column: certificate.certify(*found) for column, found in columns.items()}
+    certificates = {
+        column: known.get((path, str(knobs))) or certificate.certify(path, knobs)
+        for column, (path, knobs) in columns.items()
+    }
     return pd.concat([certificate.table(certificates), pd.DataFrame({c: _sizes(*f) for c, f in columns.items()})])
 
 

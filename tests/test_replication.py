@@ -38,7 +38,7 @@ def test_the_definition_that_saw_padding_masks_learns_no_future():
 
 
 def test_side_by_side_shows_both_and_what_a_mask_changes():
-    table = replication.side_by_side("sdpa")
+    table = replication.side_by_side("sdpa", {})
     assert list(table.columns) == ["published", "published, padded batch", "ours"]
     assert list(table.loc["no output depends on a later token"]) == ["NO", "yes", "yes"]
     assert list(table.loc["another token at 300 moves, of 300 before it"]) == ["300", "0", "0"]
