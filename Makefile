@@ -10,7 +10,7 @@ study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
 
 test: $(READY)  ## every test and every notebook
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --nbval
+	$(BIN)/python -m pytest --nbval --numprocesses 2 --dist loadfile
 
 lab: $(READY)  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/train.ipynb

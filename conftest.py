@@ -3,7 +3,11 @@
 import os
 import tempfile
 
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SCRATCH = tempfile.TemporaryDirectory(prefix="attention-study-tests-")  # removed when pytest ends
 os.environ["ATTENTION_STUDY_OUT"] = SCRATCH.name
-os.environ["ATTENTION_STUDY_CACHE"] = f"{SCRATCH.name}/cache"
+if not IS_WORKER:  # all workers share the tokens of the one that started them
+    os.environ["ATTENTION_STUDY_CACHE"] = f"{SCRATCH.name}/cache"
+else:
+    os.environ["OMP_NUM_THREADS"] = "1"  # kernels too: another worker has the other core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub

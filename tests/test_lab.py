@@ -49,10 +49,10 @@ def notebook(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in NOTEBOOKS.glob("*.ipynb")))
-def test_run_all_twice(notebook, name, tmp_path):
-    """Twice in one kernel, since a kernel that ran the notebook before still holds its old cells and names."""
+def test_run_all(notebook, name, tmp_path):
+    """What a person edits, twice in one kernel: one that ran it before still holds its old cells and names."""
     page = notebook(name)
-    for _ in range(2):
+    for _ in range(2 if name == "train.ipynb" else 1):
         page.run_all()
         assert page.outputs("error") == []
         assert [output["text"] for output in page.outputs("stream") if output["name"] == "stderr"] == []
