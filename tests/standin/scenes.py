@@ -213,7 +213,7 @@ def train(steps, report, folder):
     from make import CERTIFICATE
     from test_training import make_rows
 
-    from lib import assemble, corpus, parameters, record, training
+    from lib import assemble, corpus, parameters, phases, record, training
     from lib.model import build_model, gpt2_config
 
     on_the_card()
@@ -227,7 +227,7 @@ def train(steps, report, folder):
     trainer.warm_up()
     with trainer.meter.watching():
         trainer.run(report, reports=2 * steps)
-    path = record.write(assemble.make_record(p, trainer, CERTIFICATE, []), folder)
+    path = record.write(assemble.make_record(p, trainer, CERTIFICATE, [], phases.measured(trainer, 0)), folder)
     return trainer.meter, path
 
 
