@@ -11,6 +11,7 @@ pytorch-fast-transformers, on CUDA also fla-core and FlexAttention; for `step` n
 """
 
 import argparse
+import copy
 import importlib.util
 import json
 import math
@@ -206,9 +207,11 @@ def layer_turn(layer, T, device):
 def step_turns(names, T, device, nanogpt) -> tuple[dict, dict]:
     config = gpt2_config(12, 768, 12, 1024, 50257)
     makers = {name: lambda name=name: build_model(name, config) for name in names}
+    theirs = copy.copy(config)
+    theirs.activation_function = "gelu_new"  # as GPT-2's checkpoints have it
     for kernel in ("eager", "sdpa"):
         makers[f"transformers' GPT-2 {kernel}"] = lambda kernel=kernel: GPT2LMHeadModel._from_config(
-            config, attn_implementation=kernel
+            theirs, attn_implementation=kernel
         )
     turns = {name: step_turn(make(), transformers_loss, T, device) for name, make in makers.items()}
     if nanogpt is None:
