@@ -136,6 +136,7 @@ def gpt2_config(layers: int, width: int, heads: int, positions: int, vocabulary:
     return GPT2Config(
         n_layer=layers, n_embd=width, n_head=heads, n_positions=positions, vocab_size=vocabulary,
         attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout, bos_token_id=None, eos_token_id=None,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own `gelu_new` in one kernel: equal to rounding
     )  # fmt: skip
 
 

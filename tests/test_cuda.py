@@ -78,6 +78,13 @@ def test_a_run_trains_and_measures_on_the_gpu(name, compile):
     assert values["energy_j"] is None and reasons["energy_j"] in ("window_too_short", "mig", "counter_unsupported")
 
 
+def test_compiled_baseline_keeps_its_scores():
+    model = build_model("baseline", gpt2_config(2, 128, 2, 256, 30)).to(CUDA).train()
+    model.transformer.h[0].attn.compile()
+    names = measure.kernels(model, 128, training.autocast("bf16", CUDA))
+    assert not [kernel for kernel in names["forward"] if "flash" in kernel.lower() or "fmha" in kernel.lower()]
+
+
 @every_variant
 def test_kernels_are_named_forward_and_backward(name):
     model = build_model(name, gpt2_config(2, 128, 2, 256, 30)).to(CUDA)

@@ -141,7 +141,11 @@ FAULTS = {  # what is planted: the right code, the wrong one, the check that is 
     "itself as any key": ("ALONE = -1e5", "ALONE = 1.0", None),
     "rounds averaged": ("(top + mass.log()).softmax(2)", "1 / R", "reference_difference"),
     "keys not to length 1": ("unit(qk), v]", "qk, v]", "reference_difference"),
-    "unsorted by the order itself": ("x.gather(3, place[", "x.gather(3, time[", "causal"),
+    "unsorted by the order itself": (
+        "place = torch.empty_like(time).scatter_(",
+        "place = time.clone(); time.scatter(",
+        "causal",
+    ),
     "sort by nothing": ("buckets.sort(dim=-1, stable=True)", "buckets.flip(-1).sort(dim=-1, stable=True)", "causal"),
     "decoding sees one key more": ("topk(min(self.chunk, S))", "topk(min(self.chunk + 1, S))", "cached_equal"),
     "decoding counts itself": ("time == S - 1, ALONE", "time == S, ALONE", "cached_equal"),

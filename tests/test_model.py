@@ -65,6 +65,22 @@ def test_transformers_itself_reads_what_keeps_gpt2_s_weights(tmp_path):
     torch.testing.assert_close(GPT2LMHeadModel.from_pretrained(tmp_path).eval()(ids).logits, model(ids).logits)
 
 
+def test_the_fused_gelu_is_gpt2_s_to_rounding():
+    config = gpt2_config(2, 32, 4, 64, 50)
+    ours = build_model("sdpa", config, seed=1).double()
+    config.activation_function = "gelu_new"
+    theirs = GPT2LMHeadModel(config).double()
+    theirs.load_state_dict(ours.state_dict())
+    ids = torch.randint(0, 50, (2, 17))
+    outcomes = []
+    for model in (ours, theirs):
+        model.transformer.h[0].mlp.c_fc.weight.data.mul_(50)  # so that the activation bends
+        loss = model(ids, labels=ids).loss
+        outcomes.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for got, expected in zip(*outcomes, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_a_saved_folder_cannot_choose_what_file_is_run(tmp_path):
     ninth = tmp_path / "ninth.py"
     ninth.write_text(attention.find("sdpa").read_text())

@@ -39,8 +39,10 @@ class Attention(nn.Module):
         if padding_mask is not None:
             visible = visible & padding_mask[:, None, None, :]  # (B, 1, T, S)
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, H, T, S)
-        # The lowest finite number, not -inf: a row of left padding alone stays finite.
-        scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        # The lowest finite number, not -inf: a row of left padding alone stays finite. Added as GPT-2 does, which the
+        # backward pass need not know of, and in place.
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.add_(torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, lowest))
         weights = self.attention_dropout(scores.softmax(-1).type(v.dtype))
         out = (weights @ v).transpose(1, 2).reshape(B, T, C)
         return self.residual_dropout(self.c_proj(out)), None

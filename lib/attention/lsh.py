@@ -9,6 +9,8 @@ The paper's rule, borders="reformer", sees all of these two blocks up to its own
 borders, so it is not causal: it is here to be compared, fails the certificate, and is not what `reference` computes.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.pytorch_utils import Conv1D
 
 ALONE = -1e5  # score of a token with itself: as transformers' Reformer has it
+LOG2_E = math.log2(math.e)
 
 
 class Attention(nn.Module):
@@ -70,23 +73,25 @@ class Attention(nn.Module):
         with torch.autocast(qk.device.type, enabled=False):
             rotated = qk.float() @ self.rotations.float()  # (B, H, T, R buckets/2)
         rotated = rotated.unflatten(-1, (self.rounds, self.buckets // 2))
-        # int16, since the cache keeps it.
-        return torch.cat([rotated, -rotated], dim=-1).argmax(-1).transpose(2, 3).to(torch.int16)
+        # argmax [x R; -x R] without writing both: the longest component, and its sign. int16, since the cache keeps it.
+        longest = rotated.abs().argmax(-1, keepdim=True)
+        opposite = rotated.gather(-1, longest) < 0
+        return (longest + opposite * (self.buckets // 2)).squeeze(-1).transpose(2, 3).to(torch.int16)
 
     def _sorted(self, qk, v, buckets):
         """All S queries, (B, H, S, D): each round sorted by bucket, rounds end to end, in N blocks of K places."""
-        B, H, R, S = buckets.shape
+        R, S = buckets.shape[2:]
         K, D = self.chunk, qk.shape[-1]
         fill = -R * S % K
         buckets, time = buckets.sort(dim=-1, stable=True)  # (B, H, R, S): a bucket's members together, oldest first
         place = torch.empty_like(time).scatter_(-1, time, torch.arange(S, device=time.device).expand_as(time))
 
-        def blocks(x, value=0):  # (B, H, R, S, *) -> (B, H, N, K, *)
-            x = x.flatten(2, 3)
-            return F.pad(x, (0,) * (2 * (x.dim() - 3)) + (0, fill), value=value).unflatten(2, (-1, K))
+        def blocks(x, value):  # (B, H, R, S) -> (B, H, N, K)
+            return F.pad(x.flatten(2), (0, fill), value=value).unflatten(2, (-1, K))
 
-        x = torch.cat([qk, unit(qk), v], dim=-1)[:, :, None].expand(B, H, R, S, 3 * D)
-        q, k, v = blocks(x.gather(3, time[..., None].expand_as(x))).split(D, dim=-1)  # (B, H, N, K, D)
+        index = blocks(time, value=0)  # what fills up is some token, seen by none
+        q = rows(qk, index)  # (B, H, N, K, D)
+        k, v = rows(torch.cat([unit(qk), v], dim=-1), beside_block_before(index)).split(D, dim=-1)  # (B, H, N, 2 K, D)
         if self.borders == "causal":
             label = buckets + torch.arange(R, device=time.device)[:, None] * (self.buckets + 1)  # other in each round
             label = blocks(label, value=-1)  # (B, H, N, K)
@@ -101,17 +106,20 @@ class Attention(nn.Module):
             distance = t[..., None] - beside_block_before(t)[..., None, :]  # (B, H, N, K, 2 K), here in time
             visible, own = distance >= 0, distance == 0
 
-        scores = at_least_fp32(q @ beside_block_before(k).transpose(-1, -2))  # (B, H, N, K, 2 K)
+        scores = at_least_fp32(q @ k.transpose(-1, -2))  # (B, H, N, K, 2 K)
         # In place, since these are by far the largest tensors here; divided by their sum only where rounds are joined.
-        scores = scores.masked_fill_(own, ALONE).masked_fill_(~visible, torch.finfo(scores.dtype).min)
+        # Added, not filled in: that costs the backward pass nothing, and -1e5 added is as far away as -1e5.
+        bias = torch.where(own, ALONE, 0.0).to(scores.dtype).masked_fill(~visible, torch.finfo(scores.dtype).min)
+        scores = scores.add_(bias)
         top = scores.detach().amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp_()
+        weights = scores.sub_(top).mul_(LOG2_E).exp2_()  # MKL's exp is ten times slower where it underflows
         mass = weights.sum(-1, keepdim=True)
-        out = self.attention_dropout(weights).type(v.dtype) @ beside_block_before(v)  # (B, H, N, K, D)
+        out = self.attention_dropout(weights).type(v.dtype) @ v  # (B, H, N, K, D)
+
+        place = place + torch.arange(R, device=time.device)[:, None] * S  # rounds end to end
 
         def unsorted(x):  # (B, H, N, K, *) -> (B, H, R, S, *)
-            x = x.flatten(2, 3)[:, :, : R * S].unflatten(2, (R, S))
-            return x.gather(3, place[..., None].expand_as(x))
+            return rows(x.flatten(2, 3), place)
 
         top, mass = unsorted(top), unsorted(mass)
         share = (top + mass.log()).softmax(2)  # (B, H, R, S, 1): by the log-sum-exp of each round's scores
@@ -166,6 +174,12 @@ def unit(x):
     """To length 1 over the last dimension, a vanishing x to 0: transformers' Reformer adds the same 1e-6."""
     x32 = at_least_fp32(x)
     return (x32 * (x32.square().sum(-1, keepdim=True) + 1e-6 * x.shape[-1]).rsqrt()).type_as(x)
+
+
+def rows(x, index):
+    """(B, H, S, *) at (B, H, ...) of its S rows. An embedding moves whole rows, where `gather` goes by element."""
+    first = torch.arange(x[..., 0, 0].numel(), device=x.device).view(x.shape[:2]) * x.shape[2]
+    return F.embedding(index + first[(..., *[None] * (index.dim() - 2))], x.flatten(0, 2))
 
 
 def at_least_fp32(x):

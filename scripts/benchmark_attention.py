@@ -1,0 +1,369 @@
+#!/usr/bin/env python3
+"""Ours against what a user would pick otherwise: forward and backward, interleaved in one process.
+
+`layer` times one attention layer of width 256 (4 heads, B = 1) by context length, each variant beside its peers, with
+random weights; `step` a whole training step of GPT-2 124M. All take turns, in another order each round, so that a busy
+machine is busy for all. A ratio is ours over the best peer's, of medians and of minima: above 1, ours is slower. A peer
+that is not installed is named as absent, one that runs out of memory too. fp32 on a CPU, bf16 on CUDA.
+
+Peers beyond the project's own pins, of which none is a dependency: local-attention, reformer-pytorch and
+pytorch-fast-transformers, on CUDA also fla-core and FlexAttention; for `step` nanoGPT's model.py, by its path.
+"""
+
+import argparse
+import copy
+import importlib.util
+import json
+import math
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import DeepseekV2Config, GPT2LMHeadModel, LlamaConfig, ReformerConfig
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.reformer.modeling_reformer import LSHSelfAttention
+
+from lib import attention, environment, errors, measure, training
+from lib.model import build_model, gpt2_config
+
+WIDTH, HEADS, WINDOW, ROUNDS, CHUNK, LATENT, ROPE = 256, 4, 128, 4, 64, 256, 32  # the variants' own defaults
+
+
+class Peer(nn.Module):
+    """Any layer as (B, T, C) -> (B, T, C): `call(layer, x)`."""
+
+    def __init__(self, layer, call):
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x):
+        return self.call(self.layer, x)
+
+
+class Projected(nn.Module):
+    """A kernel over heads (B, H, T, D) between the two projections that every layer has."""
+
+    def __init__(self, kernel):
+        super().__init__()
+        self.kernel, self.c_attn, self.c_proj = kernel, nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = (part.unflatten(2, (HEADS, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=2))
+        return self.c_proj(self.kernel(q, k, v).transpose(1, 2).flatten(2))
+
+
+def causal_mask(x):
+    return torch.full((x.shape[1],) * 2, -torch.inf, dtype=x.dtype, device=x.device).triu(1)[None, None]
+
+
+def gpt2(T, kernel):
+    config = gpt2_config(1, WIDTH, HEADS, T, 2)
+    config._attn_implementation = kernel
+    return Peer(GPT2Attention(config, layer_idx=0), lambda layer, x: layer(x, attention_mask=mask_for(kernel, x))[0])
+
+
+def mask_for(kernel, x):
+    return causal_mask(x) if kernel == "eager" else None  # transformers' sdpa then says is_causal
+
+
+def rotary(layer, positions, kernel):
+    def call(layers, x):
+        turns = layers[1](x, torch.arange(x.shape[1], device=x.device)[None])
+        return layers[0](x, attention_mask=mask_for(kernel, x), position_embeddings=turns)[0]
+
+    return Peer(nn.ModuleList([layer, positions]), call)
+
+
+def llama(T, kernel):
+    config = LlamaConfig(
+        hidden_size=WIDTH, num_attention_heads=HEADS, num_key_value_heads=1, max_position_embeddings=T,
+        attn_implementation=kernel,
+    )  # fmt: skip
+    return rotary(LlamaAttention(config, 0), LlamaRotaryEmbedding(config), kernel)
+
+
+def deepseek(T, kernel):
+    D = WIDTH // HEADS
+    config = DeepseekV2Config(
+        hidden_size=WIDTH, num_attention_heads=HEADS, num_key_value_heads=HEADS, kv_lora_rank=LATENT, q_lora_rank=None,
+        qk_nope_head_dim=D, v_head_dim=D, qk_rope_head_dim=ROPE, max_position_embeddings=T, attn_implementation=kernel,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    )  # fmt: skip
+    return rotary(DeepseekV2Attention(config, 0), DeepseekV2RotaryEmbedding(config), kernel)
+
+
+def transformers_reformer(T):
+    config = ReformerConfig(
+        hidden_size=WIDTH, num_attention_heads=HEADS, attention_head_size=WIDTH // HEADS, is_decoder=True,
+        num_hashes=ROUNDS, num_buckets=T // CHUNK, lsh_attn_chunk_length=CHUNK, lsh_num_chunks_before=1,
+        lsh_num_chunks_after=0, max_position_embeddings=T,
+    )  # fmt: skip
+    layers = nn.Sequential(LSHSelfAttention(config), nn.Linear(WIDTH, WIDTH))
+    return Peer(layers, lambda layers, x: layers[1](layers[0](x).hidden_states))
+
+
+def lucidrains_reformer(T):
+    from reformer_pytorch import LSHSelfAttention as Layer
+
+    return Layer(WIDTH, HEADS, bucket_size=CHUNK, n_hashes=ROUNDS, causal=True)
+
+
+def local_attention(T):
+    from local_attention import LocalAttention
+
+    return Projected(LocalAttention(WINDOW, causal=True, exact_windowsize=True, use_rotary_pos_emb=False))
+
+
+def fast_transformers(T):
+    from fast_transformers.causal_product import causal_dot_product
+
+    def kernel(q, k, v):
+        q, k = nn.functional.elu(q) + 1, nn.functional.elu(k) + 1
+        norm = (q * k.cumsum(2)).sum(-1, keepdim=True)
+        return causal_dot_product(q.contiguous(), k.contiguous(), v.contiguous()) / norm
+
+    return Projected(kernel)
+
+
+def fla(T):
+    from fla.ops.linear_attn import chunk_linear_attn  # on CUDA alone
+
+    def kernel(q, k, v):  # theirs has time before heads
+        q, k = nn.functional.elu(q) + 1, nn.functional.elu(k) + 1
+        out, _ = chunk_linear_attn(*(x.transpose(1, 2) for x in (q, k, v)), scale=1.0, normalize=True)
+        return out.transpose(1, 2)
+
+    return Projected(kernel)
+
+
+def flex(T, window):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if not torch.cuda.is_available():
+        raise ImportError("FlexAttention has no backward on a CPU")
+    masked = create_block_mask(lambda b, h, q, k: (q >= k) & (q - k < window), None, None, T, T)
+    compiled = torch.compile(flex_attention)
+    return Projected(lambda q, k, v: compiled(q, k, v, block_mask=masked))
+
+
+SOFTMAX = {
+    "transformers' GPT-2 eager": lambda T: gpt2(T, "eager"),
+    "transformers' GPT-2 sdpa": lambda T: gpt2(T, "sdpa"),
+    "FlexAttention": lambda T: flex(T, T),
+}
+PEERS = {
+    "baseline": {"transformers' GPT-2 eager": SOFTMAX["transformers' GPT-2 eager"]},  # the same algorithm: scores kept
+    "sdpa": SOFTMAX,
+    "flash": SOFTMAX,
+    "gqa": {f"transformers' Llama {kernel}": lambda T, kernel=kernel: llama(T, kernel) for kernel in ("eager", "sdpa")},
+    "linear": {"fast-transformers": fast_transformers, "fla-core": fla},
+    "sliding_window": {"local-attention": local_attention, "FlexAttention, window": lambda T: flex(T, WINDOW)},
+    "lsh": {"transformers' Reformer": transformers_reformer, "lucidrains' Reformer": lucidrains_reformer},
+    "mla": {
+        f"transformers' DeepSeek-V2 {kernel}": lambda T, kernel=kernel: deepseek(T, kernel)
+        for kernel in ("eager", "sdpa")
+    },
+}
+
+
+def layer_turns(names, T, device) -> tuple[dict, dict]:
+    """A turn per layer of these variants and of all their peers, and the peers that are absent, with the reason."""
+    makers = {name: lambda T, name=name: our_layer(name, T) for name in names}
+    makers |= {peer: make for name in names for peer, make in PEERS.get(name, {}).items()}
+    turns, absent = {}, {}
+    for name, make in makers.items():
+        try:
+            turns[name] = layer_turn(make(T), T, device)
+        except ImportError as error:
+            absent[name] = str(error)
+    return turns, absent
+
+
+def our_layer(name, T):
+    return Peer(attention.load(name)(gpt2_config(1, WIDTH, HEADS, T, 2), 0), lambda layer, x: layer(x)[0])
+
+
+def layer_turn(layer, T, device):
+    """One forward and backward on random input, made here once."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    layer = layer.to(device, dtype).train()
+    x = torch.randn(1, T, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    gradient = torch.randn_like(x)
+
+    def turn():
+        x.grad = None
+        layer.zero_grad(set_to_none=True)
+        layer(x).backward(gradient)
+
+    return turn
+
+
+def step_turns(names, T, device, nanogpt) -> tuple[dict, dict]:
+    config = gpt2_config(12, 768, 12, 1024, 50257)
+    makers = {name: lambda name=name: build_model(name, config) for name in names}
+    theirs = copy.copy(config)
+    theirs.activation_function = "gelu_new"  # as GPT-2's checkpoints have it
+    for kernel in ("eager", "sdpa"):
+        makers[f"transformers' GPT-2 {kernel}"] = lambda kernel=kernel: GPT2LMHeadModel._from_config(
+            theirs, attn_implementation=kernel
+        )
+    turns = {name: step_turn(make(), transformers_loss, T, device) for name, make in makers.items()}
+    if nanogpt is None:
+        return turns, {"nanoGPT": "no --nanogpt"}
+    spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt)
+    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model = module.GPT(module.GPTConfig(vocab_size=50257, dropout=0.0))
+    turns["nanoGPT"] = step_turn(model, lambda model, ids: model(ids[:, :-1], ids[:, 1:])[1], T, device)
+    return turns, {}
+
+
+def transformers_loss(model, ids):
+    return model(ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
+
+
+def step_turn(model, loss_of, T, device):
+    """One training step on random tokens as `lib.training` takes it: autocast, clip, fused AdamW."""
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, 50257, (1, T + 1), device=device)
+    autocast = training.autocast("auto", device)
+
+    def turn():
+        optimizer.zero_grad(set_to_none=True)
+        with autocast():
+            loss = loss_of(model, ids)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return turn
+
+
+def interleave(turns: dict, rounds: int, device: torch.device) -> tuple[dict, dict]:
+    """Milliseconds of each turn by round, and what ran out of memory; a first round that warms up does not count."""
+    times_ms, failed = {name: [] for name in turns}, {}
+    order = list(turns)
+    for number in range(-1, rounds):
+        random.shuffle(order)
+        for name in order:
+            if name in failed:
+                continue
+            try:
+                with errors.one_sentence_when_out_of_memory():
+                    measure.synchronize(device)
+                    begin = time.perf_counter()
+                    turns[name]()
+                    measure.synchronize(device)
+            except errors.OutOfMemory as error:
+                failed[name] = str(error)
+                del times_ms[name]
+                continue
+            if number >= 0:
+                times_ms[name].append((time.perf_counter() - begin) * 1e3)
+    return times_ms, failed
+
+
+def ratios(times_ms: dict, names, peers: dict) -> dict:
+    """By variant: its minimum and median, and for each of the two the best peer and ours over its; None without one."""
+    found = {}
+    for name in names:
+        if name not in times_ms:
+            continue
+        found[name] = {}
+        for key, of in (("minimum", min), ("median", statistics.median)):
+            ours_ms = of(times_ms[name])
+            ran = [peer for peer in peers.get(name, ()) if peer in times_ms]
+            best = min(ran, key=lambda peer: of(times_ms[peer]), default=None)
+            found[name][f"{key}_ms"] = ours_ms
+            found[name][f"{key}_best_peer"] = best
+            found[name][f"{key}_ratio"] = None if best is None else ours_ms / of(times_ms[best])
+    return found
+
+
+def exponents(ratios_by_length: dict) -> dict:
+    """By variant: the slope of log minimum over log T between the two longest lengths at which it ran."""
+    found = {}
+    for name in {name for said in ratios_by_length.values() for name in said}:
+        ran = sorted(T for T, said in ratios_by_length.items() if name in said)[-2:]
+        if len(ran) == 2:
+            first_ms, last_ms = (ratios_by_length[T][name]["minimum_ms"] for T in ran)
+            found[name] = {"from": ran[0], "to": ran[1], "exponent": math.log(last_ms / first_ms, ran[1] / ran[0])}
+    return found
+
+
+def bound_memory():
+    """Lets a CPU's allocation fail where the machine's memory ends, before the kernel kills the process."""
+    import psutil
+
+    try:
+        import resource
+    except ImportError:  # no Unix
+        return
+    own = psutil.Process().memory_info()
+    limit = psutil.virtual_memory().available + own.rss
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("layer", "step"))
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="by default all eight, for `step` sdpa")
+    parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="512 2048 8192, for `step` 512")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each that count (7)")
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="of a CPU (2)")
+    parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout, for `step`")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes as well")
+    options = parser.parse_args(words)
+    if options.rounds < 1 or options.threads < 1:
+        parser.error("--rounds and --threads want 1 or more")
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    random.seed(0)
+    device = training.choose_device("auto")
+    names = options.variants or (attention.variants() if options.what == "layer" else ["sdpa"])
+    lengths = options.lengths or ([512, 2048, 8192] if options.what == "layer" else [512])
+    bound_memory()
+    found = {"what": options.what, "rounds": options.rounds, "environment": environment.describe(device)}
+    found |= {"times_ms": {}, "ratios": {}, "absent": {}, "out_of_memory": {}}
+    for T in lengths:
+        if options.what == "layer":
+            turns, absent = layer_turns(names, T, device)
+        else:
+            turns, absent = step_turns(names, T, device, options.nanogpt)
+        times_ms, failed = interleave(turns, options.rounds, device)
+        peers = PEERS if options.what == "layer" else dict.fromkeys(names, turns.keys() - set(names))
+        found["times_ms"][T], found["ratios"][T] = times_ms, ratios(times_ms, names, peers)
+        found["absent"], found["out_of_memory"][T] = absent, failed
+        show(T, found)
+    found["exponents"] = exponents(found["ratios"])
+    for name, said in found["exponents"].items():
+        print(f"{name:<16} T^{said['exponent']:.2f} from {said['from']} to {said['to']}")
+    for name, why in found["absent"].items():
+        print(f"absent: {name} ({why})")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def show(T, found):
+    print(f"\nT = {T}: ms, minimum and median of {found['rounds']}")
+    for name, taken in sorted(found["times_ms"][T].items(), key=lambda pair: min(pair[1])):
+        said = found["ratios"][T].get(name, {})
+        beside = ""
+        if said.get("minimum_ratio"):
+            beside = f"  x {said['minimum_ratio']:.2f} / {said['median_ratio']:.2f}  of {said['minimum_best_peer']}"
+        print(f"{name:<32}{min(taken):>10.1f}{statistics.median(taken):>10.1f}{beside}")
+    for name, why in found["out_of_memory"][T].items():
+        print(f"{name:<32}{why}")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""scripts/benchmark_attention.py: ratios and exponents by hand, and that all take turns or are named."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from lib.errors import OutOfMemory
+from lib.record import ROOT
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("benchmark_attention", ROOT / "scripts" / "benchmark_attention.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_ratios_are_to_the_best_peer_and_none_without_one(script):
+    times_ms = {"mine": [4.0, 6.0, 20.0], "quick": [8.0, 9.0, 10.0], "steady": [9.0, 8.5, 8.6], "alone": [1.0]}
+    found = script.ratios(times_ms, ["mine", "alone", "failed"], {"mine": ["quick", "steady", "absent"]})
+    assert found["mine"]["minimum_ratio"] == 0.5 and found["mine"]["minimum_best_peer"] == "quick"
+    assert found["mine"]["median_ratio"] == pytest.approx(6 / 8.6) and found["mine"]["median_best_peer"] == "steady"
+    assert found["alone"]["minimum_ratio"] is None and "failed" not in found
+
+
+def test_the_exponent_is_between_the_two_longest_lengths(script):
+    said = {T: {"square": {"minimum_ms": ms}} for T, ms in ((512, 7.0), (2048, 3.0), (8192, 48.0))}
+    assert script.exponents(said) == {"square": {"from": 2048, "to": 8192, "exponent": pytest.approx(2.0)}}
+    assert script.exponents({512: said[512]}) == {}
+
+
+def test_all_take_turns_and_one_without_memory_is_named(script):
+    taken = []
+
+    def hungry():
+        raise OutOfMemory("no memory")
+
+    turns = {"a": lambda: taken.append("a"), "b": lambda: taken.append("b"), "hungry": hungry}
+    times_ms, failed = script.interleave(turns, 3, torch.device("cpu"))
+    assert {name: len(ms) for name, ms in times_ms.items()} == {"a": 3, "b": 3} and failed == {"hungry": "no memory"}
+    assert all(set(taken[at : at + 2]) == {"a", "b"} for at in range(0, 8, 2))
+
+
+def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(script, "bound_memory", lambda: None)  # it would hold for the other tests as well
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    script.PEERS["sdpa"]["nowhere"] = lambda T: importlib.import_module("no_such_peer")
+    out = tmp_path / "found.json"
+    words = ["layer", "--lengths", "128", "--rounds", "1", "--threads", "1", "--out", str(out)]
+    assert script.main([*words, "--variants", "sdpa", "gqa", "lsh", "mla"]) == 0
+    torch.set_num_threads(threads)
+    torch.set_rng_state(state)
+    found = json.loads(out.read_text())
+    assert "no_such_peer" in found["absent"]["nowhere"]
+    peers = {"sdpa": "GPT-2", "gqa": "Llama", "lsh": "Reformer", "mla": "DeepSeek-V2"}
+    for name, peer in peers.items():
+        assert peer in found["ratios"]["128"][name]["minimum_best_peer"]
+    assert "T = 128" in capsys.readouterr().out
