@@ -1,7 +1,7 @@
 """How cost grows with context length, from the points of `lib.scaling`: exponents, fits, crossovers, the decision map.
 
-A point counts with the least of its samples: what disturbs a run only ever adds to it. Fits weigh relative errors, since
-lengths and costs span orders of magnitude. All intervals are 95 %.
+A point counts with the least of its samples: what disturbs a run only ever adds to it. Fits weigh relative errors,
+since lengths and costs span orders of magnitude. All intervals are 95 %.
 """
 
 from typing import NamedTuple
@@ -133,13 +133,13 @@ def crossovers(found: dict[str, Fit], references: list[str]) -> pd.DataFrame:
     of both fits' coefficients (multivariate t); an end that lies outside the measured lengths is infinite. Without
     a crossing, `becomes` says what holds throughout in at least 95 % of the draws, or "not told apart".
     """
-    rows = []
-    for reference in references:
-        if reference not in found:
-            continue
-        for label in found:
-            if label != reference:
-                rows += [{"label": label, "against": reference} | row for row in _crossings(found[label], found[reference])]
+    pairs = [(label, reference) for reference in references if reference in found for label in found]
+    rows = [
+        {"label": label, "against": reference} | row
+        for label, reference in pairs
+        if label != reference
+        for row in _crossings(found[label], found[reference])
+    ]
     return pd.DataFrame(rows, columns=["label", "against", "becomes", "context", "low", "high"])
 
 
@@ -332,15 +332,14 @@ def fits_table(points: pd.DataFrame, metric: str) -> pd.DataFrame:
     """a, b and c of each variant's fit with their intervals, in milliseconds or joules; K is 1,024 tokens."""
     _, scale, unit = SHOWN[metric]
     found = fits(points, metric)
+    names = (f"a, {unit}", f"b, {unit} per K", f"c, {unit} per K²")[: DEGREE.get(metric, 2) + 1]
     rows = []
     for label in labels(points):
-        row = {"variant": label}
-        for place, name in enumerate((f"a, {unit}", f"b, {unit} per K", f"c, {unit} per K²")[: DEGREE.get(metric, 2) + 1]):
-            row[name] = "too few lengths measured"
-            if label in found:
-                value, ends = found[label].coefficients[place], found[label].intervals()[place]
-                row[name] = _interval(value / scale, *(ends / scale), form="{:.3g}")
-        rows.append(row)
+        cells = ["too few lengths measured"] * len(names)
+        if label in found:
+            ends = zip(found[label].coefficients / scale, found[label].intervals() / scale, strict=True)
+            cells = [_interval(value, *interval, form="{:.3g}") for value, interval in ends]
+        rows.append({"variant": label} | dict(zip(names, cells, strict=True)))
     return pd.DataFrame(rows)
 
 
@@ -393,14 +392,14 @@ def _cell(point: pd.Series, scale: float, metric: str) -> str:
 
 def unmeasured(points: pd.DataFrame) -> pd.DataFrame:
     """Points and metrics without a number, and why."""
-    ran_out = points[points["outcome"] != "measured"]
+    ran_out = points[points["outcome"] != "measured"].assign(part=points["metric"].map(PART))
     rows = [
-        {"variant": label, "part": part, "context": f"{context:,}", "why": f"{OUTCOMES[outcome]}: {says}"}
-        for (label, part, context, outcome, says), _ in ran_out.assign(part=ran_out["metric"].map(PART)).groupby(
-            ["label", "part", "context", "outcome", "says"], sort=False
-        )
+        {"what": row.part, "variant": row.label, "context": f"{row.context:,}"}
+        | {"why": f"{OUTCOMES[row.outcome]}: {row.says}"}
+        for row in ran_out.drop_duplicates(["label", "context", "part"]).itertuples()
     ]
-    lacking = points.dropna(subset=["reason"])
-    for (metric, reason), own in lacking.groupby(["metric", "reason"]):
-        rows.append({"variant": "all" if own["label"].nunique() == points["label"].nunique() else ", ".join(own["label"].unique()), "part": metric, "context": f"{len(own)} points", "why": REASONS[reason]})
-    return pd.DataFrame(rows, columns=["variant", "part", "context", "why"])
+    for (metric, reason), own in points.dropna(subset=["reason"]).groupby(["metric", "reason"]):
+        names, contexts = labels(own), sorted(own["context"].unique())
+        rows.append({"what": metric, "variant": "all" if names == labels(points) else ", ".join(names)})
+        rows[-1] |= {"context": f"{contexts[0]:,} to {contexts[-1]:,}", "why": REASONS[reason]}
+    return pd.DataFrame(rows, columns=["what", "variant", "context", "why"])

@@ -19,6 +19,7 @@ import resource
 import signal
 import statistics
 import sys
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -176,11 +177,12 @@ def load(path: Path) -> Scaling:
 def load_all(folder: Path) -> list[Scaling]:
     """The variants of a folder. Raises UsageError where there is none, or they are not of one setting and machine."""
     found = [load(path) for path in sorted(Path(folder).glob("*.json"))]
+    found = [one for one in found if one.provenance == "measured"]
     if not found:
         raise UsageError(f"there is no record in {Path(folder).name}/; `python -m lib.scaling --write` makes some")
     if any(_machine(one) != _machine(found[0]) for one in found):
         raise UsageError(f"the records in {Path(folder).name}/ differ in setting or machine; keep them in two folders")
-    return [one for one in found if one.provenance == "measured"]
+    return found
 
 
 def _machine(found: Scaling) -> tuple:
@@ -286,6 +288,19 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
             write(found[entry.label], folder)
             say(f"round {turn + 1}: {what}: {_short(point)}")
     return failed
+
+
+def measured_here(made: Plan, write_folder: str) -> pd.DataFrame:
+    """The plan's points as a `frame`, kept in `write_folder` (from the repository's root), or nowhere if it is empty."""
+
+    def say(line):
+        if line.startswith("FAILED"):
+            print(line)
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = record.from_root(write_folder) if write_folder else Path(scratch)
+        measure_all(made, folder, say)
+        return frame(load_all(folder))
 
 
 def _portable(name: str) -> str:
