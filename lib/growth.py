@@ -260,7 +260,7 @@ def _curves(axes, points: pd.DataFrame, metric: str, legend: bool = True) -> Non
         axes.plot(*np.array(samples).reshape(-1, 2).T, "_", color=colour[name], markersize=5, alpha=0.5)
     _log_contexts(axes, points)
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,.4g}"))
+    axes.yaxis.set_major_formatter(mpl.ticker.FuncFormatter(lambda value, _: f"{value:,g}"))
     axes.set_title(title, loc="left")
     axes.set_ylabel(unit)
     lost = points[(points["metric"] == metric) & (points["outcome"] != "measured")]
@@ -384,10 +384,14 @@ def points_table(points: pd.DataFrame) -> pd.DataFrame:
 def _cell(point: pd.Series, scale: float, metric: str) -> str:
     if point["outcome"] != "measured":
         return OUTCOMES[point["outcome"]]
-    if point["reason"]:
+    if pd.notna(point["reason"]):
         return REASONS[point["reason"]]
-    least, median = (f"{point[of] / scale:,.4g}" for of in ("least", "median"))
+    least, median = (_number(point[of] / scale) for of in ("least", "median"))
     return least if metric == "cache_bytes" or point["n"] == 1 else f"{least} (median {median})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def unmeasured(points: pd.DataFrame) -> pd.DataFrame:

@@ -291,7 +291,7 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
 
 
 def measured_here(made: Plan, write_folder: str) -> pd.DataFrame:
-    """The plan's points as a `frame`, kept in `write_folder` (from the repository's root), or nowhere if it is empty."""
+    """The plan's points as a `frame`, kept in `write_folder` (from the repository's root) or, if empty, nowhere."""
 
     def say(line):
         if line.startswith("FAILED"):

@@ -113,15 +113,10 @@ def test_pins_are_exact_and_stand_in_one_place():
 
 
 def test_profiles_hold_overrides_and_no_variants_of_their_own():
-    """Of train.ipynb's parameters, or of the notebook's that a profile's name begins with: `scaling_long`."""
     for path in (ROOT / "params").glob("*.yaml"):
-        own = ROOT / "notebooks" / f"{path.stem.split('_')[0]}.ipynb"
-        runs_own = own in NOTEBOOKS and "contexts" in study.known_parameters(own.name)
+        notebook = "scaling.ipynb" if path.stem.startswith("scaling_") else "train.ipynb"
         profile = yaml.safe_load(path.read_text())
-        if runs_own:
-            assert set(profile) <= set(study.known_parameters(own.name)) - {"variants"}, path.name
-        else:
-            assert set(profile) - {"study"} <= set(study.known_parameters()), path.name
+        assert set(profile) - {"study"} <= set(study.known_parameters(notebook)) - {"variants"}, path.name
         assert path.read_text().startswith("#"), f"{path.name} opens with what it is for"
 
 
