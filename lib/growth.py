@@ -396,7 +396,8 @@ def _number(value: float) -> str:
 
 def unmeasured(points: pd.DataFrame) -> pd.DataFrame:
     """Points and metrics without a number, and why."""
-    ran_out = points[points["outcome"] != "measured"].assign(part=points["metric"].map(PART))
+    ran_out = points[points["outcome"] != "measured"]
+    ran_out = ran_out.assign(part=ran_out["metric"].map(PART))
     rows = [
         {"what": row.part, "variant": row.label, "context": f"{row.context:,}"}
         | {"why": f"{OUTCOMES[row.outcome]}: {row.says}"}

@@ -249,6 +249,7 @@ def test_a_record_comes_back_as_it_was_and_a_changed_one_does_not(tmp_path):
     path = scaling.write(made(), tmp_path)
     assert scaling.load(path).points == made().points
     assert scaling.frame(scaling.load_all(tmp_path)).set_index("metric").loc["cache_bytes", "least"] == 64
+    assert set(growth.unmeasured(scaling.frame([made()]))["why"]) == {"the run used no GPU"}
     path.write_text(path.read_text().replace("64.0", "65.0"))
     with pytest.raises(UsageError, match="its checksum does not fit"):
         scaling.load(path)
