@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from scipy import stats
 
 from lib import figures, growth, record, scaling, study
+from lib.attention import STUDY_ORDER
 from lib.errors import UsageError
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
@@ -258,6 +259,21 @@ def test_a_record_comes_back_as_it_was_and_a_changed_one_does_not(tmp_path):
         scaling.load(path)
     with pytest.raises(ValueError, match="each once"):
         made(points=[POINT, POINT])
+
+
+def test_the_committed_records_are_whole_and_name_no_machine_path():
+    for folder in (record.ROOT / "records").glob("scaling-*"):
+        found = scaling.load_all(folder)
+        assert {one.label for one in found} == {path.stem for path in folder.glob("*.json")} >= set(STUDY_ORDER)
+        assert len({tuple((p.part, p.context) for p in one.points) for one in found}) == 1  # no gaps
+        assert all(
+            len(p.samples["forward_backward_s"]) >= 5
+            for one in found
+            for p in one.points
+            if "forward_backward_s" in p.samples
+        )
+        text = "".join(path.read_text() for path in folder.glob("*.json"))
+        assert str(record.ROOT) not in text and "/tmp/" not in text
 
 
 def test_records_of_two_machines_and_empty_folders_are_refused(tmp_path):
