@@ -412,10 +412,7 @@ def inference(
     model.eval()
     rows = []
     for context in contexts:
-        ids = torch.arange(context, device=model.device)[None] % model.config.vocab_size
-        with autocast():
-            _generate(model, ids, 1)
-            runs = [_generate(model, ids, new_tokens) for _ in range(repeats)]
+        runs = generations(model, context, new_tokens, repeats, autocast)
         cache = runs[-1]["cache"]
         element_bytes = max(tensor.element_size() for tensor in _tensors(cache))
         rows.append(
@@ -423,7 +420,7 @@ def inference(
                 "context": context,
                 "prefill_latency_s": statistics.median(run["prefill_s"] for run in runs),
                 "decode_latency_s_per_token": statistics.median(run["decode_s"] / new_tokens for run in runs),
-                "cache_bytes": sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache)),
+                "cache_bytes": cache_bytes(cache),
                 "cache_bytes_analytic": sum(
                     block.attn.cache_bytes(context + new_tokens, element_bytes) for block in model.transformer.h
                 ),
@@ -431,6 +428,22 @@ def inference(
         )
     joules = inference_energy(model, contexts, new_tokens, energy_window_s, autocast)
     return [row | found for row, found in zip(rows, joules, strict=True)]
+
+
+@torch.no_grad()
+def generations(model, context: int, new_tokens: int, repeats: int, autocast) -> list[dict]:
+    """`repeats` times, after a warm-up: `prefill_s` for one sequence of `context` tokens, `decode_s` for `new_tokens`
+    greedy steps after it, and the `cache` as they leave it."""
+    model.eval()
+    ids = torch.arange(context, device=model.device)[None] % model.config.vocab_size
+    with autocast():
+        _generate(model, ids, 1)
+        return [_generate(model, ids, new_tokens) for _ in range(repeats)]
+
+
+def cache_bytes(cache) -> int:
+    """Bytes of all tensors that a cache holds."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
 
 
 def _generate(model, ids, new_tokens) -> dict:
@@ -473,7 +486,7 @@ def inference_energy(model, contexts: list[int], new_tokens: int, window_s: floa
             def decode(prefilled=prefilled):
                 _decode(model, copy.deepcopy(prefilled), new_tokens)
 
-            per_prefill, per_decoding = (_energy_of(work, model.device, window_s) for work in (prefill, decode))
+            per_prefill, per_decoding = (energy_of(work, model.device, window_s) for work in (prefill, decode))
         per_token = None if per_decoding.joules is None else per_decoding.joules / new_tokens
         reason = per_prefill.reason or per_decoding.reason
         rows.append({"context": context, "prefill_energy_j": per_prefill.joules})
@@ -481,7 +494,7 @@ def inference_energy(model, contexts: list[int], new_tokens: int, window_s: floa
     return rows
 
 
-def _energy_of(work, device: torch.device, window_s: float) -> energy.Reading:
+def energy_of(work, device: torch.device, window_s: float) -> energy.Reading:
     """Joules of one call of `work`, from calls that fill `window_s` seconds; makes none where nothing counts them."""
     if not window_s > 0:
         return energy.Reading(None, "not_asked_for")

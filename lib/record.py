@@ -297,7 +297,7 @@ def write(record: Record, folder: Path | None = None) -> Path:
     text = json.dumps(content | {"content_sha256": checksum(content)}, indent=1) + "\n"
     file_name = f"{record.name}.json"
     try:
-        path = _write_whole(folder / file_name, text)
+        path = write_whole(folder / file_name, text)
         (folder / f"{record.name}.{FAILED}").unlink(missing_ok=True)
     except OSError as error:
         way_out = _keep_elsewhere(file_name, text)
@@ -308,7 +308,7 @@ def write(record: Record, folder: Path | None = None) -> Path:
 def _keep_elsewhere(file_name: str, text: str) -> str:
     """Hours of measuring are not lost to a full disk where another has room; what to do then."""
     try:
-        kept = _write_whole(Path(tempfile.mkdtemp(prefix="attention-study-")) / file_name, text)
+        kept = write_whole(Path(tempfile.mkdtemp(prefix="attention-study-")) / file_name, text)
     except OSError:
         return "make room there and run the cell again"
     return f"it lies in {kept}; make room and move it there"
@@ -316,10 +316,11 @@ def _keep_elsewhere(file_name: str, text: str) -> str:
 
 def write_failure(failure: Failure, folder: Path) -> Path:
     """Notes beside the records that a run failed. The note goes when the run's record is written."""
-    return _write_whole(folder / f"{failure.name}.{FAILED}", failure.model_dump_json(indent=1) + "\n")
+    return write_whole(folder / f"{failure.name}.{FAILED}", failure.model_dump_json(indent=1) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> Path:
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a file that is either there whole or not at all; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
         try:

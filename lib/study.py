@@ -31,14 +31,14 @@ NULL_VARIANT = {"attention": compare.REFERENCE, "label": compare.NULL}
 STUDY_KEYS = {"variants": list, "blocks": int}
 
 
-def known_parameters() -> dict[str, parameters.Declared]:
-    """The parameters that train.ipynb declares, with their defaults."""
-    cells = nbformat.read(NOTEBOOKS / "train.ipynb", as_version=4).cells
+def known_parameters(notebook: str = "train.ipynb") -> dict[str, parameters.Declared]:
+    """The parameters that a notebook declares, with their defaults."""
+    cells = nbformat.read(NOTEBOOKS / notebook, as_version=4).cells
     (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     return parameters.declared(source)
 
 
-def read_profile(path: str | None) -> tuple[dict, dict]:
+def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict, dict]:
     """A profile's overrides of the notebook's defaults, and its `study` part. Raises UsageError with the way out."""
     if path is None:
         return {}, {}
@@ -59,7 +59,7 @@ def read_profile(path: str | None) -> tuple[dict, dict]:
     for name, value in about_study.items():
         if type(value) is not STUDY_KEYS[name]:
             raise UsageError(f"{name} in {path} must be {STUDY_KEYS[name].__name__}, not {value!r}")
-    known = known_parameters()
+    known = known_parameters(notebook)
     parameters.check_names(profile, known)
     for name in ("attention", "knobs", "label", "seed"):
         if name in profile:
@@ -150,7 +150,7 @@ def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[s
     import papermill
 
     os.environ[record.SITTING_VARIABLE] = json.dumps(context)
-    killed_before = _killed_for_memory()
+    killed_before = killed_for_memory()
     options = {"progress_bar": False, "kernel_name": "python3", "start_timeout": 300}
     try:
         # In a thread of its own, because in the main one nbclient replaces the handlers of signals.
@@ -164,7 +164,7 @@ def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[s
     except papermill.PapermillExecutionError as error:
         return _reason(error.ename, str(error.evalue))
     except DeadKernelError:
-        if _killed_for_memory() > killed_before:
+        if killed_for_memory() > killed_before:
             return "out_of_memory", "the system killed the process because memory had run out; lower batch_size"
         return "killed", "the process of the notebook was killed"
     except Exception as error:  # a folder that cannot be written, a full disk: the study goes on
@@ -185,7 +185,7 @@ def _reason(kind: str, said: str) -> tuple[str, str]:
     return "error", f"{kind}: {said}"
 
 
-def _killed_for_memory() -> int:
+def killed_for_memory() -> int:
     """How many processes Linux has killed because memory ran out; 0 where the system does not say."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/vmstat").read_text().splitlines():

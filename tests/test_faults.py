@@ -162,7 +162,7 @@ def test_a_process_killed_because_memory_ran_out_is_told_from_one_that_was_kille
 
     monkeypatch.setattr("papermill.execute_notebook", dies)
     counts = iter([3, 4, 4, 4])
-    monkeypatch.setattr(study, "_killed_for_memory", lambda: next(counts))
+    monkeypatch.setattr(study, "killed_for_memory", lambda: next(counts))
     assert study.execute(Path("a"), Path("b"), {}, {})[0] == "out_of_memory"
     assert study.execute(Path("a"), Path("b"), {}, {})[0] == "killed"
 
