@@ -423,7 +423,7 @@ def inference(
                 "context": context,
                 "prefill_latency_s": statistics.median(run["prefill_s"] for run in runs),
                 "decode_latency_s_per_token": statistics.median(run["decode_s"] / new_tokens for run in runs),
-                "cache_bytes": sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache)),
+                "cache_bytes": held_bytes(cache),
                 "cache_bytes_analytic": sum(
                     block.attn.cache_bytes(context + new_tokens, element_bytes) for block in model.transformer.h
                 ),
@@ -527,6 +527,11 @@ class Stopwatch:
         if found.joules is not None and energy.foreign_processes(self.device):
             return energy.Reading(None, "foreign_process")
         return found
+
+
+def held_bytes(cache) -> int:
+    """Bytes of all that a model's cache holds now."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(cache))
 
 
 def _tensors(cache):

@@ -1,9 +1,9 @@
 """Which token weighs how much in which output, for any attention, asked of the module itself.
 
 With queries and keys fixed, what goes into the output projection is linear in the values. So the values are found as
-those numbers inside the layer on which it depends linearly; then 1 is added to all values of one token, and every head's
-mixture moves by just the weight that it gives this token. No variant is asked what it is: one that never writes its
-weights down (linear attention, hashing, a fused kernel) shows them like the others.
+those numbers inside the layer on which it depends linearly; then 1 is added to all values of one token, and every
+head's mixture moves by just the weight that it gives this token. No variant is asked what it is: one that never writes
+its weights down (linear attention, hashing, a fused kernel) shows them like the others.
 
 Where no such numbers are found there are no weights to show, and the size of the Jacobian stands instead.
 """
