@@ -12,8 +12,8 @@ test: $(READY)  ## every test and every notebook
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --nbval --numprocesses 2 --dist loadfile
 
-lab: $(READY)  ## the notebooks in JupyterLab
-	$(BIN)/jupyter lab --notebook-dir=. notebooks/train.ipynb
+lab: $(READY)  ## JupyterLab, at the notebook that leads to the others
+	$(BIN)/jupyter lab --notebook-dir=. notebooks/explore.ipynb
 
 refresh: $(READY)  ## run the committed notebooks anew; REDRAW=--redraw draws measured outputs and figures anew too
 	$(BIN)/python scripts/refresh_notebooks.py $(REDRAW)

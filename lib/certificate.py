@@ -195,13 +195,19 @@ def _growth(name, knobs) -> dict:
     for length in (1024, 2048):
         layer = _layer(name, knobs, length)
         flops.append(layer.core_flops(length))
-        storages = {}
-
-        def keep(tensor, storages=storages):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            layer.train()(torch.randn(1, length, WIDTH, dtype=torch.float64, requires_grad=True))
-        kept.append(sum(storages.values()))
+        kept.append(kept_bytes(layer.train(), torch.randn(1, length, WIDTH, dtype=torch.float64)))
     return {"memory_growth": math.log2(kept[1] / kept[0]), "flops_growth": math.log2(flops[1] / flops[0])}
+
+
+def kept_bytes(layer, hidden_states) -> int:
+    """Bytes that a layer's forward over (B, T, C) keeps for its backward, weights and input included."""
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = layer(hidden_states.detach().requires_grad_())  # held: a freed storage's place may be another's
+    del out
+    return sum(storages.values())

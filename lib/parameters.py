@@ -126,13 +126,13 @@ def check_attention(p) -> None:
     """Builds one layer without memory, so that an unknown variant or a refused knob is said before anything runs."""
     try:
         variant = attention.load(p.attention)
-        known = dict(list(inspect.signature(variant).parameters.items())[2:])
+        known = knobs(variant)
         for knob, value in p.knobs.items():
             if knob not in known:
                 guess = get_close_matches(knob, known, n=1)
                 hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
                 raise UsageError(f"{p.attention} has no knob {knob!r}; {hint}")
-            kind = type(known[knob].default)
+            kind = type(known[knob])
             if kind in (bool, int, str) and type(value) is not kind:
                 raise UsageError(f"{p.attention}'s knob {knob} must be {kind.__name__}, not {value!r}")
         with torch.device("meta"):
@@ -141,6 +141,11 @@ def check_attention(p) -> None:
         raise UsageError(str(error)) from None
     except TypeError as error:
         raise UsageError(f"{p.attention} cannot be built with the knobs {p.knobs}: {error}") from None
+
+
+def knobs(variant: type) -> dict[str, object]:
+    """A variant's own options and their defaults, from its constructor's signature."""
+    return {name: option.default for name, option in list(inspect.signature(variant).parameters.items())[2:]}
 
 
 class Refused:

@@ -1,7 +1,8 @@
 """Runs the committed notebooks at their defaults and writes them back without timestamps or widget state.
 
 A cell tagged `nbval-ignore-output` shows what a machine measured: it keeps its stored output, so that a refresh leaves
-the files byte-identical, until --redraw stores a new one and draws figures/ anew.
+the files byte-identical, until --redraw stores a new one and draws figures/ anew. Of a widget, which lives only in its
+kernel, the picture or table stays that it shows at first.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = "nbval-ignore-output"
+WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def refresh(path: Path, redraw: bool) -> bool:
@@ -31,6 +33,8 @@ def refresh(path: Path, redraw: bool) -> bool:
         cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
         if cell.cell_type == "code" and MEASURED in cell.metadata.get("tags", []) and stored[cell.id] and not redraw:
             cell.outputs = stored[cell.id]
+        for output in cell.get("outputs", []):
+            output.get("data", {}).pop(WIDGET, None)
     path.write_text(nbformat.writes(notebook) + "\n", encoding="utf-8")
     return path.read_bytes() != before
 

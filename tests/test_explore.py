@@ -1,0 +1,267 @@
+"""What explore.ipynb shows is what the modules compute: maps, costs, knobs, models trained and written with."""
+
+import asyncio
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from lib import assemble, attention, corpus, explore, figures, measure, record, weights
+from lib.errors import UsageError
+from lib.model import build_model, gpt2_config, skeleton
+from lib.screen import Choice, Picker, Screen
+
+HEADS, WIDTH, TOKENS = 4, 32, 11
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def layer_and_input(name, **knobs):
+    torch.manual_seed(0)
+    layer = build_model(name, gpt2_config(1, WIDTH, HEADS, 64, 2), **knobs).double().eval().transformer.h[0].attn
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, 0.0, 0.3)
+    return layer, torch.randn(1, TOKENS, WIDTH, dtype=torch.float64)
+
+
+def map_of(name, **knobs):
+    return weights.of_layer(*layer_and_input(name, **knobs), HEADS)
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_weights_are_found_in_every_variant_they_sum_to_one_and_look_back_only(name):
+    found = map_of(name)
+    assert found.kind == "weights" and found.values.shape == (HEADS, TOKENS, TOKENS)
+    torch.testing.assert_close(found.values.sum(-1), torch.ones(HEADS, TOKENS, dtype=torch.float64))
+    assert not found.values.triu(1).any() and (found.values >= 0).all()
+
+
+def test_the_baseline_s_weights_are_its_softmax():
+    layer, x = layer_and_input("baseline")
+    q, k, _ = layer.c_attn(x).view(TOKENS, 3, HEADS, -1).permute(1, 2, 0, 3)
+    scores = (q @ k.mT / (WIDTH / HEADS) ** 0.5).masked_fill(torch.ones(TOKENS, TOKENS).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(weights.of_layer(layer, x, HEADS).values, scores.softmax(-1).detach())
+
+
+def test_linear_attention_s_weights_are_its_features_products():
+    layer, x = layer_and_input("linear")
+    q, k, _ = layer.c_attn(x).view(TOKENS, 3, HEADS, -1).permute(1, 2, 0, 3)
+    products = ((torch.nn.functional.elu(q) + 1) @ (torch.nn.functional.elu(k) + 1).mT).tril()
+    expected = products / products.sum(-1, keepdim=True)
+    torch.testing.assert_close(weights.of_layer(layer, x, HEADS).values, expected.detach())
+
+
+def test_a_window_s_weights_are_zero_outside_it_alone():
+    seen = map_of("sliding_window", window=3).values != 0
+    distance = torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)
+    assert (seen == ((distance >= 0) & (distance < 3))).all()
+
+
+def test_lsh_gives_a_token_itself_weight_only_where_it_is_alone():
+    values = map_of("lsh", rounds=1, chunk=4, buckets=2).values
+    own = values.diagonal(dim1=1, dim2=2)
+    assert ((own < 1e-9) | (own > 1 - 1e-9)).all() and (values > 0).sum(-1).max() <= 4
+
+
+@pytest.mark.parametrize("name", attention.STUDY_ORDER)
+def test_a_file_has_a_map_too_and_what_has_no_weights_is_not_called_so(name):
+    found = map_of(f"lib/published/{name}.py")
+    if found.kind == "weights":
+        assert found.values.shape == (HEADS, TOKENS, TOKENS)
+    else:
+        assert found.kind == "influence" and found.values.shape == (1, TOKENS, TOKENS)
+    assert found.values.isfinite().all() and found.values.any()
+
+
+def test_influence_is_the_norm_of_the_jacobian():
+    layer, x = layer_and_input("sdpa")
+    jacobian = torch.autograd.functional.jacobian(lambda given: layer(given)[0], x)[0, :, :, 0]  # (T, C, T, C)
+    expected = jacobian.square().sum((1, 3)).sqrt()
+    torch.testing.assert_close(weights.influence(lambda given: layer(given)[0], x), expected)
+
+
+def test_a_module_that_multiplies_two_linear_parts_has_no_weights():
+    """Each factor alone is linear; only together they are seen not to be values."""
+
+    class Gated(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both = torch.nn.Linear(WIDTH, 2 * WIDTH)
+
+        def forward(self, x):
+            a, b = self.both(x).chunk(2, dim=-1)
+            return (a * b).cumsum(1), None
+
+    found = weights.of_layer(Gated().double(), torch.randn(1, TOKENS, WIDTH, dtype=torch.float64), HEADS)
+    assert found.kind == "influence" and not found.values.triu(1).any() and found.values.tril().any()
+
+
+def test_the_receptive_field_grows_with_the_layers():
+    model = explore.small_model(Choice("sliding_window", {"window": 3}))
+    tokens, found, seen = explore.attention_map(model, "one two three four five six seven eight", 1)
+    places = np.arange(len(tokens))
+    assert ((found.values != 0).any(0).sum(1).numpy() == np.minimum(places + 1, 3)).all()
+    assert (seen.sum(1).numpy() == np.minimum(places + 1, 5)).all()  # 2 layers: 2 (W - 1) + 1
+
+
+@pytest.mark.parametrize("sentence", ["", "a", "word " * 80])
+def test_a_sentence_without_a_legible_map_is_one_sentence(sentence):
+    with pytest.raises(UsageError, match=r"^a map needs 2 to 40 tokens, and these are \d+; write another sentence$"):
+        explore.attention_map(explore.small_model(Choice("sdpa")), sentence, 1)
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_the_cost_card_says_what_measure_counts(name):
+    size = "the quick profile (4 layers of 128)"
+    (card,) = explore.cost_card(Choice(name), size, 256)
+    model = skeleton(name, gpt2_config(4, 128, 8, 256, corpus.BUILTIN_VOCABULARY))
+    counted = measure.flops(model, 256)
+    shown = dict(zip(card.iloc[:, 0], card[name], strict=True))
+    assert shown["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
+    assert shown["forward GFLOPs, useful"] == f"{counted['forward_flops_useful'] / 1e9:,.3f}"
+    assert shown["forward GFLOPs, every score computed"] == f"{counted['forward_flops_dense'] / 1e9:,.3f}"
+    assert shown["cache in bf16, KiB"] == f"{4 * model.transformer.h[0].attn.cache_bytes(256, 2) / 1024:,.0f}"
+    assert list(card)[2] == "GPT-2's own"
+
+
+def test_the_cost_card_follows_the_knobs():
+    cards = [explore.cost_card(Choice("gqa", {"kv_heads": g}), explore.GPT2_SMALL, 512)[0] for g in (12, 3)]
+    held = [float(card.set_index(card.columns[0]).loc["cache in bf16, KiB"].iloc[0].replace(",", "")) for card in cards]
+    assert held[0] == 4 * held[1]
+
+
+def test_costs_by_context_are_each_variant_s_own_and_a_refused_knob_is_one_sentence():
+    costs = explore.by_context(Choice("sliding_window", {"window": 4}), explore.GPT2_SMALL)
+    assert set(costs["label"]) == {*attention.variants(), "sliding_window (window=4)"}
+    own = costs[costs["label"] == "sliding_window (window=4)"].set_index("context")
+    assert (own["cache_bytes"] == 12 * 2 * 768 * 3 * 2).all()
+    baseline = costs[costs["label"] == "baseline"].set_index("context")
+    assert baseline["core_flops_per_token"][64] == 12 * 4 * 768 * 65 / 2
+    with pytest.raises(UsageError, match=r"^kv_heads must divide heads"):
+        explore.by_context(Choice("gqa", {"kv_heads": 5}), explore.GPT2_SMALL)
+
+
+def test_a_picker_has_the_knobs_of_the_variant_s_signature_and_tells_those_that_are_turned():
+    picker = Picker("sliding_window", window=7)
+    assert picker.choice == Choice("sliding_window", {"window": 7})
+    assert picker.choice.label == "sliding_window (window=7)"
+    picker.variant.value = "mla"
+    assert [knob.description for knob in picker.knobs.children] == ["latent", "rope", "query_latent"]
+    assert picker.choice == Choice("mla")
+    picker.knobs.children[0].value = "16"
+    assert picker.choice.knobs == {"latent": 16}
+    picker.path.value = "lib/published/linear.py"
+    assert picker.choice.attention == "lib/published/linear.py"
+    picker.path.value = "nowhere.py"
+    assert "there is no attention file" in picker.message.value
+    assert picker.choice.attention == "lib/published/linear.py"  # the screens keep what they show
+
+
+def test_a_screen_says_what_was_wrong_in_one_line_and_goes_on():
+    def show(choice):
+        explore.check(choice, explore.SIZE)
+        return ["fine"]
+
+    picker = Picker("gqa", kv_heads="3")
+    shown = Screen("", show, {}, picker)
+    assert 'role="alert"' in shown.page.value and "kv_heads must divide heads" in shown.page.value
+    picker.knobs.children[0].value = "2"
+    assert shown.page.value == "<p>fine</p>"
+
+
+def test_work_shows_each_page_and_ends_when_it_is_stopped():
+    seen, closed = [], []
+
+    def show():
+        try:
+            for number in range(1000):
+                yield lambda number=number: seen.append(number) or [str(number)]
+        finally:
+            closed.append(True)
+
+    async def stop_at_three(screen):
+        work = asyncio.ensure_future(screen.work())
+        while len(seen) < 3:
+            await asyncio.sleep(0)
+        assert screen.button.description == "Stop"
+        screen.pressed()
+        await work
+
+    shown = Screen("", show, {}, button="Go", at_first="not yet")
+    asyncio.run(stop_at_three(shown))
+    assert seen[:3] == [0, 1, 2] and len(seen) < 1000 and closed == [True]
+    assert shown.page.value == f"<p>{seen[-1]}</p>" and shown.button.description == "Go" and not shown.working
+
+
+def test_a_saved_screen_keeps_its_page():
+    bundle = Screen("a title", lambda: ["a sentence"], {})._repr_mimebundle_()
+    assert bundle["text/html"] == "<p>a sentence</p>" and bundle["text/plain"] == "a title"
+
+
+def test_models_trained_on_the_page_are_those_that_its_screens_then_use(monkeypatch):
+    monkeypatch.setitem(explore.LESSON, "steps_per_epoch", 3)
+    bench = explore.Bench("sliding_window", window=4)
+    assert "not trained" in bench.model(bench.picker.choice)[1]
+    _, table = list(bench.training_pages(Picker("linear"), bench.picker.choice, 1e9))[-1]()
+    assert list(table["variant"]) == ["sliding_window (window=4)", "linear"] and set(table["steps"]) == {"3"}
+    model, said = bench.model(bench.picker.choice)
+    assert said.startswith("after 3 steps")
+    start = explore.small_model(bench.picker.choice)
+    assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
+
+
+def test_both_sides_are_trained_on_the_same_rows_from_the_same_weights(monkeypatch):
+    monkeypatch.setitem(explore.LESSON, "steps_per_epoch", 2)
+    runs = [explore.Lesson(Choice(name)) for name in ("baseline", "sdpa")]
+    for run in runs:
+        run.step()
+        run.step()
+    np.testing.assert_allclose(runs[0].losses, runs[1].losses, rtol=1e-5)
+
+
+def test_writing_is_transformers_greedy_generation_and_the_cache_is_counted():
+    model = explore.small_model(Choice("sliding_window", {"window": 6})).eval()
+    ids = [explore.tokenizer().encode("Return the number of")]
+    steps = explore.generate(model, ids)
+    found = [next(steps) for _ in range(8)]
+    expected = model.generate(torch.tensor(ids), max_new_tokens=8, do_sample=False)[0]
+    assert found[-1][0] == explore.tokenizer().decode(expected)
+    assert [cached for _, cached, _ in found] == list(range(len(ids[0]), len(ids[0]) + 8))
+    assert found[-1][2] == found[-2][2] == 2 * 2 * 64 * 5 * 4  # layers, keys and values, width, W - 1, fp32
+
+
+def test_a_record_s_facts_hold_its_numbers_and_why_one_is_missing():
+    path = next((record.ROOT / "records" / "quick-cpu").glob("mla-*.json"))
+    one = record.load(path)
+    shown = explore.facts(one).set_index("fact")["value"]
+    assert shown["metrics · time s"] == f"{one.metrics.time_s:,.4g}"
+    assert shown["metrics · energy j"] == f"not measured: {record.REASONS['no_gpu']}"
+    assert shown["parameters · width"] == "128"
+
+
+def test_published_records_can_be_browsed():
+    screen = explore.records()
+    assert 'alt="Validation loss against cost' in screen.page.value
+    screen.controls["figure"].value = figures.training_time
+    assert 'alt="Training time"' in screen.page.value and "not measured: the run used no GPU" in screen.page.value
+    screen.controls["variants"].value = ()
+    assert "pick at least one variant" in screen.page.value
+
+
+def test_what_a_layer_keeps_for_its_backward_pass_is_counted():
+    kept = explore.certificate.kept_bytes(torch.nn.Linear(8, 8), torch.randn(1, 4, 8))
+    assert kept == 4 * (4 * 8 + 8 * 8)  # its input and its weights
+
+
+def test_the_card_is_the_table_that_train_ipynb_shows():
+    config = gpt2_config(4, 128, 8, 256, corpus.BUILTIN_VOCABULARY)
+    p = SimpleNamespace(attention="lsh", label="", context=256)
+    theirs = assemble.costs(skeleton("lsh", config), p)
+    (ours,) = explore.cost_card(Choice("lsh"), "the quick profile (4 layers of 128)", 256)
+    assert ours.iloc[:, 1:].to_numpy().tolist() == theirs.to_numpy().tolist()

@@ -1,0 +1,157 @@
+"""explore.ipynb in a real JupyterLab: every control is used as a reader does, and what it changes is seen to change."""
+
+import re
+import shutil
+from pathlib import Path
+
+import lab
+import pytest
+from playwright.sync_api import expect
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(lab.CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
+]
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "explore.ipynb"
+PATIENCE = lab.PATIENCE * 1000
+MAP, CERTIFICATE, CARD, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS = range(8)  # the screens, from above
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory):
+    here = tmp_path_factory.mktemp("explore")
+    (here / "notebooks").mkdir()
+    shutil.copy(NOTEBOOK, here / "notebooks")
+    with (
+        lab.server(here / "notebooks", here / "state", {"ATTENTION_STUDY_OUT": str(here / "out")}) as url,
+        lab.browser() as browser,
+    ):
+        opened = lab.Notebook(browser, url, NOTEBOOK.name)
+        opened.page.set_viewport_size({"width": 1280, "height": 12000})  # Lab draws only what is near the window
+        opened.run_all()
+        yield opened
+        opened.close()
+
+
+def screen(notebook, number):
+    """A screen by its place: what has a page as its child."""
+    return notebook.page.locator(".jp-OutputArea-output .widget-vbox:has(> .jp-RenderedHTMLCommon)").nth(number)
+
+
+def page(notebook, number):
+    return screen(notebook, number).locator("> .jp-RenderedHTMLCommon")
+
+
+def shown(notebook, number) -> str:
+    """What a screen's page is made of, pictures included."""
+    return page(notebook, number).inner_html()
+
+
+def changes(notebook, number, act) -> None:
+    """Waiting is the assertion: a page that never changes runs out of patience."""
+    before = shown(notebook, number)
+    act()
+    for _ in range(10 * lab.PATIENCE):
+        if shown(notebook, number) != before:
+            break
+        notebook.page.wait_for_timeout(100)
+    assert shown(notebook, number) != before
+
+
+def control(notebook, number, label):
+    return screen(notebook, number).get_by_label(label, exact=True)
+
+
+def choose(notebook, number, label, option) -> None:
+    changes(notebook, number, lambda: control(notebook, number, label).select_option(option))
+
+
+def type_in(notebook, number, label, text) -> None:
+    def act():
+        control(notebook, number, label).fill(text)
+        control(notebook, number, label).press("Enter")
+
+    changes(notebook, number, act)
+
+
+def slide(notebook, number, label) -> None:
+    slider = screen(notebook, number).locator(f".widget-hslider:has(label:text-is('{label}')) .noUi-handle")
+    changes(notebook, number, lambda: slider.press("ArrowRight"))
+
+
+def press(notebook, number, says) -> None:
+    """Presses a screen's button, sees the page change, and waits until the work has ended."""
+    button = screen(notebook, number).get_by_role("button", name=says, exact=True)
+    changes(notebook, number, button.click)
+    expect(button).to_be_visible(timeout=PATIENCE)
+
+
+def test_run_all_shows_every_screen_and_no_error(notebook, tmp_path):
+    assert notebook.outputs("error") == []
+    assert [out["text"] for out in notebook.outputs("stream") if out["name"] == "stderr"] == []
+    expect(screen(notebook, RECORDS)).to_be_visible(timeout=PATIENCE)
+    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(8)]
+    assert pictures == [1, 1, 1, 1, 0, 0, 2, 3]  # what a button must begin is not there yet
+    assert notebook.errors == []
+
+
+def test_every_control_changes_what_is_shown(notebook):
+    type_in(notebook, MAP, "sentence", "A window sees little, and a wider one sees more.")
+    type_in(notebook, MAP, "window", "2")
+    slide(notebook, MAP, "layer")
+    choose(notebook, MAP, "head", "2")
+    press(notebook, CERTIFICATE, "Examine")
+    choose(notebook, CARD, "size", "GPT-2 XL (48 layers of 1,600)")
+    slide(notebook, CARD, "context, tokens")
+    choose(notebook, ON_PAPER, "size", "the quick profile (4 layers of 128)")
+    press(notebook, GENERATION, "Generate")
+    type_in(notebook, GENERATION, "prompt", "The first argument")  # what was written for another prompt goes
+    press(notebook, GENERATION, "Generate")
+    slide(notebook, GENERATION, "new tokens")
+    assert notebook.errors == []
+
+
+def test_another_variant_is_picked_on_every_screen_at_once_and_a_wrong_one_is_one_sentence(notebook):
+    choose(notebook, CARD, "variant", "gqa")
+    expect(control(notebook, MAP, "variant")).to_have_value("gqa")
+    expect(page(notebook, CARD)).to_contain_text("gqa")
+    expect(page(notebook, MAP).locator("img[alt^='gqa']")).to_be_visible()
+    type_in(notebook, MAP, "kv_heads", "3")
+    expect(screen(notebook, MAP).get_by_role("alert")).to_have_text(re.compile(r"^kv_heads must divide heads: [^\n]*$"))
+    type_in(notebook, MAP, "kv_heads", "2")
+    expect(screen(notebook, MAP).get_by_role("alert")).to_have_count(0)
+    control(notebook, MAP, "or a file").fill("nowhere.py")
+    control(notebook, MAP, "or a file").press("Enter")
+    expect(screen(notebook, MAP).get_by_role("alert")).to_have_text(re.compile("^there is no attention file"))
+    changes(notebook, MAP, lambda: control(notebook, MAP, "variant").select_option("linear"))
+    assert notebook.errors == []
+
+
+def test_work_is_seen_while_it_goes_on_and_can_be_stopped(notebook):
+    press(notebook, HERE, "Measure here")
+    button = screen(notebook, TRAINING).get_by_role("button")
+    changes(notebook, TRAINING, button.click)
+    expect(button).to_have_text("Stop")
+    changes(notebook, TRAINING, lambda: None)  # it goes on by itself
+    button.click()
+    expect(button).to_have_text("Train", timeout=PATIENCE)
+    expect(screen(notebook, TRAINING)).to_contain_text("ms per step")
+    expect(screen(notebook, MAP)).to_contain_text("steps of training on this page")
+    assert notebook.errors == []
+
+
+def test_records_follow_their_controls(notebook):
+    choose(notebook, RECORDS, "figure", "training time")
+    choose(notebook, RECORDS, "rank by", "cache MiB")
+    choose(notebook, RECORDS, "variants", ["sdpa", "mla"])
+    choose(notebook, RECORDS, "record", "mla-seed0-5e9ca3f4")
+    expect(screen(notebook, RECORDS)).to_contain_text("deepseek", ignore_case=True)
+    expect(control(notebook, RECORDS, "records")).to_contain_text("quick-cpu")  # one group so far: no other to choose
+    assert notebook.errors == []
+
+
+def test_pictures_of_every_screen_in_both_themes(notebook, tmp_path):
+    notebook.page.set_viewport_size({"width": 1280, "height": 900})
+    notebook.screenshots(tmp_path)
+    assert notebook.errors == []
