@@ -422,6 +422,8 @@ def records(folder: str = "records") -> Screen:
     """The records of a folder's folders: a figure or a ranking of those variants that are picked, and one in full."""
     found = {}
     for path in sorted(record.from_root(folder).iterdir()):
+        if path.name.startswith("scaling-"):  # points by length, which scaling.ipynb draws
+            continue
         runs = record.read(path) if any(path.glob("*.json")) else pd.DataFrame()
         for group in compare.groups(runs) if len(runs) else []:
             found[f"{path.name}: {group.runs['device_name'].iloc[0]}, {group.title.split(', on ')[0]}"] = (path, group)

@@ -113,6 +113,7 @@ def test_a_study_that_is_killed_is_resumed_to_the_records_of_an_undisturbed_one(
     assert "1 of 2 runs are finished already" in said
     runs_alone = ["-c", RUNS_ALONE, str(folder / "tiny.yaml"), *variants]
     environment = os.environ | {record.OUT_VARIABLE: str(undisturbed)}
+    undisturbed.mkdir()
     subprocess.run([sys.executable, *runs_alone], cwd=record.ROOT, env=environment, check=True)
     ours, theirs = record.load_all(out), record.load_all(undisturbed)
     assert [timeless(found) for found in ours] == [timeless(found) for found in theirs] and len(ours) == 2

@@ -108,6 +108,7 @@ def test_the_pareto_front_leaves_out_the_null_variant_and_the_uncertified(tmp_pa
 
 def test_power_over_time_draws_the_traces_there_are_and_says_what_is_missing(tmp_path):
     runs = drawn(tmp_path)
+    runs["series_power_time_s"] = runs["series_power_w"] = [[] for _ in range(len(runs))]
     assert texts(figures.power_over_time(runs)).count("not measured: no power trace in the record") == 3
     traces = {"sdpa": ([0.0, 0.1, 0.2], [100.0, 300.0, 200.0])}
     runs["series_power_time_s"] = [traces.get(label, (None, []))[0] for label in runs["label"]]
