@@ -152,7 +152,7 @@ class Lesson:
 
     def step(self):
         begin = time.perf_counter()
-        self.trainer._step(self.steps, self.trainer.steps)
+        self.trainer.take_step(self.steps)
         measure.synchronize(self.trainer.device)
         self.seconds += time.perf_counter() - begin
         self.steps += 1

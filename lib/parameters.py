@@ -14,11 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 
-import torch
-
 from lib import attention
 from lib.errors import UsageError
-from lib.model import gpt2_config
 from lib.record import ROOT
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
@@ -117,6 +114,8 @@ def check_values(values: dict) -> None:
             raise UsageError(
                 f"inference_contexts: {length!r} tokens and {p.new_tokens} new ones must fit {p.positions} positions"
             )
+    import torch  # here, because notebooks that need no PyTorch check their parameters too
+
     if p.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
     check_attention(p)
@@ -124,6 +123,10 @@ def check_values(values: dict) -> None:
 
 def check_attention(p) -> None:
     """Builds one layer without memory, so that an unknown variant or a refused knob is said before anything runs."""
+    import torch
+
+    from lib.model import gpt2_config
+
     try:
         variant = attention.load(p.attention)
         known = knobs(variant)
@@ -167,14 +170,17 @@ def resolve(history: list[str], namespace: dict, name: str = "p") -> SimpleNames
     the cells below all the same, and they would train what the page no longer says.
     """
     try:
-        return _resolve(history, namespace)
+        values = checked(history, namespace)
+        check_values(values)
     except UsageError as error:
         namespace[name] = Refused(error)
         raise
+    return SimpleNamespace(**portable(values))
 
 
-def _resolve(history: list[str], namespace: dict) -> SimpleNamespace:
-    cells = [index for index, source in enumerate(history) if "attention: str =" in source and _is_parameters(source)]
+def checked(history: list[str], namespace: dict) -> dict:
+    """The parameters of any notebook that is running, names and types checked; see `resolve`."""
+    cells = [index for index, source in enumerate(history) if _is_parameters(source)]
     if cells:
         known = declared(history[cells[-1]])
         injected = [source for source in history[cells[-1] + 1 :] if source.startswith("# Parameters\n")]
@@ -184,16 +190,19 @@ def _resolve(history: list[str], namespace: dict) -> SimpleNamespace:
         known = {name: Declared(kind.__name__, None) for name, kind in namespace.get("__annotations__", {}).items()}
     if not known:
         raise UsageError("run the parameters cell at the top first")
-    values = check_types({name: namespace[name] for name in known}, known)
-    check_values(values)
-    return SimpleNamespace(**portable(values))
+    return check_types({name: namespace[name] for name in known}, known)
+
+
+KINDS = (ast.AnnAssign, ast.Assign)
 
 
 def _is_parameters(source: str) -> bool:
+    """Whether a cell declares parameters and does nothing else; a line that lost its type is still one of it."""
     try:
-        return "attention" in declared(source)
+        lines = ast.parse(source).body
     except (SyntaxError, ValueError):
         return False
+    return bool(lines) and isinstance(lines[0], ast.AnnAssign) and all(isinstance(line, KINDS) for line in lines)
 
 
 def _assigned(source: str) -> list[str]:

@@ -57,7 +57,7 @@ def phases(trainer, steps: int, rounds: int = 3, warmup: int = 2) -> list[dict]:
     work = {
         "forward": lambda step: trainer.passes(step, backward=False),
         "forward_backward": lambda step: _forward_backward(trainer, step),
-        "step": lambda step: trainer._step(step, trainer.steps),
+        "step": lambda step: trainer.take_step(step),
     }
     with trainer.untouched():
         trainer.model.train()

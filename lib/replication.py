@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 
 from lib import attention, certificate, compare, figures, measure, model
+from lib.errors import UsageError
 from lib.published import convention
 from lib.record import REASONS, ROOT
 
@@ -146,6 +147,8 @@ def final_losses(found: pd.DataFrame) -> pd.DataFrame:
 
 def leaks(path: Path) -> pd.DataFrame:
     """The losses that `prefix_losses` found, and what is lost where the rest of the row is out of sight."""
+    if not path.is_file():
+        raise UsageError(f"there is no {path.name} beside the records; `python -m lib.leak --help` says how to make it")
     found = pd.read_csv(path)
     gap = found["generated_loss"] - found["teacher_forced_loss"]
     return pd.DataFrame(

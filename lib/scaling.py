@@ -167,7 +167,7 @@ def load(path: Path) -> Scaling:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "it"
         raise UsageError(f"{path.name} is no scaling record: {where}: {first['msg']}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path.name} cannot be read: {error}") from None
     if found.content_sha256 != record.checksum(content):
         raise UsageError(f"{path.name} was changed after it was written: its checksum does not fit")

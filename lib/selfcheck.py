@@ -123,4 +123,5 @@ def _idle(metrics: dict, reasons: dict) -> Check:
     idle_w, mean_w = metrics["idle_power_w"], metrics["mean_power_w"]
     if idle_w is None or mean_w is None:
         return _null("idle", 1, REASONS[reasons["net_energy_j"]])
-    return _bounded("idle", idle_w / mean_w, 1, True, "{value:.1%} of the mean power is drawn by the idle card")
+    says = "{value:.1%} of the mean power is drawn by the idle card"
+    return _bounded("idle", idle_w / mean_w, 1, idle_w < mean_w, says)

@@ -47,7 +47,7 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     except FileNotFoundError:
         there = ", ".join(f"params/{file.name}" for file in sorted((record.ROOT / "params").glob("*.yaml")))
         raise UsageError(f"there is no profile {path}; there are: {there}, or none for the quick one") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"the profile {path} cannot be read as YAML: {reason}") from None
     if not isinstance(profile, dict):

@@ -83,7 +83,7 @@ class Trainer:
             self.model.train()
             for step in range(self.p.warmup_steps):
                 begin = time.perf_counter()
-                self._step(step, self.steps)
+                self.take_step(step)
                 synchronize(self.device)
                 seconds.append(time.perf_counter() - begin)
         return seconds
@@ -93,7 +93,7 @@ class Trainer:
 
         def some_steps():
             for step in range(min(steps, len(self.rows))):
-                self._step(step, self.steps)
+                self.take_step(step)
 
         with self.untouched():
             self.model.train()
@@ -141,20 +141,20 @@ class Trainer:
             self.model.train()
             with self.meter.stretch():
                 for step in range(epoch * self.p.steps_per_epoch, (epoch + 1) * self.p.steps_per_epoch):
-                    self._step(step, self.steps)
+                    self.take_step(step)
                     if (step + 1) % every == 0:
                         self.meter.mark(step + 1)
                         watch.look(step + 1)
             watch.look(step + 1, wait=True)
             self.validation.append(self.validate(int(self.useful_tokens[: step + 1].sum())))
 
-    def _step(self, step: int, steps: int) -> None:
+    def take_step(self, step: int) -> None:
         """One optimizer step over `accumulation` batches; the loss stays on the device."""
         total = self.passes(step)
         if self.p.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, self.p, steps)
+            group["lr"] = learning_rate(step, self.p, self.steps)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.losses[step % self.steps] = total

@@ -321,8 +321,15 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout, for `step`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes as well")
     options = parser.parse_args(words)
-    if options.rounds < 1 or options.threads < 1:
-        parser.error("--rounds and --threads want 1 or more")
+    if min(options.rounds, options.threads, *(options.lengths or [1])) < 1:
+        parser.error("--rounds, --threads and --lengths want 1 or more")
+    if options.nanogpt and not options.nanogpt.is_file():
+        parser.error(f"there is no file {options.nanogpt}")
+    try:
+        for name in options.variants or ():
+            attention.load(name)
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     random.seed(0)

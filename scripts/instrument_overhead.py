@@ -31,7 +31,7 @@ def unmonitored(trainer) -> float:
     measure.synchronize(trainer.device)
     begin = time.perf_counter()
     for step in range(trainer.steps):
-        trainer._step(step, trainer.steps)
+        trainer.take_step(step)
     measure.synchronize(trainer.device)
     return time.perf_counter() - begin
 
@@ -49,7 +49,7 @@ def published(trainer) -> float:
     measure.synchronize(trainer.device)
     begin = time.perf_counter()
     for step in range(trainer.steps):
-        trainer._step(step, trainer.steps)
+        trainer.take_step(step)
         measure.synchronize(trainer.device)
         nvidia_smi()
         with torch.no_grad(), trainer.autocast(), FlopCounterMode(display=False):
@@ -81,7 +81,7 @@ def make_trainer(profile: str | None, steps: int) -> training.Trainer:
     short = {"steps_per_epoch": steps, "epochs": 1, "validation_rows": 1}
     p = SimpleNamespace(**{name: line.default for name, line in study.known_parameters().items()} | overrides | short)
     parameters.check_values(vars(p))
-    data = corpus.load(p.dataset, p.tokenizer, p.context, p.packing, p.validation_share)
+    data = corpus.load(p)
     config = model.gpt2_config(p.layers, p.width, p.heads, p.positions, data.vocabulary, p.dropout)
     return training.Trainer(model.build_model(p.attention, config, p.seed, **p.knobs), data, p)
 

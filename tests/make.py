@@ -1,9 +1,10 @@
-"""Made-up records for tests of what reads records."""
+"""What several tests make: records, a tiny profile, a variant of one's own, a full disk."""
 
 import contextlib
 import hashlib
+import json
 
-from lib import record
+from lib import conversations, corpus, record
 
 METRICS = {
     "time_s": 20.0, "time_per_epoch_s": 10.0, "useful_tokens_per_s": 5e3,
@@ -77,3 +78,56 @@ def fill(disk):
     with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as file:
         while True:
             file.write(b"0" * 4096)
+
+
+TINY = {
+    "layers": 1, "width": 32, "heads": 2, "positions": 64, "context": 16, "batch_size": 2, "steps_per_epoch": 3,
+    "epochs": 2, "validation_rows": 4, "inference_contexts": [4, 16], "new_tokens": 4, "inference_repeats": 2,
+}  # fmt: skip
+NINTH = """
+\"\"\"Each token sees itself and the one before: a ninth variant, written after reading sdpa.py.\"\"\"
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+
+class Attention(nn.Module):
+    paper = "nobody, never"
+
+    def __init__(self, config, layer_idx, weight=0.5):
+        super().__init__()
+        self.layer_idx, self.weight = layer_idx, weight
+        self.c_attn, self.c_proj = Conv1D(config.n_embd, config.n_embd), Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+        v, T = self.c_attn(hidden_states), hidden_states.shape[1]
+        if past_key_values is not None:
+            v = past_key_values.layers[self.layer_idx].update(v[:, None], v[:, None])[0][:, 0]
+        before = torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
+        return self.c_proj((v + self.weight * before)[:, -T:]), None
+
+    def new_cache(self):
+        return DynamicLayer()
+
+    def core_flops(self, context, dense=False):
+        return 2 * self.c_attn.nf * context
+
+    def cache_bytes(self, context, element_bytes):
+        return 2 * self.c_attn.nf * context * element_bytes
+
+    def reference(self, hidden_states):
+        v = self.c_attn(hidden_states)
+        rows = [v[:, t] + (self.weight * v[:, t - 1] if t else 0) for t in range(v.shape[1])]
+        return self.c_proj(torch.stack(rows, dim=1))
+"""
+
+
+def tiny_profile(folder) -> str:
+    """A profile with data and a tokenizer of its own in `folder`: making the builtin ones costs seconds a run."""
+    corpus.builtin_tokenizer().save_pretrained(folder / "tokenizer")
+    talks = [json.dumps({"messages": messages}) for messages in conversations.builtin()[:200]]
+    (folder / "talks.jsonl").write_text("\n".join(talks))
+    files = {"dataset": str(folder / "talks.jsonl"), "tokenizer": str(folder / "tokenizer")}
+    (folder / "tiny.yaml").write_text(json.dumps(TINY | files))
+    return str(folder / "tiny.yaml")

@@ -59,7 +59,7 @@ def test_nothing_synchronises_inside_a_step(name):
     torch.cuda.set_sync_debug_mode("error")
     try:
         for step in range(3):
-            trainer._step(step, trainer.steps)
+            trainer.take_step(step)
             trainer.meter.mark(step + 1)
             watch.look(step + 1)
     finally:

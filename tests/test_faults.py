@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
-from test_study import NINTH, TINY
+from make import NINTH, TINY, tiny_profile
 
-from lib import cache, conversations, corpus, record, study
+from lib import cache, corpus, record, study
 from lib.errors import UsageError
 
 # A variant that, where STALL names a file, makes that file in its first training step and then waits to be killed.
@@ -41,11 +42,7 @@ def out(tmp_path, monkeypatch):
 def folder(tmp_path_factory):
     """A profile with data and a tokenizer of its own, and variants that stall or ask for too much."""
     folder = tmp_path_factory.mktemp("faults")
-    corpus.builtin_tokenizer().save_pretrained(folder / "tokenizer")
-    talks = [json.dumps({"messages": messages}) for messages in conversations.builtin()[:200]]
-    (folder / "talks.jsonl").write_text("\n".join(talks))
-    files = {"dataset": str(folder / "talks.jsonl"), "tokenizer": str(folder / "tokenizer")}
-    (folder / "tiny.yaml").write_text(json.dumps(TINY | files))
+    tiny_profile(folder)
     (folder / "stalling.py").write_text(STALLING)
     (folder / "greedy.py").write_text(GREEDY)
     return folder
@@ -185,7 +182,7 @@ def test_every_failure_has_its_kind(kind, said, reason):
     assert "\n" not in study._reason(kind, said)[1]
 
 
-@pytest.mark.parametrize("where", ["a file", "a full disk"])
+@pytest.mark.parametrize("where", ["a file", "below a file"])
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(where, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" if where == "a file" else tmp_path / "file" / "out"
@@ -261,3 +258,11 @@ def test_a_study_on_a_full_disk_says_so_and_leaves_nothing_half_written(folder, 
     whole = [path.name for path in small_disk.glob("*.json") if not path.name.endswith(record.FAILED)]
     assert [f"{found.name}.json" for found in record.load_all(small_disk)] == whole
     assert not list(small_disk.glob("*.tmp"))
+
+
+def test_a_full_disk_while_tokens_are_written_is_one_sentence(small_disk, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(small_disk / "cache"))
+    data = {"dataset": "builtin", "dataset_revision": "", "tokenizer": "builtin", "turns": "roles"}
+    p = SimpleNamespace(**data, validation_share=0.02)
+    with pytest.raises(UsageError, match="cannot be written: No space left on device"):
+        corpus.load(p)

@@ -142,7 +142,7 @@ def test_the_published_numbers_are_all_eight():
 
 
 def test_what_summarizes_needs_no_torch():
-    code = "import sys; from lib import compare, figures, record; print('torch' in sys.modules)"
+    code = "import sys; from lib import compare, figures, parameters, record; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 

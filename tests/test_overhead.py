@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from make import TINY, tiny_profile
 from test_training import make_trainer
 
 from lib.record import ROOT
@@ -29,8 +30,8 @@ def test_a_ratio_is_the_geometric_mean_of_pairs_with_its_t_interval(script):
 def test_every_way_takes_its_turns_on_the_same_steps_and_leaves_no_trace(script, monkeypatch):
     trainer = make_trainer(steps_per_epoch=3, epochs=1, dtype=torch.float32)
     steps, calls, way = [], [], [""]
-    step = trainer._step
-    monkeypatch.setattr(trainer, "_step", lambda number, of: steps.append((way[0], number)) or step(number, of))
+    step = trainer.take_step
+    monkeypatch.setattr(trainer, "take_step", lambda number: steps.append((way[0], number)) or step(number))
     monkeypatch.setattr(script, "nvidia_smi", lambda: calls.append(way[0]))
     for name, run in list(script.WAYS.items()):
         monkeypatch.setitem(script.WAYS, name, lambda trained, name=name, run=run: way.insert(0, name) or run(trained))
@@ -43,3 +44,8 @@ def test_every_way_takes_its_turns_on_the_same_steps_and_leaves_no_trace(script,
     assert {turns[at] for at in range(4, 20, 4)} == set(script.WAYS)  # each is first once
     assert calls == ["published"] * 3 * 5 and [number for _, number in steps] == [0, 1, 2] * (len(steps) // 3)
     assert set(found["ratio_to_unmonitored"]) == {"again", "ours", "published"}
+
+
+def test_the_script_makes_its_trainer_from_a_profile(script, tmp_path):
+    trainer = script.make_trainer(tiny_profile(tmp_path), 2)
+    assert trainer.steps == 2 and trainer.p.layers == TINY["layers"]

@@ -125,3 +125,13 @@ def test_no_record_names_a_machine_s_folders(tmp_path):
     found = parameters.portable(values)
     assert not any(value.startswith("/") for value in found.values())
     assert found["dataset"] == "a/b.jsonl" and (ROOT / found["attention"]).resolve() == tmp_path / "mine.py"
+
+
+def test_the_parameters_of_every_notebook_are_checked():
+    history = ['records_folder: str = "records/quick-cpu"  # where the records are', "from lib import record"]
+    namespace = {"records_folder": "records/quick-cpu"}
+    assert parameters.checked(history, namespace) == namespace
+    with pytest.raises(UsageError, match="there is no parameter 'record_folder'; did you mean 'records_folder'"):
+        parameters.checked([history[0], "# Parameters\nrecord_folder = 'mine'\n"], namespace)
+    with pytest.raises(UsageError, match="records_folder must be str, not 5"):
+        parameters.checked(history, {"records_folder": 5})

@@ -42,7 +42,7 @@ class Counter(energy.Counter):
 
 def told(trainer, clock, log, forward=1.0, backward=2.0, optimizer=0.5):
     """The trainer, whose work takes as long as it is told."""
-    passes, step = trainer.passes, trainer._step
+    passes, step = trainer.passes, trainer.take_step
 
     def timed_passes(step, backward_too=True, **words):
         with_backward = words.get("backward", backward_too)
@@ -50,12 +50,12 @@ def told(trainer, clock, log, forward=1.0, backward=2.0, optimizer=0.5):
         log.append("forward_backward" if with_backward else "forward")
         return passes(step, with_backward)
 
-    def timed_step(number, steps):
+    def timed_step(number):
         clock.now += optimizer
-        step(number, steps)
+        step(number)
         log[-1] = "step"
 
-    trainer.passes, trainer._step = timed_passes, timed_step
+    trainer.passes, trainer.take_step = timed_passes, timed_step
     return trainer
 
 

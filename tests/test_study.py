@@ -1,6 +1,5 @@
 """The chain as it is used: papermill as typed, the study, a ninth variant, and every way to get it wrong."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,54 +8,13 @@ from itertools import pairwise
 
 import nbformat
 import pytest
-from make import make_record
+from make import NINTH, TINY, make_record, tiny_profile
 from matplotlib.text import Text
 
-from lib import attention, compare, conversations, corpus, figures, parameters, record, study
+from lib import attention, compare, figures, parameters, record, study
 
 ROOT = record.ROOT
 BIN = os.path.dirname(sys.executable)
-TINY = {
-    "layers": 1, "width": 32, "heads": 2, "positions": 64, "context": 16, "batch_size": 2, "steps_per_epoch": 3,
-    "epochs": 2, "validation_rows": 4, "inference_contexts": [4, 16], "new_tokens": 4, "inference_repeats": 2,
-}  # fmt: skip
-NINTH = """
-\"\"\"Each token sees itself and the one before: a ninth variant, written after reading sdpa.py.\"\"\"
-import torch
-from torch import nn
-from transformers.cache_utils import DynamicLayer
-from transformers.pytorch_utils import Conv1D
-
-
-class Attention(nn.Module):
-    paper = "nobody, never"
-
-    def __init__(self, config, layer_idx, weight=0.5):
-        super().__init__()
-        self.layer_idx, self.weight = layer_idx, weight
-        self.c_attn, self.c_proj = Conv1D(config.n_embd, config.n_embd), Conv1D(config.n_embd, config.n_embd)
-
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
-        v, T = self.c_attn(hidden_states), hidden_states.shape[1]
-        if past_key_values is not None:
-            v = past_key_values.layers[self.layer_idx].update(v[:, None], v[:, None])[0][:, 0]
-        before = torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
-        return self.c_proj((v + self.weight * before)[:, -T:]), None
-
-    def new_cache(self):
-        return DynamicLayer()
-
-    def core_flops(self, context, dense=False):
-        return 2 * self.c_attn.nf * context
-
-    def cache_bytes(self, context, element_bytes):
-        return 2 * self.c_attn.nf * context * element_bytes
-
-    def reference(self, hidden_states):
-        v = self.c_attn(hidden_states)
-        rows = [v[:, t] + (self.weight * v[:, t - 1] if t else 0) for t in range(v.shape[1])]
-        return self.c_proj(torch.stack(rows, dim=1))
-"""
 
 
 @pytest.fixture
@@ -67,14 +25,7 @@ def out(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A profile with data and a tokenizer of its own: making the builtin ones costs seconds a run."""
-    folder = tmp_path_factory.mktemp("tiny")
-    corpus.builtin_tokenizer().save_pretrained(folder / "tokenizer")
-    talks = [json.dumps({"messages": messages}) for messages in conversations.builtin()[:200]]
-    (folder / "talks.jsonl").write_text("\n".join(talks))
-    files = {"dataset": str(folder / "talks.jsonl"), "tokenizer": str(folder / "tokenizer")}
-    (folder / "tiny.yaml").write_text(json.dumps(TINY | files))
-    return str(folder / "tiny.yaml")
+    return tiny_profile(tmp_path_factory.mktemp("tiny"))
 
 
 def papermill(*words, cwd=ROOT / "notebooks"):

@@ -157,13 +157,13 @@ def test_what_is_reported_is_what_was_finished():
 
 def test_the_window_holds_training_and_not_validation(monkeypatch):
     trainer, inside = make_trainer(), []
-    validate, step = trainer.validate, trainer._step
+    validate, step = trainer.validate, trainer.take_step
 
     def is_open():
         return trainer.meter.open
 
     monkeypatch.setattr(trainer, "validate", lambda tokens: inside.append(("validate", is_open())) or validate(tokens))
-    monkeypatch.setattr(trainer, "_step", lambda *words: inside.append(("step", is_open())) or step(*words))
+    monkeypatch.setattr(trainer, "take_step", lambda *words: inside.append(("step", is_open())) or step(*words))
     trainer.run()
     assert {state for what, state in inside if what == "validate"} == {False}
     assert {state for what, state in inside if what == "step"} == {True}
@@ -207,8 +207,8 @@ def test_nothing_in_the_window_waits_for_a_value(name, monkeypatch):
 
 def test_a_step_that_asks_for_its_loss_is_seen_to_wait(monkeypatch):
     trainer = make_trainer(steps_per_epoch=2)
-    step = trainer._step
-    trainer._step = lambda *words: (step(*words), trainer.losses[0].item())
+    step = trainer.take_step
+    trainer.take_step = lambda *words: (step(*words), trainer.losses[0].item())
     assert "item" in waits(trainer, monkeypatch)
 
 
@@ -221,7 +221,7 @@ def test_steps_that_are_profiled_after_the_run_leave_no_trace():
     useful_tokens = trainer.useful_tokens.copy()
     with trainer.untouched():
         for step in range(3):
-            trainer._step(step, trainer.steps)
+            trainer.take_step(step)
         assert not torch.equal(before[0], tensors[0])
     assert all(torch.equal(one, other) for one, other in zip(before, tensors, strict=True))
     assert np.array_equal(useful_tokens, trainer.useful_tokens) and torch.equal(random, torch.get_rng_state())
