@@ -17,7 +17,7 @@ import torch
 from lib import assemble, attention, certificate, compare, corpus, figures, measure, parameters, record, study, weights
 from lib.errors import UsageError
 from lib.model import GPT2, build_model, gpt2_config, skeleton
-from lib.screen import LABELLED, Choice, Picker, Screen
+from lib.screen import LABELLED, Choice, Folded, Picker, Screen
 from lib.training import Trainer
 
 SIZE = {"layers": 2, "width": 64, "heads": 4, "positions": 256}  # of the models on this page
@@ -463,34 +463,36 @@ def records_page(found: dict, group: str, figure, by: str, variants: tuple, run:
     runs = runs[runs["label"].isin(variants)].reset_index(drop=True)
     if runs.empty:
         raise UsageError("pick at least one variant")
-    return [figure(runs), figures.ranking(runs, by), f"The record {run}:", facts(record.load(path / f"{run}.json"))]
+    return [figure(runs), figures.ranking(runs, by), f"The record {run}:", *facts(record.load(path / f"{run}.json"))]
 
 
-def facts(one: record.Record) -> pd.DataFrame:
-    """All that a record says but its series, a row each; a missing number with its reason."""
-    content = one.model_dump(mode="json", exclude={"series", "null_reasons", "schema_version"})
-    rows = []
-    for name, value in _flat(content):
-        metric = name.removeprefix("metrics.")
-        reason = one.null_reasons.get(metric) if name != metric else None
-        rows.append({"fact": name.replace(".", " · ").replace("_", " "), "value": _readable(value, reason)})
-    return pd.DataFrame(rows)
+def facts(one: record.Record) -> list[Folded]:
+    """All that a record says but its series, a table for each of its parts; a missing number with its reason."""
+    content = one.model_dump(mode="json", exclude={"series", "null_reasons", "checks", "schema_version"})
+    parts = {"metrics": content.pop("metrics")}  # first, since it is what a reader came for
+    parts |= {name: content.pop(name) for name in [name for name, part in content.items() if isinstance(part, dict)]}
+    tables = {name: pd.DataFrame(_rows(values, one.null_reasons)) for name, values in parts.items()}
+    tables["self-check"] = assemble.self_check(one)
+    tables["who and when"] = pd.DataFrame(_rows(content, {}))
+    return [Folded(name, table, is_open=name == "metrics") for name, table in tables.items()]
 
 
-def _flat(content: dict, before: str = ""):
-    for name, value in content.items():
+def _rows(values: dict, null_reasons: dict):
+    for name, value in values.items():
         if isinstance(value, dict) and value:
-            yield from _flat(value, f"{before}{name}.")
+            yield from ({**row, "fact": f"{name}: {row['fact']}"} for row in _rows(value, {}))
         else:
-            yield f"{before}{name}", value
+            yield {"fact": name, "value": _readable(value, null_reasons.get(name))}
 
 
 def _readable(value, reason: str | None) -> str:
     if reason is not None:
         return f"not measured: {record.REASONS[reason]}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return "; ".join(map(str, value)) if isinstance(value, list) else "–" if value is None else str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+        return "–" if value in (None, "", {}) else {True: "yes", False: "no"}.get(value, str(value))
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1e4 else f"{value:,.4g}"
 
 
 def _with_index(table: pd.DataFrame, heading: str) -> pd.DataFrame:

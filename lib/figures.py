@@ -460,10 +460,11 @@ def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def table(frame: pd.DataFrame):
+def table(frame: pd.DataFrame, align: str | None = None):
     """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content."""
     content = pd.util.hash_pandas_object(frame.astype(str)).sum()
-    return HTML(frame.style.hide().set_uuid(f"{content:x}").to_html())
+    styled = frame.style.hide().set_uuid(f"{content:x}")
+    return HTML((styled.set_properties(**{"text-align": align}) if align else styled).to_html())
 
 
 def _interval(found: pd.Series, of: str = "") -> str:

@@ -11,6 +11,7 @@ import html
 import inspect
 import io
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
@@ -38,6 +39,14 @@ class Choice:
         name = parameters.display_name({"attention": self.attention, "label": ""})
         options = ", ".join(f"{knob}={value}" for knob, value in self.knobs.items())
         return f"{name} ({options})" if options else name
+
+
+class Folded(NamedTuple):
+    """A table under its title, which a click opens."""
+
+    title: str
+    table: pd.DataFrame
+    is_open: bool = False
 
 
 class Picker(widgets.VBox):
@@ -200,7 +209,7 @@ class Screen(widgets.VBox):
 
 
 def page(parts: list) -> str:
-    """Figures, tables and sentences as HTML."""
+    """Figures, tables (`Folded` ones too) and sentences as HTML."""
     return "".join(_html(part) for part in parts)
 
 
@@ -212,6 +221,10 @@ def _html(part) -> str:
         name = "; ".join(filter(None, (axes.get_title(loc="left") for axes in part.axes)))
         source = base64.b64encode(file.getvalue()).decode()
         return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{source}" style="max-width: 100%"></p>'
+    if isinstance(part, Folded):
+        is_open = " open" if part.is_open else ""
+        shown = figures.table(part.table, align="left").data
+        return f"<details{is_open}><summary>{html.escape(part.title)}</summary>{shown}</details>"
     if isinstance(part, pd.DataFrame):
         return figures.table(part).data
     return f"<p>{html.escape(part)}</p>"

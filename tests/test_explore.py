@@ -239,10 +239,17 @@ def test_writing_is_transformers_greedy_generation_and_the_cache_is_counted():
 def test_a_record_s_facts_hold_its_numbers_and_why_one_is_missing():
     path = next((record.ROOT / "records" / "quick-cpu").glob("mla-*.json"))
     one = record.load(path)
-    shown = explore.facts(one).set_index("fact")["value"]
-    assert shown["metrics · time s"] == f"{one.metrics.time_s:,.4g}"
-    assert shown["metrics · energy j"] == f"not measured: {record.REASONS['no_gpu']}"
-    assert shown["parameters · width"] == "128"
+    parts = {part.title: part.table for part in explore.facts(one)}
+    shown = {title: dict(zip(table.iloc[:, 0], table.iloc[:, 1], strict=True)) for title, table in parts.items()}
+    assert shown["metrics"]["time_s"] == f"{one.metrics.time_s:,.4g}"
+    assert shown["metrics"]["energy_j"] == f"not measured: {record.REASONS['no_gpu']}"
+    assert shown["metrics"]["forward_flops_useful"] == f"{one.metrics.forward_flops_useful:,.0f}"
+    assert shown["parameters"]["width"] == "128" and shown["certificate"]["causal"] == "yes"
+    assert shown["environment"]["packages: torch"] == one.environment["packages"]["torch"]
+    assert shown["self-check"] == {check.check: check.verdict for check in one.checks}
+    assert shown["who and when"]["name"] == one.name and shown["who and when"]["flags"] == "–"
+    told = set().union(*shown.values())
+    assert told.issuperset(record.Metrics.model_fields) and told.issuperset(record.Certificate.model_fields)
 
 
 def test_published_records_can_be_browsed():

@@ -62,8 +62,8 @@ class Attention(nn.Module):
         if T == 1 and self.borders == "causal":
             out = self._newest(qk, v, buckets)
         else:
-            # What is cached are queries too: they are asked again, and only the new answers kept. On a CPU head by head:
-            # the scores of all heads do not fit its caches (at 8,192 tokens 1.5 times the time).
+            # What is cached are queries too: they are asked again, and only the new answers kept. On a CPU head by
+            # head: the scores of all do not fit its caches (at 8,192 tokens 1.5 times the time).
             heads = 1 if v.device.type == "cpu" else self.heads
             parts = zip(qk.split(heads, 1), v.split(heads, 1), buckets.split(heads, 1), strict=True)
             out = torch.cat([self._sorted(*part) for part in parts], dim=1)[:, :, -T:]
