@@ -14,10 +14,10 @@ import pandas as pd
 import seaborn as sns
 import torch
 
-from lib import assemble, attention, certificate, compare, corpus, figures, measure, parameters, record, study, weights
+from lib import assemble, attention, certificate, corpus, figures, measure, parameters, study, weights
 from lib.errors import UsageError
 from lib.model import GPT2, build_model, gpt2_config, skeleton
-from lib.screen import LABELLED, Choice, Folded, Picker, Screen
+from lib.screen import LABELLED, Choice, Picker, Screen
 from lib.training import Trainer
 
 SIZE = {"layers": 2, "width": 64, "heads": 4, "positions": 256}  # of the models on this page
@@ -416,83 +416,6 @@ def generation_page(label: str, said: str, grown: dict[str, list]) -> list:
         for name, points in grown.items()
     ]
     return [said, f"“{grown[label][-1][2]}”", figure, pd.DataFrame(table)]
-
-
-def records(folder: str = "records") -> Screen:
-    """The records of a folder's folders: a figure or a ranking of those variants that are picked, and one in full."""
-    found = {}
-    for path in sorted(record.from_root(folder).iterdir()):
-        if path.name.startswith("scaling-"):  # points by length, which scaling.ipynb draws
-            continue
-        runs = record.read(path) if any(path.glob("*.json")) else pd.DataFrame()
-        for group in compare.groups(runs) if len(runs) else []:
-            found[f"{path.name}: {group.runs['device_name'].iloc[0]}, {group.title.split(', on ')[0]}"] = (path, group)
-    if not found:
-        raise UsageError(f"there is no record in {folder}/; `make study` writes some")
-    first = next(iter(found))
-    controls = {
-        "group": widgets.Dropdown(options=list(found), description="records", layout={"width": "90%"}),
-        "figure": widgets.Dropdown(
-            options=[(draw.__name__.replace("_", " "), draw) for draw in figures.FIGURES],
-            value=figures.loss_against_cost,
-            description="figure",
-        ),
-        "by": widgets.Dropdown(
-            options=[(unit, metric) for metric, (unit, _, _) in figures.RANKED.items()], description="rank by"
-        ),
-        "variants": widgets.SelectMultiple(description="variants", rows=9),
-        "run": widgets.Dropdown(description="record"),
-    }
-
-    def offer(_=None):
-        runs = found[controls["group"].value][1].runs
-        labels = figures.labels(runs)
-        controls["variants"].options = labels
-        controls["variants"].value = labels
-        controls["run"].options = names = sorted(runs["name"])
-        controls["run"].value = names[0]
-
-    controls["group"].observe(offer, "value")  # before the screen, so that it draws what is offered
-    controls["group"].value = first
-    offer()
-    return Screen("published records", partial(records_page, found), controls)
-
-
-def records_page(found: dict, group: str, figure, by: str, variants: tuple, run: str) -> list:
-    path, runs = found[group][0], found[group][1].runs
-    runs = runs[runs["label"].isin(variants)].reset_index(drop=True)
-    if runs.empty:
-        raise UsageError("pick at least one variant")
-    return [figure(runs), figures.ranking(runs, by), f"The record {run}:", *facts(record.load(path / f"{run}.json"))]
-
-
-def facts(one: record.Record) -> list[Folded]:
-    """All that a record says but its series, a table for each of its parts; a missing number with its reason."""
-    content = one.model_dump(mode="json", exclude={"series", "null_reasons", "checks", "schema_version"})
-    parts = {"metrics": content.pop("metrics")}  # first, since it is what a reader came for
-    parts |= {name: content.pop(name) for name in [name for name, part in content.items() if isinstance(part, dict)]}
-    tables = {name: pd.DataFrame(_rows(values, one.null_reasons)) for name, values in parts.items()}
-    tables["self-check"] = assemble.self_check(one)
-    tables["who and when"] = pd.DataFrame(_rows(content, {}))
-    return [Folded(name, table, is_open=name == "metrics") for name, table in tables.items()]
-
-
-def _rows(values: dict, null_reasons: dict):
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from ({**row, "fact": f"{name}: {row['fact']}"} for row in _rows(value, {}))
-        else:
-            yield {"fact": name, "value": _readable(value, null_reasons.get(name))}
-
-
-def _readable(value, reason: str | None) -> str:
-    if reason is not None:
-        return f"not measured: {record.REASONS[reason]}"
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "–" if value in (None, "", {}) else {True: "yes", False: "no"}.get(value, str(value))
-    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1e4 else f"{value:,.4g}"
 
 
 def _with_index(table: pd.DataFrame, heading: str) -> pd.DataFrame:

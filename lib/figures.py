@@ -464,7 +464,9 @@ def table(frame: pd.DataFrame, align: str | None = None):
     """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content."""
     content = pd.util.hash_pandas_object(frame.astype(str)).sum()
     styled = frame.style.hide().set_uuid(f"{content:x}")
-    return HTML((styled.set_properties(**{"text-align": align}) if align else styled).to_html())
+    if align:
+        styled = styled.set_table_styles([{"selector": "th, td", "props": [("text-align", align)]}])
+    return HTML(styled.to_html())
 
 
 def _interval(found: pd.Series, of: str = "") -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lib import assemble, attention, corpus, explore, figures, measure, record, weights
+from lib import assemble, attention, browse, corpus, explore, figures, measure, record, weights
 from lib.errors import UsageError
 from lib.model import build_model, gpt2_config, skeleton
 from lib.screen import Choice, Picker, Screen
@@ -239,7 +239,7 @@ def test_writing_is_transformers_greedy_generation_and_the_cache_is_counted():
 def test_a_record_s_facts_hold_its_numbers_and_why_one_is_missing():
     path = next((record.ROOT / "records" / "quick-cpu").glob("mla-*.json"))
     one = record.load(path)
-    parts = {part.title: part.table for part in explore.facts(one)}
+    parts = {part.title: part.table for part in browse.facts(one)}
     shown = {title: dict(zip(table.iloc[:, 0], table.iloc[:, 1], strict=True)) for title, table in parts.items()}
     assert shown["metrics"]["time_s"] == f"{one.metrics.time_s:,.4g}"
     assert shown["metrics"]["energy_j"] == f"not measured: {record.REASONS['no_gpu']}"
@@ -253,10 +253,21 @@ def test_a_record_s_facts_hold_its_numbers_and_why_one_is_missing():
 
 
 def test_published_records_can_be_browsed():
-    screen = explore.records()
+    screen = browse.records()
     assert 'alt="Validation loss against cost' in screen.page.value
     screen.controls["figure"].value = figures.training_time
     assert 'alt="Training time"' in screen.page.value and "not measured: the run used no GPU" in screen.page.value
+    screen.controls["variants"].value = ()
+    assert "pick at least one variant" in screen.page.value
+
+
+def test_cost_by_length_can_be_browsed():
+    screen = browse.lengths()
+    assert 'alt="The cheapest variant, by the fits' in screen.page.value
+    screen.controls["variants"].value = ("sdpa", "mla")
+    assert "linear" not in screen.page.value and "mla" in screen.page.value
+    screen.controls["figure"].value = browse.LENGTH_FIGURES["peak memory"]
+    assert 'alt="Memory on top' in screen.page.value
     screen.controls["variants"].value = ()
     assert "pick at least one variant" in screen.page.value
 

@@ -15,7 +15,7 @@ pytestmark = [
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "explore.ipynb"
 PATIENCE = lab.PATIENCE * 1000
-MAP, CERTIFICATE, CARD, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS = range(8)  # the screens, from above
+MAP, CERTIFICATE, CARD, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS, LENGTHS = range(9)  # the screens, from above
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +90,9 @@ def press(notebook, number, says) -> None:
 def test_run_all_shows_every_screen_and_no_error(notebook, tmp_path):
     assert notebook.outputs("error") == []
     assert [out["text"] for out in notebook.outputs("stream") if out["name"] == "stderr"] == []
-    expect(screen(notebook, RECORDS)).to_be_visible(timeout=PATIENCE)
-    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(8)]
-    assert pictures == [1, 1, 1, 1, 0, 0, 2, 3]  # what a button must begin is not there yet
+    expect(screen(notebook, LENGTHS)).to_be_visible(timeout=PATIENCE)
+    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(9)]
+    assert pictures == [1, 1, 1, 1, 0, 0, 2, 11, 2]  # what a button must begin is not there yet
     assert notebook.errors == []
 
 
@@ -147,7 +147,17 @@ def test_records_follow_their_controls(notebook):
     choose(notebook, RECORDS, "variants", ["sdpa", "mla"])
     choose(notebook, RECORDS, "record", "mla-seed0-5e9ca3f4")
     expect(screen(notebook, RECORDS)).to_contain_text("deepseek", ignore_case=True)
+    kernels = page(notebook, RECORDS).locator("details:has(summary:text-is('kernels'))")
+    expect(kernels.locator("table")).to_be_hidden()
+    kernels.locator("summary").click()
+    expect(kernels.locator("table")).to_be_visible()
     expect(control(notebook, RECORDS, "records")).to_contain_text("quick-cpu")  # one group so far: no other to choose
+    assert notebook.errors == []
+
+
+def test_cost_by_length_follows_its_controls(notebook):
+    choose(notebook, LENGTHS, "figure", "peak memory")
+    choose(notebook, LENGTHS, "variants", ["sdpa", "linear"])
     assert notebook.errors == []
 
 
