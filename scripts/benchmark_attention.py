@@ -19,6 +19,7 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,8 @@ from lib import attention, environment, errors, measure, training
 from lib.model import build_model, gpt2_config
 
 WIDTH, HEADS, WINDOW, ROUNDS, CHUNK, LATENT, ROPE = 256, 4, 128, 4, 64, 256, 32  # the variants' own defaults
+
+SIZE = 12, 768, 12  # layers, width and heads of GPT-2 124M, for `step`
 
 
 class Peer(nn.Module):
@@ -172,14 +175,14 @@ PEERS = {
 }
 
 
-def layer_turns(names, T, device) -> tuple[dict, dict]:
+def layer_turns(names, T, device, batch=1) -> tuple[dict, dict]:
     """A turn per layer of these variants and of all their peers, and the peers that are absent, with the reason."""
     makers = {name: lambda T, name=name: our_layer(name, T) for name in names}
     makers |= {peer: make for name in names for peer, make in PEERS.get(name, {}).items()}
     turns, absent = {}, {}
     for name, make in makers.items():
         try:
-            turns[name] = layer_turn(make(T), T, device)
+            turns[name] = layer_turn(make(T), T, device, batch)
         except ImportError as error:
             absent[name] = str(error)
     return turns, absent
@@ -189,11 +192,11 @@ def our_layer(name, T):
     return Peer(attention.load(name)(gpt2_config(1, WIDTH, HEADS, T, 2), 0), lambda layer, x: layer(x)[0])
 
 
-def layer_turn(layer, T, device):
+def layer_turn(layer, T, device, batch=1):
     """One forward and backward on random input, made here once."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     layer = layer.to(device, dtype).train()
-    x = torch.randn(1, T, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    x = torch.randn(batch, T, WIDTH, device=device, dtype=dtype, requires_grad=True)
     gradient = torch.randn_like(x)
 
     def turn():
@@ -204,35 +207,49 @@ def layer_turn(layer, T, device):
     return turn
 
 
-def step_turns(names, T, device, nanogpt) -> tuple[dict, dict]:
-    config = gpt2_config(12, 768, 12, 1024, 50257)
-    makers = {name: lambda name=name: build_model(name, config) for name in names}
+def step_turns(names, T, device, nanogpt=None, batch=1, compiled=False, vocabulary=50257) -> tuple[dict, dict]:
+    """A turn per training step of GPT-2 124M with these variants, of transformers' and of nanoGPT's model."""
+    config = gpt2_config(*SIZE, max(T, 1024), vocabulary)
     theirs = copy.copy(config)
     theirs.activation_function = "gelu_new"  # as GPT-2's checkpoints have it
+    makers = {name: (lambda name=name: build_model(name, config), transformers_loss) for name in names}
     for kernel in ("eager", "sdpa"):
-        makers[f"transformers' GPT-2 {kernel}"] = lambda kernel=kernel: GPT2LMHeadModel._from_config(
-            theirs, attn_implementation=kernel
+        make = partial(GPT2LMHeadModel._from_config, theirs, attn_implementation=kernel)
+        makers[f"transformers' GPT-2 {kernel}"] = make, transformers_loss
+    if nanogpt is not None:
+        makers["nanoGPT"] = (
+            partial(nanogpt_model, nanogpt, config),
+            lambda model, ids: model(ids[:, :-1], ids[:, 1:])[1],
         )
-    turns = {name: step_turn(make(), transformers_loss, T, device) for name, make in makers.items()}
-    if nanogpt is None:
-        return turns, {"nanoGPT": "no --nanogpt"}
-    spec = importlib.util.spec_from_file_location("nanogpt_model", nanogpt)
+    turns = {}
+    for name, (make, loss_of) in makers.items():
+        model = make().to(device).train()
+        turns[name] = step_turn(torch.compile(model) if compiled else model, loss_of, (batch, T), vocabulary, device)
+    return turns, {} if nanogpt is not None else {"nanoGPT": "no --nanogpt"}
+
+
+def nanogpt_model(path, config):
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    model = module.GPT(module.GPTConfig(vocab_size=50257, dropout=0.0))
-    turns["nanoGPT"] = step_turn(model, lambda model, ids: model(ids[:, :-1], ids[:, 1:])[1], T, device)
-    return turns, {}
+    size = {"n_layer": config.n_layer, "n_embd": config.n_embd, "n_head": config.n_head}
+    size |= {"block_size": config.n_positions, "vocab_size": config.vocab_size}
+    return module.GPT(module.GPTConfig(**size, dropout=0.0))
+
+
+def nanogpt_loss(model, ids):
+    return model(ids[:, :-1], ids[:, 1:])[1]
 
 
 def transformers_loss(model, ids):
     return model(ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
 
 
-def step_turn(model, loss_of, T, device):
+def step_turn(model, loss_of, shape, vocabulary, device):
     """One training step on random tokens as `lib.training` takes it: autocast, clip, fused AdamW."""
-    model = model.to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    ids = torch.randint(0, 50257, (1, T + 1), device=device)
+    batch, T = shape
+    ids = torch.randint(0, vocabulary, (batch, T + 1), device=device)
     autocast = training.autocast("auto", device)
 
     def turn():
@@ -316,13 +333,16 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("what", choices=("layer", "step"))
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="by default all eight, for `step` sdpa")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="512 2048 8192, for `step` 512")
+    parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (1)")
+    parser.add_argument("--compile", action="store_true", help="for `step`: every model through torch.compile")
+    parser.add_argument("--vocabulary", type=int, default=50257, metavar="N", help="for `step` (50257)")
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each that count (7)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of a CPU (2)")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout, for `step`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes as well")
     options = parser.parse_args(words)
-    if min(options.rounds, options.threads, *(options.lengths or [1])) < 1:
-        parser.error("--rounds, --threads and --lengths want 1 or more")
+    if min(options.rounds, options.threads, options.batch, options.vocabulary, *(options.lengths or [1])) < 1:
+        parser.error("--rounds, --threads, --batch, --vocabulary and --lengths want 1 or more")
     if options.nanogpt and not options.nanogpt.is_file():
         parser.error(f"there is no file {options.nanogpt}")
     try:
@@ -337,13 +357,15 @@ def main(words: list[str] | None = None) -> int:
     names = options.variants or (attention.variants() if options.what == "layer" else ["sdpa"])
     lengths = options.lengths or ([512, 2048, 8192] if options.what == "layer" else [512])
     bound_memory()
-    found = {"what": options.what, "rounds": options.rounds, "environment": environment.describe(device)}
+    found = {name: getattr(options, name) for name in ("what", "rounds", "batch", "compile", "vocabulary")}
+    found |= {"environment": environment.describe(device)}
     found |= {"times_ms": {}, "ratios": {}, "absent": {}, "out_of_memory": {}}
     for T in lengths:
         if options.what == "layer":
-            turns, absent = layer_turns(names, T, device)
+            turns, absent = layer_turns(names, T, device, options.batch)
         else:
-            turns, absent = step_turns(names, T, device, options.nanogpt)
+            words = options.nanogpt, options.batch, options.compile, options.vocabulary
+            turns, absent = step_turns(names, T, device, *words)
         times_ms, failed = interleave(turns, options.rounds, device)
         peers = PEERS if options.what == "layer" else dict.fromkeys(names, turns.keys() - set(names))
         found["times_ms"][T], found["ratios"][T] = times_ms, ratios(times_ms, names, peers)
@@ -360,13 +382,15 @@ def main(words: list[str] | None = None) -> int:
 
 
 def show(T, found):
-    print(f"\nT = {T}: ms, minimum and median of {found['rounds']}")
+    tokens = found["batch"] * T
+    print(f"\nB x T = {found['batch']} x {T}: ms, minimum and median of {found['rounds']}, and tokens/s at the median")
     for name, taken in sorted(found["times_ms"][T].items(), key=lambda pair: min(pair[1])):
         said = found["ratios"][T].get(name, {})
         beside = ""
         if said.get("minimum_ratio"):
             beside = f"  x {said['minimum_ratio']:.2f} / {said['median_ratio']:.2f}  of {said['minimum_best_peer']}"
-        print(f"{name:<32}{min(taken):>10.1f}{statistics.median(taken):>10.1f}{beside}")
+        median_ms = statistics.median(taken)
+        print(f"{name:<32}{min(taken):>10.1f}{median_ms:>10.1f}{tokens / median_ms * 1e3:>12,.0f}{beside}")
     for name, why in found["out_of_memory"][T].items():
         print(f"{name:<32}{why}")
     sys.stdout.flush()

@@ -35,6 +35,7 @@ class Stage(NamedTuple):
     at_most_s: float = float("inf")
     fine: tuple[int, ...] = (0,)  # exit codes that are no failure
     output: str = ""  # file name under which its output comes back by itself
+    rehearsed: tuple[str, ...] = ()  # added to the command in a rehearsal
 
 
 class Blocks(NamedTuple):
@@ -74,8 +75,29 @@ FIRST = (
 BLOCKS = (Blocks("gpu_512", 505), Blocks("gpu_4096", 480), Blocks("gpu_phases", 510, most=1))
 BLOCK_COMMAND = ("{python}", "-m", "lib.study", "{profile}", "--blocks", "{number}")
 # Whatever fits behind the blocks; what a benchmark writes to the folder {out} comes back in benchmarks.tar.gz.
-OVERHEAD = "scripts/instrument_overhead.py params/gpu_512.yaml --steps 50 --repeats 8 --out {out}/overhead.json"
-BENCHMARKS = (Stage("instrument_overhead", ("{python}", *OVERHEAD.split()), 90, 240),)
+OVERHEAD = ("{python}", "scripts/instrument_overhead.py", "{profile}", "--out", "{out}/overhead.json", "--steps", "50")
+NANOGPT = ROOT / ".gpu" / "nanogpt" / "model.py"
+
+
+def against_peers(name: str, words: str, at_most_s: float) -> Stage:
+    command = ("{python}", "scripts/benchmark_attention.py", *words.split(), "--out", f"{{out}}/{name}.json")
+    tiny = "--lengths 64 --batch 1 --rounds 1 --vocabulary 64"
+    return Stage(name, command, 60, at_most_s, rehearsed=tuple(tiny.split()))
+
+
+def training_step(name: str, words: str) -> Stage:
+    """Compiled steps of GPT-2 124M with its vocabulary padded, as nanoGPT's own settings have it."""
+    nanogpt = f" --nanogpt {NANOGPT}" if NANOGPT.is_file() else ""
+    return against_peers(name, f"step --compile --vocabulary 50304 --variants sdpa baseline {words}{nanogpt}", 240)
+
+
+BENCHMARKS = (
+    Stage("instrument_overhead", (*OVERHEAD, "--repeats", "8"), 90, 240, rehearsed=("--steps", "2", "--repeats", "2")),
+    against_peers("layer_short", "layer --lengths 512 2048 --batch 16", 150),
+    against_peers("layer_long", "layer --lengths 8192 32768 65536", 240),
+    training_step("step_512", "--lengths 512 --batch 16"),
+    training_step("step_4096", "--lengths 4096 --batch 2"),
+)
 
 RESERVE_S = 20.0  # kept for packing
 MARGIN = 1.05  # a block is predicted to take this much more than the slowest of its profile so far
@@ -111,9 +133,11 @@ this project is built, with its environment in .venv and the team's shared folde
   PATH=.venv/bin:$PATH bash $SHARED/offline_gpu/collect_wheels.sh .gpu/wheels && mkdir -p .gpu/data .gpu/tokenizers &&
   cp $SHARED/data/tulu_v2_components.parquet .gpu/data/ && cp -r $SHARED/tokenizers/gpt2 .gpu/tokenizers/
 
-No extra names are needed: the script's own list and what the machine has (torch, transformers, tokenizers, numpy,
-pandas, pyarrow, matplotlib, seaborn, scipy, statsmodels, pytest, hypothesis) cover all that lib/ and the tests marked
-cuda import. .gpu/ is ignored by git, so name it where ignored folders have to be named to be carried along.
+For the study no extra names are needed: the script's own list and what the machine has (torch, transformers,
+tokenizers, numpy, pandas, pyarrow, matplotlib, seaborn, scipy, statsmodels, pytest, hypothesis) cover all that lib/ and
+the tests marked cuda import. The benchmarks take fla-core (name it and einops behind .gpu/wheels) and nanoGPT's
+model.py (as .gpu/nanogpt/model.py) where they find them, and name them as absent where not. .gpu/ is ignored by git, so
+name it where ignored folders have to be named to be carried along.
 
 There, in the repository's root (the budget has to leave the installation's seconds to the call's limit):
 
@@ -497,20 +521,21 @@ def main(words: list[str] | None = None) -> int:
         for stage in FIRST:
             if stage.name not in options.skip and (gpu or stage.command[0] != "nvidia-smi"):
                 session.run(stage)
-        profiles = {}
+        profiles, overhead_profile = {}, ROOT / "params" / "gpu_512.yaml"
         for blocks in BLOCKS:
             path = ROOT / "params" / f"{blocks.profile}.yaml"
             if options.rehearse:
                 blocks = Blocks(f"rehearsal_{blocks.profile}", REHEARSED_BLOCK_S)
                 rehearsed = session.work / f"{blocks.profile}.yaml"
                 rehearsed.write_text(tiny(path.read_text(encoding="utf-8")), encoding="utf-8")
-                path = rehearsed
+                path = overhead_profile = rehearsed
             if blocks.profile.removeprefix("rehearsal_") not in options.skip:
                 profiles[blocks] = path
         session.run_blocks(profiles)
         for stage in BENCHMARKS:
             if stage.name not in options.skip:
-                session.run(stage)
+                command = stage.command + stage.rehearsed * options.rehearse
+                session.run(stage._replace(command=command), profile=str(overhead_profile))
     finally:
         session.pack()
         print(session.table(), flush=True)

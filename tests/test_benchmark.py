@@ -58,4 +58,52 @@ def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_pat
     peers = {"sdpa": "GPT-2", "gqa": "Llama", "lsh": "Reformer", "mla": "DeepSeek-V2"}
     for name, peer in peers.items():
         assert peer in found["ratios"]["128"][name]["minimum_best_peer"]
-    assert "T = 128" in capsys.readouterr().out
+    assert "B x T = 1 x 128" in capsys.readouterr().out
+
+
+NANOGPT = """
+from dataclasses import dataclass
+from torch import nn
+
+@dataclass
+class GPTConfig:
+    n_layer: int
+    n_embd: int
+    n_head: int
+    block_size: int
+    vocab_size: int
+    dropout: float
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.Embedding(config.vocab_size, config.vocab_size)
+
+    def forward(self, ids, targets):
+        logits = self.layer(ids)
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+
+
+def test_a_training_step_takes_turns_with_the_peers_steps(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "SIZE", (1, 32, 2))
+    (tmp_path / "model.py").write_text(NANOGPT)
+    turns, absent = script.step_turns(["sdpa"], 16, torch.device("cpu"), tmp_path / "model.py", 2, vocabulary=64)
+    assert absent == {} and set(turns) == {"sdpa", "transformers' GPT-2 eager", "transformers' GPT-2 sdpa", "nanoGPT"}
+    times_ms, failed = script.interleave(turns, 1, torch.device("cpu"))
+    assert failed == {} and all(len(ms) == 1 for ms in times_ms.values())
+    assert script.step_turns([], 16, torch.device("cpu"), vocabulary=64)[1] == {"nanoGPT": "no --nanogpt"}
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["layer", "--variants", "spda"], "there is no attention variant 'spda'"),
+        (["step", "--batch", "0"], "want 1 or more"),
+        (["step", "--nanogpt", "nowhere.py"], "there is no file nowhere.py"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(script, words, says, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main(words)
+    assert ended.value.code == 2 and says in capsys.readouterr().err
