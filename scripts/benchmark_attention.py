@@ -11,10 +11,10 @@ pytorch-fast-transformers, on CUDA also fla-core and FlexAttention; for `step` n
 """
 
 import argparse
+import contextlib
 import copy
+import importlib.metadata
 import importlib.util
-import json
-import math
 import random
 import statistics
 import sys
@@ -30,7 +30,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from lib import attention, environment, errors, measure, training
+from lib import attention, environment, errors, measure, record, training
+from lib import peers as benchmarks
 from lib.model import build_model, gpt2_config
 
 WIDTH, HEADS, WINDOW, ROUNDS, CHUNK, LATENT, ROPE = 256, 4, 128, 4, 64, 256, 32  # the variants' own defaults
@@ -287,34 +288,6 @@ def interleave(turns: dict, rounds: int, device: torch.device) -> tuple[dict, di
     return times_ms, failed
 
 
-def ratios(times_ms: dict, names, peers: dict) -> dict:
-    """By variant: its minimum and median, and for each of the two the best peer and ours over its; None without one."""
-    found = {}
-    for name in names:
-        if name not in times_ms:
-            continue
-        found[name] = {}
-        for key, of in (("minimum", min), ("median", statistics.median)):
-            ours_ms = of(times_ms[name])
-            ran = [peer for peer in peers.get(name, ()) if peer in times_ms]
-            best = min(ran, key=lambda peer: of(times_ms[peer]), default=None)
-            found[name][f"{key}_ms"] = ours_ms
-            found[name][f"{key}_best_peer"] = best
-            found[name][f"{key}_ratio"] = None if best is None else ours_ms / of(times_ms[best])
-    return found
-
-
-def exponents(ratios_by_length: dict) -> dict:
-    """By variant: the slope of log minimum over log T between the two longest lengths at which it ran."""
-    found = {}
-    for name in {name for said in ratios_by_length.values() for name in said}:
-        ran = sorted(T for T, said in ratios_by_length.items() if name in said)[-2:]
-        if len(ran) == 2:
-            first_ms, last_ms = (ratios_by_length[T][name]["minimum_ms"] for T in ran)
-            found[name] = {"from": ran[0], "to": ran[1], "exponent": math.log(last_ms / first_ms, ran[1] / ran[0])}
-    return found
-
-
 def bound_memory():
     """Lets a CPU's allocation fail where the machine's memory ends, before the kernel kills the process."""
     import psutil
@@ -339,7 +312,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each that count (7)")
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of a CPU (2)")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout, for `step`")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes as well")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the record goes, see lib/peers.py")
     options = parser.parse_args(words)
     if min(options.rounds, options.threads, options.batch, options.vocabulary, *(options.lengths or [1])) < 1:
         parser.error("--rounds, --threads, --batch, --vocabulary and --lengths want 1 or more")
@@ -357,41 +330,60 @@ def main(words: list[str] | None = None) -> int:
     names = options.variants or (attention.variants() if options.what == "layer" else ["sdpa"])
     lengths = options.lengths or ([512, 2048, 8192] if options.what == "layer" else [512])
     bound_memory()
-    found = {name: getattr(options, name) for name in ("what", "rounds", "batch", "compile", "vocabulary")}
-    found |= {"environment": environment.describe(device)}
-    found |= {"times_ms": {}, "ratios": {}, "absent": {}, "out_of_memory": {}}
+    peers = {name: list(PEERS.get(name, {})) for name in names}
+    times_ms, out_of_memory, absent = {}, {}, {}
     for T in lengths:
         if options.what == "layer":
             turns, absent = layer_turns(names, T, device, options.batch)
         else:
             words = options.nanogpt, options.batch, options.compile, options.vocabulary
             turns, absent = step_turns(names, T, device, *words)
-        times_ms, failed = interleave(turns, options.rounds, device)
-        peers = PEERS if options.what == "layer" else dict.fromkeys(names, turns.keys() - set(names))
-        found["times_ms"][T], found["ratios"][T] = times_ms, ratios(times_ms, names, peers)
-        found["absent"], found["out_of_memory"][T] = absent, failed
-        show(T, found)
-    found["exponents"] = exponents(found["ratios"])
-    for name, said in found["exponents"].items():
-        print(f"{name:<16} T^{said['exponent']:.2f} from {said['from']} to {said['to']}")
-    for name, why in found["absent"].items():
+            peers = {name: [turn for turn in turns if turn not in names] for name in names}
+        times_ms[T], out_of_memory[T] = interleave(turns, options.rounds, device)
+        show(T, options.batch * T, times_ms[T], out_of_memory[T], benchmarks.ratios(times_ms[T], peers))
+    found = benchmarks.Benchmark(
+        finished_at=record.now(),
+        what=options.what,
+        batch=options.batch,
+        compiled=options.compile,
+        vocabulary=options.vocabulary,
+        threads=options.threads,
+        environment=environment.describe(device),
+        versions=versions(),
+        peers=peers,
+        times_ms=times_ms,
+        out_of_memory=out_of_memory,
+        absent=absent,
+    )
+    if len(lengths) > 1:
+        for name, exponent in benchmarks.exponents(found).items():
+            print(f"{name:<16} T^{exponent:.2f} between {sorted(lengths)[-2]} and {max(lengths)}")
+    for name, why in absent.items():
         print(f"absent: {name} ({why})")
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        benchmarks.write(found, options.out)
     return 0
 
 
-def show(T, found):
-    tokens = found["batch"] * T
-    print(f"\nB x T = {found['batch']} x {T}: ms, minimum and median of {found['rounds']}, and tokens/s at the median")
-    for name, taken in sorted(found["times_ms"][T].items(), key=lambda pair: min(pair[1])):
-        said = found["ratios"][T].get(name, {})
+def versions() -> dict[str, str]:
+    """Of the peers' packages that are installed."""
+    found = {}
+    for name in ("transformers", "local-attention", "reformer-pytorch", "pytorch-fast-transformers", "fla-core"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def show(T, tokens, times_ms, out_of_memory, ratios):
+    print(f"\nT = {T}, {tokens:,} tokens: ms, minimum and median, and tokens/s at the median")
+    for name, taken in sorted(times_ms.items(), key=lambda pair: min(pair[1])):
+        said = ratios.get(name, {})
         beside = ""
         if said.get("minimum_ratio"):
             beside = f"  x {said['minimum_ratio']:.2f} / {said['median_ratio']:.2f}  of {said['minimum_best_peer']}"
         median_ms = statistics.median(taken)
         print(f"{name:<32}{min(taken):>10.1f}{median_ms:>10.1f}{tokens / median_ms * 1e3:>12,.0f}{beside}")
-    for name, why in found["out_of_memory"][T].items():
+    for name, why in out_of_memory.items():
         print(f"{name:<32}{why}")
     sys.stdout.flush()
 

@@ -1,35 +1,66 @@
 """scripts/benchmark_attention.py: ratios and exponents by hand, and that all take turns or are named."""
 
 import importlib.util
-import json
 
 import pytest
 import torch
 
-from lib.errors import OutOfMemory
-from lib.record import ROOT
+from lib import peers, record
+from lib.errors import OutOfMemory, UsageError
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("benchmark_attention", ROOT / "scripts" / "benchmark_attention.py")
+    spec = importlib.util.spec_from_file_location(
+        "benchmark_attention", record.ROOT / "scripts" / "benchmark_attention.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_ratios_are_to_the_best_peer_and_none_without_one(script):
+def test_ratios_are_to_the_best_peer_and_none_without_one():
     times_ms = {"mine": [4.0, 6.0, 20.0], "quick": [8.0, 9.0, 10.0], "steady": [9.0, 8.5, 8.6], "alone": [1.0]}
-    found = script.ratios(times_ms, ["mine", "alone", "failed"], {"mine": ["quick", "steady", "absent"]})
+    found = peers.ratios(times_ms, {"mine": ["quick", "steady", "absent"], "alone": [], "failed": ["quick"]})
     assert found["mine"]["minimum_ratio"] == 0.5 and found["mine"]["minimum_best_peer"] == "quick"
     assert found["mine"]["median_ratio"] == pytest.approx(6 / 8.6) and found["mine"]["median_best_peer"] == "steady"
     assert found["alone"]["minimum_ratio"] is None and "failed" not in found
 
 
-def test_the_exponent_is_between_the_two_longest_lengths(script):
-    said = {T: {"square": {"minimum_ms": ms}} for T, ms in ((512, 7.0), (2048, 3.0), (8192, 48.0))}
-    assert script.exponents(said) == {"square": {"from": 2048, "to": 8192, "exponent": pytest.approx(2.0)}}
-    assert script.exponents({512: said[512]}) == {}
+@pytest.fixture
+def benchmark():
+    times_ms = {T: {"mine": [ms, 2 * ms], "theirs": [8.0, 8.0]} for T, ms in ((512, 7.0), (2048, 3.0), (8192, 48.0))}
+    times_ms[8192]["short"] = [1.0]
+    return peers.Benchmark(
+        finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1, environment={},
+        versions={}, peers={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms, out_of_memory={}, absent={},
+    )  # fmt: skip
+
+
+def test_the_exponent_is_between_the_two_longest_lengths(benchmark):
+    assert peers.exponents(benchmark) == {"mine": pytest.approx(2.0)}
+
+
+def test_the_table_and_the_record_say_what_was_measured(benchmark, tmp_path):
+    table = peers.table(peers.load(peers.write(benchmark, tmp_path / "layer.json")))
+    assert list(table["context"]) == ["512", "2,048", "8,192", "8,192"]
+    assert list(table["ratio of leasts"]) == ["0.88", "0.38", "6.00", "–"]
+    assert list(table["best peer"]) == ["theirs"] * 3 + ["none ran"]
+
+
+@pytest.mark.parametrize(
+    "edit, says",
+    [
+        (lambda text: text.replace("48.0", "47.0"), "changed after it was written"),
+        (lambda text: text.replace('"layer"', '"whole"'), "no record of a benchmark: what"),
+        (lambda text: text[:-9], "cannot be read"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(benchmark, tmp_path, edit, says):
+    path = peers.write(benchmark, tmp_path / "layer.json")
+    path.write_text(edit(path.read_text()))
+    with pytest.raises(UsageError, match=says):
+        peers.load(path)
 
 
 def test_all_take_turns_and_one_without_memory_is_named(script):
@@ -53,12 +84,12 @@ def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_pat
     assert script.main([*words, "--variants", "sdpa", "gqa", "lsh", "mla"]) == 0
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
-    found = json.loads(out.read_text())
-    assert "no_such_peer" in found["absent"]["nowhere"]
-    peers = {"sdpa": "GPT-2", "gqa": "Llama", "lsh": "Reformer", "mla": "DeepSeek-V2"}
-    for name, peer in peers.items():
-        assert peer in found["ratios"]["128"][name]["minimum_best_peer"]
-    assert "B x T = 1 x 128" in capsys.readouterr().out
+    found = peers.load(out)
+    assert "no_such_peer" in found.absent["nowhere"] and "transformers" in found.versions
+    best = dict(zip(*(peers.table(found)[column] for column in ("variant", "best peer")), strict=True))
+    for name, peer in {"sdpa": "GPT-2", "gqa": "Llama", "lsh": "Reformer", "mla": "DeepSeek-V2"}.items():
+        assert peer in best[name]
+    assert "T = 128, 128 tokens" in capsys.readouterr().out
 
 
 NANOGPT = """
