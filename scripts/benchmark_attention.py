@@ -309,7 +309,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (1)")
     parser.add_argument("--compile", action="store_true", help="for `step`: every model through torch.compile")
     parser.add_argument("--vocabulary", type=int, default=50257, metavar="N", help="for `step` (50257)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="turns of each that count (7)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, metavar="N", help="turns at the longest length (7), up to 8 N below"
+    )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of a CPU (2)")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout, for `step`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the record goes, see lib/peers.py")
@@ -339,7 +341,8 @@ def main(words: list[str] | None = None) -> int:
             words = options.nanogpt, options.batch, options.compile, options.vocabulary
             turns, absent = step_turns(names, T, device, *words)
             peers = {name: [turn for turn in turns if turn not in names] for name in names}
-        times_ms[T], out_of_memory[T] = interleave(turns, options.rounds, device)
+        rounds = options.rounds * min(8, max(lengths) // T)  # what is short is cheap to repeat, and noisier
+        times_ms[T], out_of_memory[T] = interleave(turns, rounds, device)
         show(T, options.batch * T, times_ms[T], out_of_memory[T], benchmarks.ratios(times_ms[T], peers))
     found = benchmarks.Benchmark(
         finished_at=record.now(),
