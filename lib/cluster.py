@@ -10,12 +10,13 @@ import os
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from lib import forecast, parameters, record, study
 from lib.errors import UsageError
 
 OPTIONS = ("profile", "variants", "blocks", "cards", "records")
 MOST_CARDS = 8  # workflow/profiles/default/config.yaml has one resource for each
-TORN = "torn"  # folder of what was set aside; `record.load_all` does not look that deep
 
 
 def planned(config: dict) -> list[dict]:
@@ -43,15 +44,17 @@ def blocks(runs: list[dict]) -> dict[int, list[dict]]:
     return {block: [run for run in runs if run["block"] == block] for block in sorted({run["block"] for run in runs})}
 
 
-def state(block: list[dict], folder: Path) -> str:
-    """Of a block's runs in a folder: `finished` (all, in one sitting on one device), `torn`, or `to run`."""
-    paths = [folder / f"{run['name']}.json" for run in block]
-    if not any(path.exists() for path in paths):
-        return "to run"
-    if not all(study.is_finished(run, folder) for run in block):
-        return "torn"
-    seats = {_seat(record.load(path)) for path in paths}
-    return "finished" if len(seats) == 1 and None not in seats.pop()[:2] else "torn"
+def states(runs: list[dict], folder: Path) -> dict[int, str]:
+    """Of each block in a folder: `finished` (all of it, in one sitting on one device), `torn`, or `to run`."""
+    return {number: _state(block, folder) for number, block in blocks(runs).items()}
+
+
+def _state(block: list[dict], folder: Path) -> str:
+    found = [study.finished(run, folder) for run in block]
+    if None not in found:
+        seats = {_seat(one) for one in found}
+        return "finished" if len(seats) == 1 and None not in seats.pop()[:2] else "torn"
+    return "torn" if any((folder / f"{run['name']}.json").exists() for run in block) else "to run"
 
 
 def _seat(one: record.Record) -> tuple:
@@ -59,26 +62,25 @@ def _seat(one: record.Record) -> tuple:
     return one.sitting.sitting, one.sitting.block, one.environment["device_name"], gpu.get("uuid")
 
 
-def show(runs: list[dict], folder: Path, records=None) -> None:
-    """Prints the plan: what is there already, what is to run, and what that will take."""
-    states = {number: state(block, folder) for number, block in blocks(runs).items()}
-    print(f"{len(runs)} runs in {len(states)} blocks, records in {os.path.relpath(folder)}/")
-    for says in ("finished", "torn, to be run again as a whole", "to run"):
-        numbers = [str(number) for number, found in states.items() if found == says.partition(",")[0]]
+def show(runs: list[dict], found: dict[int, str], folder: Path, records=None) -> None:
+    """Prints the plan: what is there already by `states`, what is to run, and what that will take."""
+    print(f"{len(runs)} runs in {len(found)} blocks, records in {os.path.relpath(folder)}/")
+    for state, says in (("finished", "finished"), ("torn", "torn, to be run again as a whole"), ("to run", "to run")):
+        numbers = [str(number) for number in found if found[number] == state]
         if numbers:
             print(f"blocks {says}: {', '.join(numbers)}")
-    todo = [run for run in runs if states[run["block"]] != "finished"]
+    todo = [run for run in runs if found[run["block"]] != "finished"]
     print("\n".join(forecast.lines(todo, forecast.earlier(records))), flush=True)
 
 
-def begin(runs: list[dict], folder: Path) -> object:
-    """Before the first job: the folder's lock (to be kept), and whatever is there of blocks that are not whole is moved
-    to `torn/`, because Snakemake would take each record for a finished run. Raises UsageError."""
+def begin(runs: list[dict], found: dict[int, str], folder: Path) -> FileLock:
+    """Before the first job: unusable data is said, and what is there of blocks that are not whole is set aside, because
+    Snakemake would take each record for a finished run. Returns the folder's lock, to be kept. Raises UsageError."""
     lock = study.alone_in(folder)
-    for block in blocks(runs).values():
-        if state(block, folder) != "finished":
-            set_aside(block, folder)
-    if any(state(block, folder) != "finished" for block in blocks(runs).values()):
+    todo = [block for number, block in blocks(runs).items() if found[number] != "finished"]
+    for block in todo:
+        set_aside(block, folder)
+    if todo:
         study.load_data(runs)
     return lock
 
@@ -87,7 +89,7 @@ def set_aside(block: list[dict], folder: Path) -> None:
     """Moves what a block's runs left to a folder of its own: nothing is deleted, nothing is counted."""
     left = [path for run in block for path in folder.glob(f"{run['name']}.*")]
     if left:
-        aside = folder / TORN / f"{record.now():%Y-%m-%dT%H%M%SZ}-block{block[0]['block']}"
+        aside = folder / record.TORN / f"{record.now():%Y-%m-%dT%H%M%SZ}-block{block[0]['block']}"
         aside.mkdir(parents=True)
         for path in left:
             path.rename(aside / path.name)

@@ -11,17 +11,16 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from lib import cluster, record
+from lib import record
 from lib.errors import UsageError
 
 
 class Gathered(NamedTuple):
-    """Paths of source files: copied, there already (by content), in conflict (with what is there), and unreadable
-    (with the reason)."""
+    """Files by what became of them: copied, there already by content, in conflict with what is there, no record."""
 
     copied: list[Path]
     doubled: list[Path]
-    conflicts: list[tuple[Path, Path]]
+    conflicts: list[Path]
     damaged: list[tuple[Path, str]]
 
 
@@ -40,23 +39,21 @@ def gather(into: Path, sources: list[Path]) -> Gathered:
     there = {(card(one), one.name): one for one in record.load_all(into)}
     found = Gathered([], [], [], [])
     for path in [path for source in sources for path in sorted(source.rglob("*.json"))]:
-        if path.name.endswith(record.FAILED) or cluster.TORN in path.parts:
+        if path.name.endswith(record.FAILED) or record.TORN in path.parts:
             continue
         try:
             one = record.load(path)
         except (ValueError, OSError) as error:
             found.damaged.append((path, str(error)))
             continue
-        target = into / card(one) / path.name
-        known = there.get((card(one), one.name))
-        if known is None:
-            record.write_whole(target, path.read_text(encoding="utf-8"))
-            there[card(one), one.name] = one
+        known = there.setdefault((card(one), one.name), one)
+        if known is one:
+            record.write_whole(into / card(one) / path.name, path.read_text(encoding="utf-8"))
             found.copied.append(path)
         elif known.content_sha256 == one.content_sha256:
             found.doubled.append(path)
         else:
-            found.conflicts.append((path, target))
+            found.conflicts.append(path)
     return found
 
 
@@ -71,10 +68,8 @@ def main(words: list[str] | None = None) -> int:
         print(f"python -m lib.gather: {error}", file=sys.stderr)
         return 2
     print(f"{len(found.copied)} records copied, {len(found.doubled)} were there already")
-    for path, target in found.conflicts:
-        print(
-            f"CONFLICT {path}: {target} is another record of the same run on the same card; it stays", file=sys.stderr
-        )
+    for path in found.conflicts:
+        print(f"CONFLICT {path}: another record of the same run on the same card is there, and stays", file=sys.stderr)
     for path, reason in found.damaged:
         print(f"LEFT OUT {path}: {reason}", file=sys.stderr)
     return 1 if found.conflicts or found.damaged else 0

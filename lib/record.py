@@ -20,6 +20,7 @@ OUT_VARIABLE = "ATTENTION_STUDY_OUT"  # the folder that runs write to, instead o
 SITTING_VARIABLE = "ATTENTION_STUDY_SITTING"  # JSON, set by `lib.study`: profile, sitting, block, position
 
 FAILED = "failed.json"  # the end of the name of a failed run's note
+TORN = "torn"  # the name of the folder in which `lib.cluster` puts aside what is of no whole block
 CARD = "card-"  # the begin of the name of a folder with one card's records, in one that `lib.gather` made
 
 REASONS = {

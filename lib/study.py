@@ -116,13 +116,17 @@ def orders(variants: int, blocks: int) -> list[list[int]]:
     return [square[block % len(square)] for block in range(blocks)]
 
 
-def is_finished(run: dict, folder: Path) -> bool:
-    """Whether a record of just this run is there, of the variant's file as it is now."""
-    path = folder / f"{parameters.run_name(run['values'])}.json"
+def finished(run: dict, folder: Path) -> record.Record | None:
+    """The record of just this run, of the variant's file as it is now, where it is there."""
     try:
-        return record.load(path).attention_sha256 == attention.source_sha256(run["values"]["attention"])
+        found = record.load(folder / f"{parameters.run_name(run['values'])}.json")
+        return found if found.attention_sha256 == attention.source_sha256(run["values"]["attention"]) else None
     except (OSError, ValueError):
-        return False
+        return None
+
+
+def is_finished(run: dict, folder: Path) -> bool:
+    return finished(run, folder) is not None
 
 
 class Stopped(BaseException):

@@ -20,9 +20,8 @@ ENDS = """
 """
 # Variants that note which card they see and which run they are; one of them fails in block 1.
 SEEING = NINTH.replace("import torch\n", "import os\nimport torch\n", 1).replace("        super().__init__()\n", ENDS)
-FAILING = SEEING.replace(
-    "        v, T =", "        assert '\"block\": 1,' not in os.environ['ATTENTION_STUDY_SITTING']\n        v, T ="
-)
+FAILS = "        assert '\"block\": 1,' not in os.environ['ATTENTION_STUDY_SITTING']\n        v, T ="
+FAILING = SEEING.replace("        v, T =", FAILS)
 
 
 def snakemake(*words, cwd, **environment):
@@ -78,22 +77,22 @@ def runs(tmp_path):
 
 
 def test_a_block_is_torn_unless_it_is_of_one_sitting_on_one_device(runs, out):
-    first, second = cluster.blocks(runs).values()
+    first = cluster.blocks(runs)[0]
     assert [run["before"] for run in first] == [None, first[0]["name"]]
-    assert cluster.state(first, out) == "to run"
+    assert cluster.states(runs, out) == {0: "to run", 1: "to run"}
     seated(first[:1], out)
-    assert cluster.state(first, out) == "torn"
+    assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
     seated(first[1:], out)
-    assert cluster.state(first, out) == "finished" and cluster.state(second, out) == "to run"
+    assert cluster.states(runs, out) == {0: "finished", 1: "to run"}
     for other in ({"sitting": "s2"}, {"sitting": None}, {"block": 5}):
         seated(first[1:], out, **other)
-        assert cluster.state(first, out) == "torn"
+        assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
     moved = record.load(out / f"{first[0]['name']}.json")
     record.write(moved.model_copy(update={"environment": moved.environment | {"gpu": {"uuid": "GPU-2"}}}), out)
     seated(first[1:], out)
-    assert cluster.state(first, out) == "torn"
+    assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
     (out / f"{first[0]['name']}.json").write_text("{")
-    assert cluster.state(first, out) == "torn"
+    assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
 
 
 def test_what_is_left_of_a_torn_block_is_set_aside_whole_and_the_others_stay(runs, out, monkeypatch, capsys):
@@ -104,13 +103,13 @@ def test_what_is_left_of_a_torn_block_is_set_aside_whole_and_the_others_stay(run
     notebook = out / f"{second[0]['name']}.ipynb"
     notebook.write_text("of a run that is set aside")
     kept = {path: path.read_bytes() for path in out.iterdir()}
-    cluster.show(runs, out, [str(out)])
+    cluster.show(runs, cluster.states(runs, out), out, [str(out)])
     said = capsys.readouterr().out
     assert "blocks finished: 0\nblocks torn, to be run again as a whole: 1\n" in said
     assert {path: path.read_bytes() for path in out.iterdir()} == kept
-    cluster.begin(runs, out).release()
-    assert cluster.state(first, out) == "finished" and cluster.state(second, out) == "to run"
-    (aside,) = (out / cluster.TORN).iterdir()
+    cluster.begin(runs, cluster.states(runs, out), out).release()
+    assert cluster.states(runs, out) == {0: "finished", 1: "to run"}
+    (aside,) = (out / record.TORN).iterdir()
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == {
         path.name: content for path, content in kept.items() if path.stem == second[0]["name"]
     }

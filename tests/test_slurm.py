@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -69,19 +70,11 @@ def slurm(tmp_path_factory):
     (folder / "prolog").chmod(0o755)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=host, ports=free_ports(2)))
     environment = os.environ | {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": f"{os.environ['PATH']}:/usr/sbin"}
-    munge = [
-        f"--{name}={folder}/munge.{end}"
-        for name, end in (
-            ("key-file", "key"),
-            ("socket", "socket"),
-            ("seed-file", "seed"),
-            ("pid-file", "pid"),
-            ("log-file", "log"),
-        )
-    ]
+    munge = [f"--{file}-file={folder}/munge.{file}" for file in ("key", "seed", "pid", "log")]
+    munge += [f"--socket={folder}/munge.socket", "--foreground", "--force"]
     daemons = []
     try:
-        for command in (["munged", "--foreground", "--force", *munge], ["slurmctld", "-D"], ["slurmd", "-D"]):
+        for command in (["munged", *munge], ["slurmctld", "-D"], ["slurmd", "-D"]):
             with open(folder / f"{command[0]}.out", "w") as file:
                 daemons.append(subprocess.Popen(command, env=environment, stdout=file, stderr=file))
         if not wait_until(lambda: node(environment) == "idle", 30):
@@ -127,6 +120,7 @@ def set_node(environment, state):
 def test_a_killed_job_and_a_drained_node_cost_one_block(slurm, tmp_path, monkeypatch):
     """Two blocks of two runs. Block 0 is killed in its second run; the same command then repeats it, and only it."""
     profile = tiny_profile(tmp_path)
+    Path(profile).write_text(json.dumps(json.loads(Path(profile).read_text()) | {"device": "cpu"}))  # asks for no GPU
     only_there = "if stall and '\"block\": 0' in os.environ['ATTENTION_STUDY_SITTING']:"
     (tmp_path / "stalling.py").write_text(STALLING.replace("if stall:", only_there))
     variants = ["sdpa", str(tmp_path / "stalling.py")]
@@ -138,7 +132,7 @@ def test_a_killed_job_and_a_drained_node_cost_one_block(slurm, tmp_path, monkeyp
     def start(log, **more):
         command = [sys.executable, "-m", "snakemake", "-s", str(record.ROOT / "workflow" / "Snakefile")]
         command += ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue"]
-        command += ["--slurm-init-seconds-before-status-checks", "1", "--default-resources", "gpu=0"]
+        command += ["--slurm-init-seconds-before-status-checks", "1"]
         command += ["--config", *(f"{name}={json.dumps(value)}" for name, value in config.items())]
         environment = slurm | {record.OUT_VARIABLE: str(out)} | more
         with open(tmp_path / log, "w") as file:
@@ -164,10 +158,10 @@ def test_a_killed_job_and_a_drained_node_cost_one_block(slurm, tmp_path, monkeyp
     said = (tmp_path / "resumed.log").read_text()
     assert "blocks finished: 1\nblocks torn, to be run again as a whole: 0\n" in said
     assert all((out / f"{name}.json").read_bytes() == whole[name] for name in names[1])
-    (aside,) = (out / cluster.TORN).iterdir()
+    (aside,) = (out / record.TORN).iterdir()
     assert (aside / f"{names[0][0]}.json").read_bytes() == whole[names[0][0]]
     assert (aside / f"{names[0][1]}.ipynb").exists()
-    assert [cluster.state(block, out) for block in (first, second)] == ["finished", "finished"]
+    assert cluster.states([*first, *second], out) == {0: "finished", 1: "finished"}
     assert (out / "summary.ipynb").exists()
 
     monkeypatch.setenv(record.OUT_VARIABLE, str(tmp_path / "study"))
