@@ -5,12 +5,11 @@ its sitting is the Snakemake process that works this chain off: here the only on
 A block that was torn apart (killed, failed, requeued, changed) is set aside and run again as a whole, never patched.
 """
 
+import atexit
 import json
 import os
 import sys
 from pathlib import Path
-
-from filelock import FileLock
 
 from lib import forecast, parameters, record, study
 from lib.errors import UsageError
@@ -73,26 +72,16 @@ def show(runs: list[dict], found: dict[int, str], folder: Path, records=None) ->
     print("\n".join(forecast.lines(todo, forecast.earlier(records))), flush=True)
 
 
-def begin(runs: list[dict], found: dict[int, str], folder: Path) -> FileLock:
-    """Before the first job: unusable data is said, and what is there of blocks that are not whole is set aside, because
-    Snakemake would take each record for a finished run. Returns the folder's lock, to be kept. Raises UsageError."""
-    lock = study.alone_in(folder)
-    todo = [block for number, block in blocks(runs).items() if found[number] != "finished"]
-    for block in todo:
-        set_aside(block, folder)
-    if todo:
-        study.load_data(runs)
-    return lock
+def left(block: list[dict], folder: Path) -> list[str]:
+    """What a block's runs left behind: records, executed notebooks, notes of failures."""
+    return sorted(str(path) for run in block for path in folder.glob(f"{run['name']}.*"))
 
 
-def set_aside(block: list[dict], folder: Path) -> None:
-    """Moves what a block's runs left to a folder of its own: nothing is deleted, nothing is counted."""
-    left = [path for run in block for path in folder.glob(f"{run['name']}.*")]
-    if left:
-        aside = folder / record.TORN / f"{record.now():%Y-%m-%dT%H%M%SZ}-block{block[0]['block']}"
-        aside.mkdir(parents=True)
-        for path in left:
-            path.rename(aside / path.name)
+def begin(runs: list[dict], folder: Path) -> None:
+    """Before the first job: no other study may run in the folder until this process ends, and unusable data is said
+    once. Raises UsageError."""
+    atexit.register(study.alone_in(folder).release)
+    study.load_data(runs)
 
 
 def refusal(run: dict, sitting: str, folder: Path) -> str | None:
