@@ -18,7 +18,7 @@ OPTIONS = ("profile", "variants", "blocks", "cards", "records")
 MOST_CARDS = 8  # workflow/profiles/default/config.yaml has one resource for each
 
 
-def planned(config: dict) -> list[dict]:
+def planned(config: dict, check: bool = True) -> list[dict]:
     """The runs that `--config` asks for, as `lib.study.plan` orders them, each with all that its own process must know.
 
     `name` of its record, `before` (the run before it in its block, or None), `profile`, and the `card` that its block
@@ -28,7 +28,7 @@ def planned(config: dict) -> list[dict]:
     cards = config.get("cards", 1)
     if type(cards) is not int or not 1 <= cards <= MOST_CARDS:
         raise UsageError(f"cards must be a number from 1 to {MOST_CARDS}, not {cards!r}")
-    runs, profile = study.chosen(config.get("profile"), config.get("variants"), config.get("blocks"))
+    runs, profile = study.chosen(config.get("profile"), config.get("variants"), config.get("blocks"), check)
     names = [parameters.run_name(run["values"]) for run in runs]
     return [
         run

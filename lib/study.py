@@ -67,8 +67,11 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     return parameters.check_types(profile, known), about_study
 
 
-def plan(overrides: dict, variants: list, blocks: int) -> list[dict]:
-    """The parameters of every run, in order, all checked. A variant is a name, a path, or a mapping of parameters."""
+def plan(overrides: dict, variants: list, blocks: int, check: bool = True) -> list[dict]:
+    """The parameters of every run, in order, all checked. A variant is a name, a path, or a mapping of parameters.
+
+    Without `check` their values are not looked at, which takes seconds: for a process of a study that has begun.
+    """
     known = known_parameters()
     entries = [entry if isinstance(entry, dict) else {"attention": str(entry)} for entry in variants]
     runs = []
@@ -85,7 +88,7 @@ def plan(overrides: dict, variants: list, blocks: int) -> list[dict]:
             values = parameters.portable(values)
             given = {name: values[name] for name in given}
             runs.append({"values": values, "given": given, "block": block, "position": position})
-    for run in runs[: len(entries)]:
+    for run in runs[: len(entries)] if check else ():
         parameters.check_values(run["values"])
     names = [parameters.display_name(run["values"]) for run in runs[: len(entries)]]
     doubled = sorted({name for name in names if names.count(name) > 1})
@@ -94,14 +97,16 @@ def plan(overrides: dict, variants: list, blocks: int) -> list[dict]:
     return runs
 
 
-def chosen(path: str | None, variants: list | None = None, blocks: int | None = None) -> tuple[list[dict], str]:
+def chosen(
+    path: str | None, variants: list | None = None, blocks: int | None = None, check: bool = True
+) -> tuple[list[dict], str]:
     """The plan of a profile's file, other variants or blocks than its own where given, and the profile's name."""
     overrides, about_study = read_profile(path)
     variants = variants or about_study.get("variants") or [*attention.variants(), NULL_VARIANT]
     blocks = blocks if blocks is not None else about_study.get("blocks", 1)
     if blocks < 1:
         raise UsageError(f"blocks must be at least 1, not {blocks}")
-    return plan(overrides, variants, blocks), Path(path).stem if path else "quick"
+    return plan(overrides, variants, blocks, check), Path(path).stem if path else "quick"
 
 
 def orders(variants: int, blocks: int) -> list[list[int]]:

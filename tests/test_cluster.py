@@ -12,7 +12,7 @@ from lib import attention, cluster, parameters, record, study
 from lib.errors import UsageError
 
 ROOT = record.ROOT
-# A variant that notes, in the kernel of its run, which run that is and which card it sees; and one that fails in block 1.
+# A variant that notes which run it is in and which card it sees; and one that fails in block 1.
 SEEING = (
     NINTH
     + """

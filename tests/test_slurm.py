@@ -32,7 +32,6 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
-TaskProlog={folder}/prolog
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
@@ -63,13 +62,18 @@ def slurm(tmp_path_factory):
     if missing:
         pytest.skip(f"no {', '.join(missing)} here: Debian's slurm-wlm and munge have them")
     folder, host = tmp_path_factory.mktemp("slurm"), socket.gethostname().partition(".")[0]
-    (folder / "state").mkdir()
+    for name in ("state", "bin"):
+        (folder / name).mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o600)
-    (folder / "prolog").write_text(f"#!/bin/sh\necho export SLURM_CONF={folder}/slurm.conf\n")  # jobs lose it otherwise
-    (folder / "prolog").chmod(0o755)
+    srun = folder / "bin" / "srun"  # inside a job the plugin drops SLURM_CONF, without which srun looks in /etc
+    srun.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
+    srun.chmod(0o755)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=host, ports=free_ports(2)))
-    environment = os.environ | {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    environment = os.environ | {
+        "SLURM_CONF": f"{folder}/slurm.conf",
+        "PATH": f"{folder}/bin:{os.environ['PATH']}:/usr/sbin",
+    }
     munge = [f"--{file}-file={folder}/munge.{file}" for file in ("key", "seed", "pid", "log")]
     munge += [f"--socket={folder}/munge.socket", "--foreground", "--force"]
     daemons = []
@@ -117,7 +121,16 @@ def set_node(environment, state):
     subprocess.run(command, env=environment, check=True)
 
 
-def test_a_killed_job_and_a_drained_node_cost_one_block(slurm, tmp_path, monkeypatch):
+@pytest.fixture
+def started():
+    """Processes that end with the test."""
+    processes = []
+    yield processes
+    for process in processes:
+        process.kill()
+
+
+def test_a_killed_job_and_a_drained_node_cost_one_block(slurm, tmp_path, monkeypatch, started):
     """Two blocks of two runs. Block 0 is killed in its second run; the same command then repeats it, and only it."""
     profile = tiny_profile(tmp_path)
     Path(profile).write_text(json.dumps(json.loads(Path(profile).read_text()) | {"device": "cpu"}))  # asks for no GPU
@@ -136,13 +149,14 @@ def test_a_killed_job_and_a_drained_node_cost_one_block(slurm, tmp_path, monkeyp
         command += ["--config", *(f"{name}={json.dumps(value)}" for name, value in config.items())]
         environment = slurm | {record.OUT_VARIABLE: str(out)} | more
         with open(tmp_path / log, "w") as file:
-            return subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file)
+            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file))
+        return started[-1]
 
     def there(name):
         return (out / f"{name}.json").exists()
 
     killed = start("killed.log", STALL=str(reached))
-    wait_for(lambda: reached.exists() and all(map(there, names[1])), killed)
+    wait_for(lambda: reached.exists() and all(map(there, names[1])) and len(jobs(slurm)) == 1, killed)
     set_node(slurm, "drain")
     (job,) = jobs(slurm)
     subprocess.run(["scancel", "--signal=KILL", "--full", job], env=slurm, check=True)
