@@ -15,6 +15,8 @@ from lib import forecast, parameters, record, study
 from lib.errors import UsageError
 
 OPTIONS = ("profile", "variants", "blocks", "cards", "records")
+LIBRARIES = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
+THREADS = (*(f"{library}_NUM_THREADS" for library in LIBRARIES), "VECLIB_MAXIMUM_THREADS")
 MOST_CARDS = 8  # workflow/profiles/default/config.yaml has one resource for each
 
 
@@ -100,6 +102,12 @@ def refusal(run: dict, sitting: str, folder: Path) -> str | None:
         return None
     failed = record.Failure.model_validate_json(note).sitting.sitting == sitting
     return f"it failed in this sitting; {again}" if failed else None
+
+
+def threads_as_given() -> str:
+    """Shell commands that undo what Snakemake sets in every job: one thread, where a study takes what it is given."""
+    given = (f"export {name}={os.environ[name]}" if name in os.environ else f"unset {name}" for name in THREADS)
+    return "; ".join(given)
 
 
 def use_card(card: int) -> None:

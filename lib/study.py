@@ -21,7 +21,6 @@ import nbformat
 import psutil
 import yaml
 from filelock import FileLock, Timeout
-from nbclient.exceptions import DeadKernelError
 
 from lib import attention, compare, forecast, parameters, record
 from lib.errors import UsageError, is_out_of_memory
@@ -167,6 +166,7 @@ def _kill_kernels() -> None:
 def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[str, str] | None:
     """Papermill in a kernel of its own; returns None, or why it failed: one of `record.FAILURES` and one line."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     os.environ[record.SITTING_VARIABLE] = json.dumps(context)
     killed_before = killed_for_memory()

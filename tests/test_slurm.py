@@ -130,56 +130,69 @@ def started():
         process.kill()
 
 
-def test_a_killed_job_and_a_drained_node_cost_one_block(slurm, tmp_path, monkeypatch, started):
-    """Two blocks of two runs. Block 0 is killed in its second run; the same command then repeats it, and only it."""
+def snakemake(config, out, log, started, environment, *words):
+    """Starts the workflow; what it says goes to `log`, in whose folder it works."""
+    command = [sys.executable, "-m", "snakemake", "-s", str(record.ROOT / "workflow" / "Snakefile"), *words]
+    command += ["--config", *(f"{name}={json.dumps(value)}" for name, value in config.items())]
+    environment = environment | {record.OUT_VARIABLE: str(out)}
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "w") as file:
+        started.append(subprocess.Popen(command, cwd=log.parent, env=environment, stdout=file, stderr=file))
+    return started[-1]
+
+
+def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_costs_one_block(
+    slurm, tmp_path, monkeypatch, started
+):
+    """Two blocks of two runs. On Slurm block 0 is killed in its second run, the node is drained, the workflow killed."""
     profile = tiny_profile(tmp_path)
     Path(profile).write_text(json.dumps(json.loads(Path(profile).read_text()) | {"device": "cpu"}))  # asks for no GPU
     only_there = "if stall and '\"block\": 0' in os.environ['ATTENTION_STUDY_SITTING']:"
     (tmp_path / "stalling.py").write_text(STALLING.replace("if stall:", only_there))
-    variants = ["sdpa", str(tmp_path / "stalling.py")]
-    out, reached = tmp_path / "out", tmp_path / "reached"
-    config = {"profile": profile, "variants": variants, "blocks": 2}
-    first, second = cluster.blocks(cluster.planned(config)).values()
-    names = [[run["name"] for run in block] for block in (first, second)]
+    config = {"profile": profile, "variants": ["sdpa", str(tmp_path / "stalling.py")], "blocks": 2}
+    runs = cluster.planned(config)
+    (first, last), others = ([run["name"] for run in block] for block in cluster.blocks(runs).values())
 
-    def start(log, **more):
-        command = [sys.executable, "-m", "snakemake", "-s", str(record.ROOT / "workflow" / "Snakefile")]
-        command += ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue"]
-        command += ["--slurm-init-seconds-before-status-checks", "1"]
-        command += ["--config", *(f"{name}={json.dumps(value)}" for name, value in config.items())]
-        environment = slurm | {record.OUT_VARIABLE: str(out)} | more
-        with open(tmp_path / log, "w") as file:
-            started.append(subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=file, stderr=file))
-        return started[-1]
+    # Here, and by lib.study at the same time: one block, no summary.
+    here, studied, out = tmp_path / "here", tmp_path / "studied", tmp_path / "out"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [*(str(here / f"{name}.json") for name in (first, last))]
+    local = snakemake(config | {"blocks": 1}, here, tmp_path / "work" / "here.log", started, os.environ, *words)
+    monkeypatch.setenv(record.OUT_VARIABLE, str(studied))
+    studied.mkdir()
+    assert not study.run_all(runs, "tiny")
+    expected = {one.name: timeless(one) for one in record.load_all(studied)}
+    assert local.wait(timeout=300) == 0, (tmp_path / "work" / "here.log").read_text()
+    assert {one.name: timeless(one) for one in record.load_all(here)} == {
+        name: expected[name] for name in (first, last)
+    }
 
-    def there(name):
-        return (out / f"{name}.json").exists()
-
-    killed = start("killed.log", STALL=str(reached))
-    wait_for(lambda: reached.exists() and all(map(there, names[1])) and len(jobs(slurm)) == 1, killed)
+    # On Slurm, until all but one run is there.
+    reached, work = tmp_path / "reached", tmp_path / "slurm"
+    words = ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue"]
+    words += ["--slurm-init-seconds-before-status-checks", "1"]
+    killed = snakemake(config, out, work / "killed.log", started, slurm | {"STALL": str(reached)}, *words)
+    there = [out / f"{name}.json" for name in (first, *others)]
+    wait_for(lambda: reached.exists() and all(path.exists() for path in there) and len(jobs(slurm)) == 1, killed)
     set_node(slurm, "drain")
     (job,) = jobs(slurm)
     subprocess.run(["scancel", "--signal=KILL", "--full", job], env=slurm, check=True)
-    assert killed.wait(timeout=120) == 1
-    whole = {name: (out / f"{name}.json").read_bytes() for name in (names[0][0], *names[1])}
+    killed.kill()
+    killed.wait()
+    assert wait_until(lambda: not jobs(slurm), 30)
+    before = {path.stem: path.read_bytes() for path in there}
     assert len(record.load_all(out)) == 3
 
-    resumed = start("resumed.log")
-    wait_for(lambda: "PENDING" in jobs(slurm).values(), resumed)  # the node is drained: nothing begins
+    # The same command waits for the node, then repeats that block, and only that.
+    resumed = snakemake(config, out, work / "resumed.log", started, slurm, *words)
+    wait_for(lambda: "PENDING" in jobs(slurm).values(), resumed)
     set_node(slurm, "resume")
-    assert resumed.wait(timeout=300) == 0, (tmp_path / "resumed.log").read_text()
-
-    said = (tmp_path / "resumed.log").read_text()
+    assert resumed.wait(timeout=300) == 0, (work / "resumed.log").read_text()
+    said = (work / "resumed.log").read_text()
     assert "blocks finished: 1\nblocks torn, to be run again as a whole: 0\n" in said
-    assert all((out / f"{name}.json").read_bytes() == whole[name] for name in names[1])
+    assert all((out / f"{name}.json").read_bytes() == before[name] for name in others)
     (aside,) = (out / record.TORN).iterdir()
-    assert (aside / f"{names[0][0]}.json").read_bytes() == whole[names[0][0]]
-    assert (aside / f"{names[0][1]}.ipynb").exists()
-    assert cluster.states([*first, *second], out) == {0: "finished", 1: "finished"}
+    assert (aside / f"{first}.json").read_bytes() == before[first] and (aside / f"{last}.ipynb").exists()
+    assert {one.name: timeless(one) for one in record.load_all(out)} == expected and len(expected) == 4
+    assert cluster.states(runs, out) == {0: "finished", 1: "finished"}
     assert (out / "summary.ipynb").exists()
-
-    monkeypatch.setenv(record.OUT_VARIABLE, str(tmp_path / "study"))
-    (tmp_path / "study").mkdir()
-    assert not study.run_all([*first, *second], "tiny")
-    ours, theirs = record.load_all(out), record.load_all(tmp_path / "study")
-    assert [timeless(one) for one in ours] == [timeless(one) for one in theirs] and len(ours) == 4
