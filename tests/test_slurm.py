@@ -144,7 +144,7 @@ def snakemake(config, out, log, started, environment, *words):
 def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_costs_one_block(
     slurm, tmp_path, monkeypatch, started
 ):
-    """Two blocks of two runs. On Slurm block 0 is killed in its second run, the node is drained, the workflow killed."""
+    """Two blocks of two runs. On Slurm block 0 is killed in its second run, the node drained, the workflow killed."""
     profile = tiny_profile(tmp_path)
     Path(profile).write_text(json.dumps(json.loads(Path(profile).read_text()) | {"device": "cpu"}))  # asks for no GPU
     only_there = "if stall and '\"block\": 0' in os.environ['ATTENTION_STUDY_SITTING']:"
@@ -153,22 +153,11 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
     runs = cluster.planned(config)
     (first, last), others = ([run["name"] for run in block] for block in cluster.blocks(runs).values())
 
-    # Here, and by lib.study at the same time: one block, no summary.
-    here, studied, out = tmp_path / "here", tmp_path / "studied", tmp_path / "out"
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    words = [*(str(here / f"{name}.json") for name in (first, last))]
-    local = snakemake(config | {"blocks": 1}, here, tmp_path / "work" / "here.log", started, os.environ, *words)
-    monkeypatch.setenv(record.OUT_VARIABLE, str(studied))
-    studied.mkdir()
-    assert not study.run_all(runs, "tiny")
-    expected = {one.name: timeless(one) for one in record.load_all(studied)}
-    assert local.wait(timeout=300) == 0, (tmp_path / "work" / "here.log").read_text()
-    assert {one.name: timeless(one) for one in record.load_all(here)} == {
-        name: expected[name] for name in (first, last)
-    }
-
     # On Slurm, until all but one run is there.
+    out, here, studied = (tmp_path / name for name in ("out", "here", "studied"))
     reached, work = tmp_path / "reached", tmp_path / "slurm"
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    slurm = slurm | {"OMP_NUM_THREADS": "1"}
     words = ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue"]
     words += ["--slurm-init-seconds-before-status-checks", "1"]
     killed = snakemake(config, out, work / "killed.log", started, slurm | {"STALL": str(reached)}, *words)
@@ -187,12 +176,24 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
     resumed = snakemake(config, out, work / "resumed.log", started, slurm, *words)
     wait_for(lambda: "PENDING" in jobs(slurm).values(), resumed)
     set_node(slurm, "resume")
+
+    # Meanwhile by lib.study, and by Snakemake here: one block, without a summary.
+    monkeypatch.setenv(record.OUT_VARIABLE, str(studied))
+    studied.mkdir()
+    assert not study.run_all(runs, "tiny")
+    expected = {one.name: timeless(one) for one in record.load_all(studied)}
+    assert len(expected) == 4
+    local = snakemake(config | {"blocks": 1}, here, tmp_path / "work" / "here.log", started, os.environ, last)
+    assert local.wait(timeout=300) == 0, (tmp_path / "work" / "here.log").read_text()
+    made = {one.name: timeless(one) for one in record.load_all(here)}
+    assert made == {name: expected[name] for name in (first, last)}
+
     assert resumed.wait(timeout=300) == 0, (work / "resumed.log").read_text()
     said = (work / "resumed.log").read_text()
     assert "blocks finished: 1\nblocks torn, to be run again as a whole: 0\n" in said
     assert all((out / f"{name}.json").read_bytes() == before[name] for name in others)
     (aside,) = (out / record.TORN).iterdir()
     assert (aside / f"{first}.json").read_bytes() == before[first] and (aside / f"{last}.ipynb").exists()
-    assert {one.name: timeless(one) for one in record.load_all(out)} == expected and len(expected) == 4
+    assert {one.name: timeless(one) for one in record.load_all(out)} == expected
     assert cluster.states(runs, out) == {0: "finished", 1: "finished"}
     assert (out / "summary.ipynb").exists()
