@@ -20,6 +20,8 @@ OUT_VARIABLE = "ATTENTION_STUDY_OUT"  # the folder that runs write to, instead o
 SITTING_VARIABLE = "ATTENTION_STUDY_SITTING"  # JSON, set by `lib.study`: profile, sitting, block, position
 
 FAILED = "failed.json"  # the end of the name of a failed run's note
+TORN = "torn"  # the name of the folder in which `lib.cluster` puts aside what is of no whole block
+CARD = "card-"  # the begin of the name of a folder with one card's records, in one that `lib.gather` made
 
 REASONS = {
     "no_gpu": "the run used no GPU",
@@ -369,9 +371,12 @@ def load(path: Path) -> Record:
 
 
 def load_all(folder: Path) -> list[Record]:
-    """All records of a folder, by name. A file that is no record is named in a warning and left out."""
+    """All records of a folder and of the cards that `lib.gather` has brought together there, by path.
+
+    A file that is no record is named in a warning and left out.
+    """
     records = []
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in sorted([*Path(folder).glob("*.json"), *Path(folder).glob(f"{CARD}*/*.json")]):
         if path.name.endswith(FAILED):
             continue
         try:

@@ -21,9 +21,8 @@ import nbformat
 import psutil
 import yaml
 from filelock import FileLock, Timeout
-from nbclient.exceptions import DeadKernelError
 
-from lib import attention, compare, corpus, parameters, record
+from lib import attention, compare, forecast, parameters, record
 from lib.errors import UsageError, is_out_of_memory
 
 NOTEBOOKS = record.ROOT / "notebooks"
@@ -67,8 +66,11 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     return parameters.check_types(profile, known), about_study
 
 
-def plan(overrides: dict, variants: list, blocks: int) -> list[dict]:
-    """The parameters of every run, in order, all checked. A variant is a name, a path, or a mapping of parameters."""
+def plan(overrides: dict, variants: list, blocks: int, check: bool = True) -> list[dict]:
+    """The parameters of every run, in order, all checked. A variant is a name, a path, or a mapping of parameters.
+
+    Without `check` their values are not looked at, which takes seconds: for a process of a study that has begun.
+    """
     known = known_parameters()
     entries = [entry if isinstance(entry, dict) else {"attention": str(entry)} for entry in variants]
     runs = []
@@ -85,13 +87,25 @@ def plan(overrides: dict, variants: list, blocks: int) -> list[dict]:
             values = parameters.portable(values)
             given = {name: values[name] for name in given}
             runs.append({"values": values, "given": given, "block": block, "position": position})
-    for run in runs[: len(entries)]:
+    for run in runs[: len(entries)] if check else ():
         parameters.check_values(run["values"])
     names = [parameters.display_name(run["values"]) for run in runs[: len(entries)]]
     doubled = sorted({name for name in names if names.count(name) > 1})
     if doubled:
         raise UsageError(f"two variants are called {doubled[0]!r}; give one of them another label")
     return runs
+
+
+def chosen(
+    path: str | None, variants: list | None = None, blocks: int | None = None, check: bool = True
+) -> tuple[list[dict], str]:
+    """The plan of a profile's file, other variants or blocks than its own where given, and the profile's name."""
+    overrides, about_study = read_profile(path)
+    variants = variants or about_study.get("variants") or [*attention.variants(), NULL_VARIANT]
+    blocks = blocks if blocks is not None else about_study.get("blocks", 1)
+    if blocks < 1:
+        raise UsageError(f"blocks must be at least 1, not {blocks}")
+    return plan(overrides, variants, blocks, check), Path(path).stem if path else "quick"
 
 
 def orders(variants: int, blocks: int) -> list[list[int]]:
@@ -106,13 +120,17 @@ def orders(variants: int, blocks: int) -> list[list[int]]:
     return [square[block % len(square)] for block in range(blocks)]
 
 
-def is_finished(run: dict, folder: Path) -> bool:
-    """Whether a record of just this run is there, of the variant's file as it is now."""
-    path = folder / f"{parameters.run_name(run['values'])}.json"
+def finished(run: dict, folder: Path) -> record.Record | None:
+    """The record of just this run, of the variant's file as it is now, where it is there."""
     try:
-        return record.load(path).attention_sha256 == attention.source_sha256(run["values"]["attention"])
+        found = record.load(folder / f"{parameters.run_name(run['values'])}.json")
+        return found if found.attention_sha256 == attention.source_sha256(run["values"]["attention"]) else None
     except (OSError, ValueError):
-        return False
+        return None
+
+
+def is_finished(run: dict, folder: Path) -> bool:
+    return finished(run, folder) is not None
 
 
 class Stopped(BaseException):
@@ -148,6 +166,7 @@ def _kill_kernels() -> None:
 def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[str, str] | None:
     """Papermill in a kernel of its own; returns None, or why it failed: one of `record.FAILURES` and one line."""
     import papermill
+    from nbclient.exceptions import DeadKernelError
 
     os.environ[record.SITTING_VARIABLE] = json.dumps(context)
     killed_before = killed_for_memory()
@@ -200,24 +219,38 @@ def run_all(runs: list[dict], profile: str) -> dict[str, str]:
     todo = [run for run in runs if not is_finished(run, folder)]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
-    sitting, begin, failed = uuid.uuid4().hex[:12], time.monotonic(), {}
+    sitting, begin, failed = new_sitting(), time.monotonic(), {}
     for number, run in enumerate(todo):
         name = parameters.run_name(run["values"])
         left = (time.monotonic() - begin) / number * (len(todo) - number) if number else None
         about = f", about {_minutes(left)} left" if left else ""
         print(f"[{number + 1}/{len(todo)}] {name}{about} ...", flush=True)
-        context = {"profile": profile, "sitting": sitting, "block": run["block"], "position": run["position"]}
-        started = time.monotonic()
-        problem = execute(NOTEBOOKS / "train.ipynb", folder / f"{name}.ipynb", run["given"], context)
-        if problem is None and not is_finished(run, folder):
-            problem = "error", "the notebook ended, but left no record"
-        if problem is None:
-            metrics = record.load(folder / f"{name}.json").metrics
-            outcome = f"validation loss {metrics.validation_loss:.3f}, window {metrics.time_s:.1f} s"
-        else:
-            _note_failure(run, context, *problem, folder)
-            failed[name] = outcome = f"{record.FAILURES[problem[0]]}: {problem[1]}"
-        print(f"      {_minutes(time.monotonic() - started)}: {outcome}", flush=True)
+        problem = run_one(run, profile, sitting, folder)
+        if problem:
+            failed[name] = problem
+    return failed
+
+
+def new_sitting() -> str:
+    """What tells the runs of one process, one after the other, from all others."""
+    return uuid.uuid4().hex[:12]
+
+
+def run_one(run: dict, profile: str, sitting: str, folder: Path) -> str | None:
+    """One run in a kernel of its own; says how it went, and returns why it failed. A failure is noted in `folder`."""
+    name = parameters.run_name(run["values"])
+    context = {"profile": profile, "sitting": sitting, "block": run["block"], "position": run["position"]}
+    started = time.monotonic()
+    problem = execute(NOTEBOOKS / "train.ipynb", folder / f"{name}.ipynb", run["given"], context)
+    if problem is None and not is_finished(run, folder):
+        problem = "error", "the notebook ended, but left no record"
+    if problem is None:
+        metrics, failed = record.load(folder / f"{name}.json").metrics, None
+        outcome = f"validation loss {metrics.validation_loss:.3f}, window {metrics.time_s:.1f} s"
+    else:
+        _note_failure(run, context, *problem, folder)
+        failed = outcome = f"{record.FAILURES[problem[0]]}: {problem[1]}"
+    print(f"      {_minutes(time.monotonic() - started)}: {outcome}", flush=True)
     return failed
 
 
@@ -254,27 +287,25 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("profile", nargs="?", help="a YAML file of overrides; without one the notebook's defaults")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="names or .py files instead of the profile's")
     parser.add_argument("--blocks", type=int, metavar="N", help="how many blocks (seeds 0 to N - 1)")
-    parser.add_argument("--plan", action="store_true", help="only check and list the runs")
+    parser.add_argument("--plan", action="store_true", help="only check and list the runs, and what they will take")
+    parser.add_argument("--records", nargs="+", metavar="FOLDER", help="where --plan finds earlier records")
     options = parser.parse_args(words)
     lock = None
     try:
-        overrides, about_study = read_profile(options.profile)
-        variants = options.variants or about_study.get("variants") or [*attention.variants(), NULL_VARIANT]
-        blocks = options.blocks if options.blocks is not None else about_study.get("blocks", 1)
-        if blocks < 1:
-            raise UsageError(f"blocks must be at least 1, not {blocks}")
-        runs = plan(overrides, variants, blocks)
+        runs, profile = chosen(options.profile, options.variants, options.blocks)
         folder = record.out_folder()
         if options.plan:
-            for run in runs:
-                state = "finished" if is_finished(run, folder) else "to run"
+            states = ["finished" if is_finished(run, folder) else "to run" for run in runs]
+            for run, state in zip(runs, states, strict=True):
                 print(
                     f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})"
                 )
+            todo = [run for run, state in zip(runs, states, strict=True) if state == "to run"]
+            print("\n".join(forecast.lines(todo, forecast.earlier(options.records))))
             return 0
         lock = alone_in(folder)
         with stoppable():
-            return study(runs, Path(options.profile).stem if options.profile else "quick", folder)
+            return study(runs, profile, folder)
     except UsageError as error:
         print(f"python -m lib.study: {error}", file=sys.stderr)
         return 2
@@ -305,9 +336,16 @@ def alone_in(folder: Path) -> FileLock:
     return lock
 
 
+def load_data(runs: list[dict]) -> None:
+    """Wrong data is said once, before any run (raises UsageError); the tokens are then in the cache."""
+    from lib import corpus  # here, because its seconds would be added to every run of the workflow
+
+    corpus.load(SimpleNamespace(**runs[0]["values"]))
+
+
 def study(runs: list[dict], profile: str, folder: Path) -> int:
     """All runs, then the summary; returns the exit status. Raises UsageError, before any run, for unusable data."""
-    corpus.load(SimpleNamespace(**runs[0]["values"]))  # wrong data is said once; the tokens are then in the cache
+    load_data(runs)
     failed = run_all(runs, profile)
     problem = summarize(folder)
     if problem:

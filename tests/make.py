@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import time
 
 from lib import conversations, corpus, record
 
@@ -123,6 +124,18 @@ class Attention(nn.Module):
 """
 
 
+# A variant that, where STALL names a file, makes that file in its first training step and then waits to be killed.
+STALLING = NINTH.replace("import torch\n", "import os, pathlib, time\nimport torch\n", 1).replace(
+    "        v, T =",
+    "        if self.training and hidden_states.shape[1] == 16 and hidden_states.dtype == torch.float32:\n"
+    "            stall = os.environ.get('STALL')\n"
+    "            if stall:\n"
+    "                pathlib.Path(stall).touch()\n"
+    "                time.sleep(600)\n"
+    "        v, T =",
+)
+
+
 def tiny_profile(folder) -> str:
     """A profile with data and a tokenizer of its own in `folder`: making the builtin ones costs seconds a run."""
     corpus.builtin_tokenizer().save_pretrained(folder / "tokenizer")
@@ -131,3 +144,26 @@ def tiny_profile(folder) -> str:
     files = {"dataset": str(folder / "talks.jsonl"), "tokenizer": str(folder / "tokenizer")}
     (folder / "tiny.yaml").write_text(json.dumps(TINY | files))
     return str(folder / "tiny.yaml")
+
+
+def wait_for(condition, process, within_s=180):
+    for _ in range(within_s * 10):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("it never came to that")
+
+
+def timeless(found: record.Record) -> dict:
+    """What must not depend on when, or how often interrupted, a run was made."""
+    content = json.loads(found.model_dump_json())
+    keep = ("attention", "attention_sha256", "name", "label", "setting", "parameters", "data", "certificate")
+    series = {name: content["series"][name] for name in ("train_loss", "useful_tokens", "validation")}
+    place = {name: content["sitting"][name] for name in ("profile", "block", "position")}
+    metrics = {
+        name: value
+        for name, value in content["metrics"].items()
+        if ("flops" in name and "per_s" not in name) or name in ("train_loss", "validation_loss", "parameters")
+    }
+    return {name: content[name] for name in keep} | series | place | metrics

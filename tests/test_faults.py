@@ -5,27 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-from make import NINTH, TINY, tiny_profile
+from make import NINTH, STALLING, TINY, timeless, tiny_profile, wait_for
 
 from lib import cache, corpus, record, study
 from lib.errors import UsageError
 
-# A variant that, where STALL names a file, makes that file in its first training step and then waits to be killed.
-STALLING = NINTH.replace("import torch\n", "import os, pathlib, time\nimport torch\n", 1).replace(
-    "        v, T =",
-    "        if self.training and hidden_states.shape[1] == 16 and hidden_states.dtype == torch.float32:\n"
-    "            stall = os.environ.get('STALL')\n"
-    "            if stall:\n"
-    "                pathlib.Path(stall).touch()\n"
-    "                time.sleep(600)\n"
-    "        v, T =",
-)
 GREEDY = NINTH.replace(
     "        v, T =",
     "        if self.training and hidden_states.shape[1] == 16: torch.empty(1 << 50)\n        v, T =",
@@ -56,31 +45,8 @@ def start(folder, out, *variants, **environment):
     )
 
 
-def wait_for(condition, process, within_s=180):
-    for _ in range(within_s * 10):
-        if condition():
-            return
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("it never came to that")
-
-
 def gone(processes, within_s=30):
     return not psutil.wait_procs(processes, timeout=within_s)[1]
-
-
-def timeless(found: record.Record) -> dict:
-    """What must not depend on when, or how often interrupted, a run was made."""
-    content = json.loads(found.model_dump_json())
-    keep = ("attention", "attention_sha256", "name", "label", "setting", "parameters", "data", "certificate")
-    series = {name: content["series"][name] for name in ("train_loss", "useful_tokens", "validation")}
-    place = {name: content["sitting"][name] for name in ("profile", "block", "position")}
-    metrics = {
-        name: value
-        for name, value in content["metrics"].items()
-        if ("flops" in name and "per_s" not in name) or name in ("train_loss", "validation_loss", "parameters")
-    }
-    return {name: content[name] for name in keep} | series | place | metrics
 
 
 RUNS_ALONE = """

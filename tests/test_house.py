@@ -107,7 +107,9 @@ def test_only_energy_reads_power():
 
 def test_pins_are_exact_and_stand_in_one_place():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = project["dependencies"] + project["optional-dependencies"]["test"]
+    extras = project["optional-dependencies"]
+    assert extras["test"].pop(0) == f"{project['name']}[cluster]"
+    pins = project["dependencies"] + extras["cluster"] + extras["test"]
     assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins)
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert conda["dependencies"][-1] == {"pip": ["--editable .[test]"]}

@@ -1,0 +1,145 @@
+"""The study through Snakemake: what workflow/Snakefile needs, and `python -m lib.cluster RUN SITTING`, one run of it.
+
+A block counts only if all of it ran in one sitting on one device. So its runs are a chain, on a cluster one job, and
+its sitting is the Snakemake process that works this chain off: here the only one, on a cluster the one inside the job.
+A block that was torn apart (killed, failed, requeued, changed) is set aside and run again as a whole, never patched.
+"""
+
+import atexit
+import json
+import os
+import sys
+from pathlib import Path
+
+from lib import forecast, parameters, record, study
+from lib.errors import UsageError
+
+OPTIONS = ("profile", "variants", "blocks", "cards", "records")
+LIBRARIES = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
+THREADS = (*(f"{library}_NUM_THREADS" for library in LIBRARIES), "VECLIB_MAXIMUM_THREADS")
+MOST_CARDS = 8  # workflow/profiles/default/config.yaml has one resource for each
+
+
+def planned(config: dict, check: bool = True) -> list[dict]:
+    """The runs that `--config` asks for, as `lib.study.plan` orders them, each with all that its own process must know.
+
+    `name` of its record, `before` (the run before it in its block, or None), `profile`, and the `card` that its block
+    belongs to, None where there is but one. Raises UsageError.
+    """
+    parameters.check_names(config, OPTIONS)
+    cards = config.get("cards", 1)
+    if type(cards) is not int or not 1 <= cards <= MOST_CARDS:
+        raise UsageError(f"cards must be a number from 1 to {MOST_CARDS}, not {cards!r}")
+    runs, profile = study.chosen(config.get("profile"), config.get("variants"), config.get("blocks"), check)
+    names = [parameters.run_name(run["values"]) for run in runs]
+    return [
+        run
+        | {"name": name, "before": names[index - 1] if run["position"] else None, "profile": profile}
+        | {"card": run["block"] % cards if cards > 1 else None}
+        for index, (run, name) in enumerate(zip(runs, names, strict=True))
+    ]
+
+
+def blocks(runs: list[dict]) -> dict[int, list[dict]]:
+    """The runs by block."""
+    return {block: [run for run in runs if run["block"] == block] for block in sorted({run["block"] for run in runs})}
+
+
+def states(runs: list[dict], folder: Path) -> dict[int, str]:
+    """Of each block in a folder: `finished` (all of it, in one sitting on one device), `torn`, or `to run`."""
+    return {number: _state(block, folder) for number, block in blocks(runs).items()}
+
+
+def _state(block: list[dict], folder: Path) -> str:
+    found = [study.finished(run, folder) for run in block]
+    if None not in found:
+        seats = {_seat(one) for one in found}
+        return "finished" if len(seats) == 1 and None not in seats.pop()[:2] else "torn"
+    return "torn" if any((folder / f"{run['name']}.json").exists() for run in block) else "to run"
+
+
+def _seat(one: record.Record) -> tuple:
+    gpu = one.environment["gpu"] or {}
+    return one.sitting.sitting, one.sitting.block, one.environment["device_name"], gpu.get("uuid")
+
+
+def show(runs: list[dict], found: dict[int, str], folder: Path, records=None) -> None:
+    """Prints the plan: what is there already by `states`, what is to run, and what that will take."""
+    print(f"{len(runs)} runs in {len(found)} blocks, records in {os.path.relpath(folder)}/")
+    for state, says in (("finished", "finished"), ("torn", "torn, to be run again as a whole"), ("to run", "to run")):
+        numbers = [str(number) for number in found if found[number] == state]
+        if numbers:
+            print(f"blocks {says}: {', '.join(numbers)}")
+    todo = [run for run in runs if found[run["block"]] != "finished"]
+    print("\n".join(forecast.lines(todo, forecast.earlier(records))), flush=True)
+
+
+def left(block: list[dict], folder: Path) -> list[str]:
+    """What a block's runs left behind: records, executed notebooks, notes of failures."""
+    return sorted(str(path) for run in block for path in folder.glob(f"{run['name']}.*"))
+
+
+def begin(runs: list[dict], folder: Path) -> None:
+    """Before the first job: no other study may run in the folder until this process ends, and unusable data is said
+    once. Raises UsageError."""
+    atexit.register(study.alone_in(folder).release)
+    study.load_data(runs)
+
+
+def refusal(run: dict, sitting: str, folder: Path) -> str | None:
+    """Why a run would only patch its block: what came before it, or its own first try, is not of this going."""
+    again = "start the workflow again, and the whole block is"
+    if run["before"]:
+        try:
+            before = record.load(folder / f"{run['before']}.json").sitting.sitting
+        except (OSError, ValueError):
+            before = None
+        if before != sitting:
+            return f"{run['before']}, which comes before it in its block, is not of this sitting; {again}"
+    try:
+        note = (folder / f"{run['name']}.{record.FAILED}").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    failed = record.Failure.model_validate_json(note).sitting.sitting == sitting
+    return f"it failed in this sitting; {again}" if failed else None
+
+
+def threads_as_given() -> str:
+    """Shell commands that undo what Snakemake sets in every job: one thread, where a study takes what it is given."""
+    given = (f"export {name}={os.environ[name]}" if name in os.environ else f"unset {name}" for name in THREADS)
+    return "; ".join(given)
+
+
+def use_card(card: int) -> None:
+    """From here on this process and its kernel see one card: the `card`-th of those that it sees now."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    cards = seen.split(",") if seen else [str(index) for index in range(MOST_CARDS)]
+    if card >= len(cards):
+        raise UsageError(f"there is no card {card}: CUDA_VISIBLE_DEVICES names {len(cards)}")
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards[card]
+
+
+def main(words: list[str]) -> int:
+    """`RUN SITTING`: the run that a JSON text of `planned` describes; no words: the summary of all records."""
+    folder = record.out_folder()
+    try:
+        with study.stoppable():
+            if not words:
+                problem = study.summarize(folder)
+            else:
+                run, sitting = json.loads(words[0]), words[1]
+                if run["card"] is not None:
+                    use_card(run["card"])
+                print(f"block {run['block']} position {run['position']}: {run['name']} ...", flush=True)
+                problem = refusal(run, sitting, folder) or study.run_one(run, run["profile"], sitting, folder)
+    except UsageError as error:
+        problem = str(error)
+    except study.Stopped as signal_name:
+        problem = f"stopped by {signal_name}"
+    if problem:
+        print(f"FAILED {run['name'] if words else 'summary'}: {problem}", file=sys.stderr)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
