@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
@@ -40,8 +39,17 @@ SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
 KillWait=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs=2
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2 Gres=gpu:2
 PartitionName=all Nodes=ALL Default=YES
+"""
+
+
+# Behind a variant: in the kernel of a run, which cards that sees.
+SEEING = """
+if "CARDS" in os.environ and "ATTENTION_STUDY_SITTING" in os.environ:
+    with open(os.environ["CARDS"], "a") as file:
+        print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
 """
 
 
@@ -70,6 +78,7 @@ def slurm(tmp_path_factory):
     srun.write_text(f'#!/bin/sh\nSLURM_CONF={folder}/slurm.conf exec {shutil.which("srun")} "$@"\n')
     srun.chmod(0o755)
     (folder / "slurm.conf").write_text(CONFIGURATION.format(folder=folder, host=host, ports=free_ports(2)))
+    (folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # as if there were two
     environment = os.environ | {
         "SLURM_CONF": f"{folder}/slurm.conf",
         "PATH": f"{folder}/bin:{os.environ['PATH']}:/usr/sbin",
@@ -146,9 +155,8 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
 ):
     """Two blocks of two runs. On Slurm block 0 is killed in its second run, the node drained, the workflow killed."""
     profile = tiny_profile(tmp_path)
-    Path(profile).write_text(json.dumps(json.loads(Path(profile).read_text()) | {"device": "cpu"}))  # asks for no GPU
     only_there = "if stall and '\"block\": 0' in os.environ['ATTENTION_STUDY_SITTING']:"
-    (tmp_path / "stalling.py").write_text(STALLING.replace("if stall:", only_there))
+    (tmp_path / "stalling.py").write_text(STALLING.replace("if stall:", only_there) + SEEING)
     config = {"profile": profile, "variants": ["sdpa", str(tmp_path / "stalling.py")], "blocks": 2}
     runs = cluster.planned(config)
     (first, last), others = ([run["name"] for run in block] for block in cluster.blocks(runs).values())
@@ -160,9 +168,11 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
     slurm = slurm | {"OMP_NUM_THREADS": "1"}
     words = ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue"]
     words += ["--slurm-init-seconds-before-status-checks", "1"]
-    killed = snakemake(config, out, work / "killed.log", started, slurm | {"STALL": str(reached)}, *words)
+    stall = {"STALL": str(reached), "CARDS": str(tmp_path / "cards")}
+    killed = snakemake(config, out, work / "killed.log", started, slurm | stall, *words)
     there = [out / f"{name}.json" for name in (first, *others)]
     wait_for(lambda: reached.exists() and all(path.exists() for path in there) and len(jobs(slurm)) == 1, killed)
+    assert set((tmp_path / "cards").read_text().split()) == {"0", "1"}  # each job saw one card, and they not the same
     set_node(slurm, "drain")
     (job,) = jobs(slurm)
     subprocess.run(["scancel", "--signal=KILL", "--full", job], env=slurm, check=True)
