@@ -62,6 +62,13 @@ def load(path: Path) -> Benchmark:
     return found
 
 
+def title(found: Benchmark) -> str:
+    """Where the turns were taken, and beside which versions, in one line."""
+    where = f"{found.threads} threads" if found.environment["device"] == "cpu" else "bf16"
+    versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
+    return f"{found.environment['device_name']}, {where}; {versions}"
+
+
 def ratios(times_ms: dict, peers: dict) -> dict:
     """By variant: its minimum and median, and for each of the two the best peer and ours over its; None without one."""
     found = {}

@@ -85,6 +85,7 @@ def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_pat
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
     found = peers.load(out)
+    assert "1 threads; transformers 5" in peers.title(found)
     assert "no_such_peer" in found.absent["nowhere"] and "transformers" in found.versions
     best = dict(zip(*(peers.table(found)[column] for column in ("variant", "best peer")), strict=True))
     for name, peer in {"sdpa": "GPT-2", "gqa": "Llama", "lsh": "Reformer", "mla": "DeepSeek-V2"}.items():
