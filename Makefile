@@ -10,7 +10,7 @@ study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
 
 test: $(READY)  ## every test and every notebook
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --nbval --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --nbval --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 lab: $(READY)  ## JupyterLab, at the notebook that leads to the others
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/explore.ipynb

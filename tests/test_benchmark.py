@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from lib import peers, record
+from lib import attention, peers, record
 from lib.errors import OutOfMemory, UsageError
 
 
@@ -125,6 +125,13 @@ def test_a_training_step_takes_turns_with_the_peers_steps(script, tmp_path, monk
     times_ms, failed = script.interleave(turns, 1, torch.device("cpu"))
     assert failed == {} and all(len(ms) == 1 for ms in times_ms.values())
     assert script.step_turns([], 16, torch.device("cpu"), vocabulary=64)[1] == {"nanoGPT": "no --nanogpt"}
+
+
+def test_the_committed_benchmark_is_whole_and_names_no_machine_path():
+    path = record.ROOT / "records" / "scaling-cpu" / "peers" / "layer.json"
+    found = peers.load(path)
+    assert set(found.peers) == set(attention.variants()) and found.out_of_memory == {T: {} for T in found.times_ms}
+    assert "/work" not in path.read_text() and "/home" not in path.read_text() and "/tmp" not in path.read_text()
 
 
 @pytest.mark.parametrize(
