@@ -12,13 +12,15 @@ from lib.screen import Folded, Screen
 
 def records(folder: str = "records") -> Screen:
     """The records of a folder's folders: a figure or a ranking of those variants that are picked, and one in full."""
-    found = {}
-    for path in sorted(record.from_root(folder).iterdir()):
-        if path.name.startswith("scaling-"):  # points by length, see `lengths`
+    found, root = {}, record.from_root(folder)
+    for path in sorted(path for depth in ("*", f"*/{record.CARD}*") for path in root.glob(depth)):
+        if path.name.startswith("scaling-") or not any(path.glob("*.json")):  # points by length: see `lengths`
             continue
-        runs = record.read(path) if any(path.glob("*.json")) else pd.DataFrame()
-        for group in compare.groups(runs) if len(runs) else []:
-            found[f"{path.name}: {group.runs['device_name'].iloc[0]}, {group.title.split(', on ')[0]}"] = (path, group)
+        for group in compare.groups(record.read(path)):
+            found[f"{path.relative_to(root)}: {group.runs['device_name'].iloc[0]}, {group.title.split(', on ')[0]}"] = (
+                path,
+                group,
+            )
     if not found:
         raise UsageError(f"there is no record in {folder}/; `make study` writes some")
     controls = {

@@ -6,6 +6,7 @@ A block that was torn apart (killed, failed, requeued, changed) is set aside and
 """
 
 import atexit
+import contextlib
 import json
 import os
 import sys
@@ -14,10 +15,19 @@ from pathlib import Path
 from lib import forecast, parameters, record, study
 from lib.errors import UsageError
 
-OPTIONS = ("profile", "variants", "blocks", "cards", "records")
+OPTIONS = {"profile": str, "variants": list, "blocks": int, "cards": int, "records": list}
 LIBRARIES = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
 THREADS = (*(f"{library}_NUM_THREADS" for library in LIBRARIES), "VECLIB_MAXIMUM_THREADS")
 MOST_CARDS = 8  # workflow/profiles/default/config.yaml has one resource for each
+
+
+@contextlib.contextmanager
+def one_sentence():
+    """Ends the process with what a user can put right, where Snakemake would show our traceback behind it."""
+    try:
+        yield
+    except UsageError as error:
+        sys.exit(f"snakemake: {error}")
 
 
 def planned(config: dict, check: bool = True) -> list[dict]:
@@ -27,8 +37,12 @@ def planned(config: dict, check: bool = True) -> list[dict]:
     belongs to, None where there is but one. Raises UsageError.
     """
     parameters.check_names(config, OPTIONS)
+    for name, value in config.items():
+        if type(value) is not OPTIONS[name]:
+            way_out = f"; write '{name}=[{value}]'" if OPTIONS[name] is list else ""
+            raise UsageError(f"{name} must be {OPTIONS[name].__name__}, not {value!r}{way_out}")
     cards = config.get("cards", 1)
-    if type(cards) is not int or not 1 <= cards <= MOST_CARDS:
+    if not 1 <= cards <= MOST_CARDS:
         raise UsageError(f"cards must be a number from 1 to {MOST_CARDS}, not {cards!r}")
     runs, profile = study.chosen(config.get("profile"), config.get("variants"), config.get("blocks"), check)
     names = [parameters.run_name(run["values"]) for run in runs]
@@ -65,7 +79,9 @@ def _seat(one: record.Record) -> tuple:
 
 def show(runs: list[dict], found: dict[int, str], folder: Path, records=None) -> None:
     """Prints the plan: what is there already by `states`, what is to run, and what that will take."""
-    print(f"{len(runs)} runs in {len(found)} blocks, records in {os.path.relpath(folder)}/")
+    print(
+        f"{len(runs)} runs in {len(found)} block{'s' if len(found) > 1 else ''}, records in {os.path.relpath(folder)}/"
+    )
     for state, says in (("finished", "finished"), ("torn", "torn, to be run again as a whole"), ("to run", "to run")):
         numbers = [str(number) for number in found if found[number] == state]
         if numbers:

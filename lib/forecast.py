@@ -12,6 +12,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from lib import parameters, record
+from lib.errors import UsageError
 
 SAME, SCALED = "as measured with these settings", "scaled by FLOPs from other settings"
 ALIKE = ("attention", "knobs", "precision", "compile")  # where these differ, FLOP/s say nothing about each other
@@ -26,7 +27,10 @@ class Expected(NamedTuple):
 
 
 def earlier(folders=None) -> list[record.Record]:
-    """The measured records of `folders`, by default of `out_folder()` and all published ones."""
+    """The measured records of `folders`, by default of `out_folder()` and all published ones. Raises UsageError."""
+    missing = [str(folder) for folder in folders or () if not Path(folder).is_dir()]
+    if missing:
+        raise UsageError(f"there is no folder {missing[0]} with earlier records")
     folders = folders or [record.out_folder(), *sorted((record.ROOT / "records").glob("*/"))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # costs by length are no run records; what is damaged is said where it counts

@@ -32,7 +32,8 @@ def card(one: record.Record) -> str:
 
 
 def gather(into: Path, sources: list[Path]) -> Gathered:
-    """Copies the records in and below `sources` to `into`. Raises UsageError where a source is no folder."""
+    """Copies the records in and below `sources` to `into`. Raises UsageError where a source is no folder, or `into`
+    cannot be written."""
     for source in sources:
         if not source.is_dir():
             raise UsageError(f"there is no folder {source}")
@@ -48,7 +49,10 @@ def gather(into: Path, sources: list[Path]) -> Gathered:
             continue
         known = there.setdefault((card(one), one.name), one)
         if known is one:
-            record.write_whole(into / card(one) / path.name, path.read_text(encoding="utf-8"))
+            try:
+                record.write_whole(into / card(one) / path.name, path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise UsageError(f"{into} cannot be written: {error.strerror}; name another folder") from None
             found.copied.append(path)
         elif known.content_sha256 == one.content_sha256:
             found.doubled.append(path)

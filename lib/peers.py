@@ -1,17 +1,14 @@
 """Each variant beside what a user would pick otherwise: the record of scripts/benchmark_attention.py, and its table."""
 
-import json
 import math
 import statistics
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-from pydantic import Field, ValidationError
+from pydantic import Field, model_validator
 
 from lib import record
-from lib.errors import UsageError
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -35,36 +32,19 @@ class Benchmark(record.Strict):
     absent: dict[str, str]  # peers that are not installed, with the reason
     content_sha256: str = ""  # of all the rest; filled on writing
 
-
-def write(found: Benchmark, path: Path) -> Path:
-    """Writes a record, whole or not at all. Raises UsageError where it cannot be written."""
-    content = json.loads(found.model_dump_json())
-    text = json.dumps(content | {"content_sha256": record.checksum(content)}, indent=1) + "\n"
-    try:
-        return record.write_whole(path, text)
-    except OSError as error:
-        raise UsageError(f"{path.name} cannot be written: {error.strerror}; name another file") from error
-
-
-def load(path: Path) -> Benchmark:
-    """A record. Raises UsageError, with what is wrong in one line, where the file is none or was changed."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = Benchmark.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise UsageError(f"{path.name} is no record of a benchmark: {where}: {first['msg']}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path.name} cannot be read: {error}") from None
-    if found.content_sha256 != record.checksum(content):
-        raise UsageError(f"{path.name} was changed after it was written: its checksum does not fit")
-    return found
+    @model_validator(mode="after")
+    def _numbers_or_reasons(self):
+        for context, times_ms in self.times_ms.items():
+            silent = set(self.peers) - set(times_ms) - set(self.out_of_memory.get(context, {}))
+            if silent:
+                raise ValueError(f"no time and no reason for {', '.join(sorted(silent))} at {context}")
+        return self
 
 
 def title(found: Benchmark) -> str:
     """Where the turns were taken, and beside which versions, in one line."""
-    where = f"{found.threads} threads" if found.environment["device"] == "cpu" else "bf16"
+    threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}, fp32"
+    where = threads if found.environment["device"] == "cpu" else "bf16"
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
     return f"{found.environment['device_name']}, {where}; {versions}"
 
@@ -95,18 +75,26 @@ def table(found: Benchmark) -> pd.DataFrame:
     """A row per length and variant: what it took, beside the best of its peers. Above 1 ours is slower."""
     rows = []
     for context, times_ms in sorted(found.times_ms.items()):
-        for name, said in ratios(times_ms, found.peers).items():
-            peer = said["minimum_best_peer"]
-            rows.append(
-                {
-                    "context": f"{context:,}",
-                    "variant": name,
-                    "least ms": f"{said['minimum_ms']:,.1f}",
-                    "median ms": f"{said['median_ms']:,.1f}",
-                    "best peer": peer or "none ran",
-                    "its least ms": f"{min(times_ms[peer]):,.1f}" if peer else "–",
-                    "ratio of leasts": f"{said['minimum_ratio']:.2f}" if peer else "–",
-                    "of medians": f"{said['median_ratio']:.2f}" if peer else "–",
-                }
-            )
-    return pd.DataFrame(rows)
+        said = ratios(times_ms, found.peers)
+        for name in found.peers:
+            row = {"context": f"{context:,}", "variant": name}
+            if name not in said:
+                rows.append(row | {"least ms": found.out_of_memory[context][name]})
+                continue
+            peer = said[name]["minimum_best_peer"]
+            row |= {"least ms": f"{said[name]['minimum_ms']:,.1f}", "median ms": f"{said[name]['median_ms']:,.1f}"}
+            row |= {"best peer": peer or "none ran", "its least ms": f"{min(times_ms[peer]):,.1f}" if peer else "–"}
+            for key, heading in (("minimum", "ratio of leasts"), ("median", "of medians")):
+                row[heading] = f"{said[name][f'{key}_ratio']:.2f}" if peer else "–"
+            rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def missing(found: Benchmark) -> pd.DataFrame:
+    """The peers that have no number, and why."""
+    rows = [{"peer": name, "context": "all", "why": why} for name, why in found.absent.items()]
+    for context, failed in sorted(found.out_of_memory.items()):
+        rows += [
+            {"peer": n, "context": f"{context:,}", "why": why} for n, why in failed.items() if n not in found.peers
+        ]
+    return pd.DataFrame(rows, columns=["peer", "context", "why"])

@@ -295,9 +295,7 @@ def write(record: Record, folder: Path | None = None) -> Path:
     Raises UsageError where the folder cannot be written; the record then lies in the system's temporary folder.
     """
     folder = folder or out_folder()
-    content = json.loads(Record.model_validate(record.model_dump()).model_dump_json())
-    text = json.dumps(content | {"content_sha256": checksum(content)}, indent=1) + "\n"
-    file_name = f"{record.name}.json"
+    text, file_name = _signed(record), f"{record.name}.json"
     try:
         path = write_whole(folder / file_name, text)
         (folder / f"{record.name}.{FAILED}").unlink(missing_ok=True)
@@ -335,6 +333,36 @@ def write_whole(path: Path, text: str) -> Path:
             os.unlink(file.name)
             raise
     return path
+
+
+def write_checked(found: Strict, path: Path) -> Path:
+    """Writes a model with a `content_sha256`, whole or not at all. Raises UsageError where it cannot be written."""
+    try:
+        return write_whole(path, _signed(found))
+    except OSError as error:
+        raise UsageError(f"{path.parent.name}/{path.name} cannot be written: {error.strerror}; name another") from error
+
+
+def read_checked(kind: type[Strict], path: Path) -> Strict:
+    """What `write_checked` wrote. Raises UsageError, in one line, where it is no such file, or one that was changed."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        found = kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "it"
+        raise UsageError(f"{path.name} is no {kind.__name__} record: {where}: {first['msg']}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path.name} cannot be read: {error}") from None
+    if found.content_sha256 != checksum(content):
+        raise UsageError(f"{path.name} was changed after it was written: its checksum does not fit")
+    return found
+
+
+def _signed(found: Strict) -> str:
+    """A model as JSON, validated once more, with the checksum of its content."""
+    content = json.loads(type(found).model_validate(found.model_dump()).model_dump_json())
+    return json.dumps(content | {"content_sha256": checksum(content)}, indent=1) + "\n"
 
 
 def checksum(content: dict) -> str:

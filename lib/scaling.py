@@ -11,7 +11,6 @@ One JSON file per variant, written after each sample; what it holds is not measu
 import argparse
 import contextlib
 import inspect
-import json
 import math
 import multiprocessing
 import os
@@ -149,29 +148,13 @@ class Scaling(Strict):
 
 
 def write(found: Scaling, folder: Path) -> Path:
-    """Writes a variant's file, whole or not at all; returns its path."""
-    content = json.loads(Scaling.model_validate(found.model_dump()).model_dump_json())
-    text = json.dumps(content | {"content_sha256": record.checksum(content)}, indent=1) + "\n"
-    try:
-        return record.write_whole(folder / f"{found.label}.json", text)
-    except OSError as error:
-        raise UsageError(f"{folder.name}/ cannot be written: {error.strerror}; name another folder") from error
+    """Writes a variant's file, whole or not at all; returns its path. Raises UsageError where it cannot be written."""
+    return record.write_checked(found, folder / f"{found.label}.json")
 
 
 def load(path: Path) -> Scaling:
     """One variant's file. Raises UsageError, in one line, where it is none or was changed."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = Scaling.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise UsageError(f"{path.name} is no scaling record: {where}: {first['msg']}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path.name} cannot be read: {error}") from None
-    if found.content_sha256 != record.checksum(content):
-        raise UsageError(f"{path.name} was changed after it was written: its checksum does not fit")
-    return found
+    return record.read_checked(Scaling, path)
 
 
 def load_all(folder: Path) -> list[Scaling]:

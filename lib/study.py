@@ -103,8 +103,8 @@ def chosen(
     overrides, about_study = read_profile(path)
     variants = variants or about_study.get("variants") or [*attention.variants(), NULL_VARIANT]
     blocks = blocks if blocks is not None else about_study.get("blocks", 1)
-    if blocks < 1:
-        raise UsageError(f"blocks must be at least 1, not {blocks}")
+    if type(blocks) is not int or blocks < 1:
+        raise UsageError(f"blocks must be a whole number, at least 1, not {blocks!r}")
     return plan(overrides, variants, blocks, check), Path(path).stem if path else "quick"
 
 

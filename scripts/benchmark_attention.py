@@ -14,13 +14,15 @@ import argparse
 import contextlib
 import copy
 import importlib.metadata
-import importlib.util
 import random
 import statistics
 import sys
 import time
 from functools import partial
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -35,7 +37,6 @@ from lib import peers as benchmarks
 from lib.model import build_model, gpt2_config
 
 WIDTH, HEADS, WINDOW, ROUNDS, CHUNK, LATENT, ROPE = 256, 4, 128, 4, 64, 256, 32  # the variants' own defaults
-
 SIZE = 12, 768, 12  # layers, width and heads of GPT-2 124M, for `step`
 
 
@@ -218,10 +219,7 @@ def step_turns(names, T, device, nanogpt=None, batch=1, compiled=False, vocabula
         make = partial(GPT2LMHeadModel._from_config, theirs, attn_implementation=kernel)
         makers[f"transformers' GPT-2 {kernel}"] = make, transformers_loss
     if nanogpt is not None:
-        makers["nanoGPT"] = (
-            partial(nanogpt_model, nanogpt, config),
-            lambda model, ids: model(ids[:, :-1], ids[:, 1:])[1],
-        )
+        makers["nanoGPT"] = partial(nanogpt_model, nanogpt, config), nanogpt_loss
     turns = {}
     for name, (make, loss_of) in makers.items():
         model = make().to(device).train()
@@ -229,10 +227,15 @@ def step_turns(names, T, device, nanogpt=None, batch=1, compiled=False, vocabula
     return turns, {} if nanogpt is not None else {"nanoGPT": "no --nanogpt"}
 
 
-def nanogpt_model(path, config):
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def load_nanogpt(path):
+    """The module of nanoGPT's model.py. Raises what its loading raises, AttributeError where it has no model."""
+    found = SourceFileLoader("nanogpt_model", str(path))
+    module = sys.modules["nanogpt_model"] = module_from_spec(spec_from_loader("nanogpt_model", found))
+    found.exec_module(module)
+    return SimpleNamespace(GPT=module.GPT, GPTConfig=module.GPTConfig)
+
+
+def nanogpt_model(module, config):
     size = {"n_layer": config.n_layer, "n_embd": config.n_embd, "n_head": config.n_head}
     size |= {"block_size": config.n_positions, "vocab_size": config.vocab_size}
     return module.GPT(module.GPTConfig(**size, dropout=0.0))
@@ -318,8 +321,10 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     if min(options.rounds, options.threads, options.batch, options.vocabulary, *(options.lengths or [1])) < 1:
         parser.error("--rounds, --threads, --batch, --vocabulary and --lengths want 1 or more")
-    if options.nanogpt and not options.nanogpt.is_file():
-        parser.error(f"there is no file {options.nanogpt}")
+    try:
+        nanogpt = load_nanogpt(options.nanogpt) if options.nanogpt else None
+    except Exception as error:  # it is another's code: whatever it does, its name is what can be put right
+        parser.error(f"{options.nanogpt} is no model.py of nanoGPT: {type(error).__name__}: {error}")
     try:
         for name in options.variants or ():
             attention.load(name)
@@ -330,7 +335,7 @@ def main(words: list[str] | None = None) -> int:
     random.seed(0)
     device = training.choose_device("auto")
     names = options.variants or (attention.variants() if options.what == "layer" else ["sdpa"])
-    lengths = options.lengths or ([512, 2048, 8192] if options.what == "layer" else [512])
+    lengths = sorted(set(options.lengths or ())) or ([512, 2048, 8192] if options.what == "layer" else [512])
     bound_memory()
     peers = {name: list(PEERS.get(name, {})) for name in names}
     times_ms, out_of_memory, absent = {}, {}, {}
@@ -338,7 +343,7 @@ def main(words: list[str] | None = None) -> int:
         if options.what == "layer":
             turns, absent = layer_turns(names, T, device, options.batch)
         else:
-            words = options.nanogpt, options.batch, options.compile, options.vocabulary
+            words = nanogpt, options.batch, options.compile, options.vocabulary
             turns, absent = step_turns(names, T, device, *words)
             peers = {name: [turn for turn in turns if turn not in names] for name in names}
         rounds = options.rounds * min(8, max(lengths) // T)  # what is short is cheap to repeat, and noisier
@@ -360,11 +365,14 @@ def main(words: list[str] | None = None) -> int:
     )
     if len(lengths) > 1:
         for name, exponent in benchmarks.exponents(found).items():
-            print(f"{name:<16} T^{exponent:.2f} between {sorted(lengths)[-2]} and {max(lengths)}")
+            print(f"{name:<16} T^{exponent:.2f} between {lengths[-2]} and {lengths[-1]}")
     for name, why in absent.items():
         print(f"absent: {name} ({why})")
     if options.out:
-        benchmarks.write(found, options.out)
+        try:
+            record.write_checked(found, options.out)
+        except errors.UsageError as error:
+            parser.exit(1, f"{error}\n")
     return 0
 
 

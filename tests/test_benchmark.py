@@ -31,9 +31,10 @@ def test_ratios_are_to_the_best_peer_and_none_without_one():
 def benchmark():
     times_ms = {T: {"mine": [ms, 2 * ms], "theirs": [8.0, 8.0]} for T, ms in ((512, 7.0), (2048, 3.0), (8192, 48.0))}
     times_ms[8192]["short"] = [1.0]
+    failed = {512: {"short": "no room"}, 2048: {"short": "no room"}}
     return peers.Benchmark(
         finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1, environment={},
-        versions={}, peers={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms, out_of_memory={}, absent={},
+        versions={}, peers={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms, out_of_memory=failed, absent={},
     )  # fmt: skip
 
 
@@ -42,25 +43,36 @@ def test_the_exponent_is_between_the_two_longest_lengths(benchmark):
 
 
 def test_the_table_and_the_record_say_what_was_measured(benchmark, tmp_path):
-    table = peers.table(peers.load(peers.write(benchmark, tmp_path / "layer.json")))
-    assert list(table["context"]) == ["512", "2,048", "8,192", "8,192"]
-    assert list(table["ratio of leasts"]) == ["0.88", "0.38", "6.00", "–"]
-    assert list(table["best peer"]) == ["theirs"] * 3 + ["none ran"]
+    table = peers.table(record.read_checked(peers.Benchmark, record.write_checked(benchmark, tmp_path / "layer.json")))
+    assert list(table["context"]) == ["512", "512", "2,048", "2,048", "8,192", "8,192"]
+    assert list(table["ratio of leasts"]) == ["0.88", "–", "0.38", "–", "6.00", "–"]
+    assert list(table["best peer"]) == ["theirs", "–", "theirs", "–", "theirs", "none ran"]
+
+
+def test_what_has_no_number_is_in_the_tables_with_its_reason(benchmark):
+    benchmark.out_of_memory[512]["theirs"] = "no room either"
+    found = benchmark.model_copy(update={"absent": {"absent": "no wheel"}})
+    assert peers.table(found).iloc[1].tolist() == ["512", "short", "no room", *["–"] * 5]
+    assert peers.missing(found).to_numpy().tolist() == [
+        ["absent", "all", "no wheel"],
+        ["theirs", "512", "no room either"],
+    ]
 
 
 @pytest.mark.parametrize(
     "edit, says",
     [
         (lambda text: text.replace("48.0", "47.0"), "changed after it was written"),
-        (lambda text: text.replace('"layer"', '"whole"'), "no record of a benchmark: what"),
+        (lambda text: text.replace('"layer"', '"whole"'), "layer.json is no Benchmark record: what"),
         (lambda text: text[:-9], "cannot be read"),
+        (lambda text: text.replace("no room", "").replace('"short": ""', ""), "no time and no reason for short at 512"),
     ],
 )
 def test_a_damaged_record_is_one_sentence(benchmark, tmp_path, edit, says):
-    path = peers.write(benchmark, tmp_path / "layer.json")
+    path = record.write_checked(benchmark, tmp_path / "layer.json")
     path.write_text(edit(path.read_text()))
     with pytest.raises(UsageError, match=says):
-        peers.load(path)
+        record.read_checked(peers.Benchmark, path)
 
 
 def test_all_take_turns_and_one_without_memory_is_named(script):
@@ -84,8 +96,8 @@ def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_pat
     assert script.main([*words, "--variants", "sdpa", "gqa", "lsh", "mla"]) == 0
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
-    found = peers.load(out)
-    assert "1 threads; transformers 5" in peers.title(found)
+    found = record.read_checked(peers.Benchmark, out)
+    assert "1 thread, fp32; transformers 5" in peers.title(found)
     assert "no_such_peer" in found.absent["nowhere"] and "transformers" in found.versions
     best = dict(zip(*(peers.table(found)[column] for column in ("variant", "best peer")), strict=True))
     for name, peer in {"sdpa": "GPT-2", "gqa": "Llama", "lsh": "Reformer", "mla": "DeepSeek-V2"}.items():
@@ -120,7 +132,8 @@ class GPT(nn.Module):
 def test_a_training_step_takes_turns_with_the_peers_steps(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SIZE", (1, 32, 2))
     (tmp_path / "model.py").write_text(NANOGPT)
-    turns, absent = script.step_turns(["sdpa"], 16, torch.device("cpu"), tmp_path / "model.py", 2, vocabulary=64)
+    nanogpt = script.load_nanogpt(tmp_path / "model.py")
+    turns, absent = script.step_turns(["sdpa"], 16, torch.device("cpu"), nanogpt, 2, vocabulary=64)
     assert absent == {} and set(turns) == {"sdpa", "transformers' GPT-2 eager", "transformers' GPT-2 sdpa", "nanoGPT"}
     times_ms, failed = script.interleave(turns, 1, torch.device("cpu"))
     assert failed == {} and all(len(ms) == 1 for ms in times_ms.values())
@@ -129,7 +142,7 @@ def test_a_training_step_takes_turns_with_the_peers_steps(script, tmp_path, monk
 
 def test_the_committed_benchmark_is_whole_and_names_no_machine_path():
     path = record.ROOT / "records" / "scaling-cpu" / "peers" / "layer.json"
-    found = peers.load(path)
+    found = record.read_checked(peers.Benchmark, path)
     assert set(found.peers) == set(attention.variants()) and found.out_of_memory == {T: {} for T in found.times_ms}
     assert str(record.ROOT) not in path.read_text()
 
@@ -139,7 +152,8 @@ def test_the_committed_benchmark_is_whole_and_names_no_machine_path():
     [
         (["layer", "--variants", "spda"], "there is no attention variant 'spda'"),
         (["step", "--batch", "0"], "want 1 or more"),
-        (["step", "--nanogpt", "nowhere.py"], "there is no file nowhere.py"),
+        (["step", "--nanogpt", "nowhere.py"], "nowhere.py is no model.py of nanoGPT: FileNotFoundError"),
+        (["step", "--nanogpt", "README.md"], "README.md is no model.py of nanoGPT: SyntaxError"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(script, words, says, capsys):

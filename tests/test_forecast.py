@@ -74,3 +74,8 @@ def test_the_published_records_tell_what_the_quick_study_takes(capsys):
     said = capsys.readouterr().out
     assert "to be expected on " in said and "windows as measured with these settings" in said
     assert "never run there" not in said and "energy never measured" in said
+
+
+def test_a_folder_of_earlier_records_that_is_not_there_is_one_sentence(capsys):
+    assert study.main(["--plan", "--records", "nowhere"]) == 2
+    assert capsys.readouterr().err == "python -m lib.study: there is no folder nowhere with earlier records\n"

@@ -62,3 +62,10 @@ def test_a_source_that_is_not_there_is_one_sentence(tmp_path, capsys):
     assert capsys.readouterr().err == f"python -m lib.gather: there is no folder {tmp_path / 'nowhere'}\n"
     with pytest.raises(UsageError):
         gather.gather(tmp_path / "all", [tmp_path / "nowhere"])
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path):
+    record.write(make_record(), tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"file cannot be written: .+; name another folder"):
+        gather.gather(tmp_path / "file", [tmp_path / "a"])
