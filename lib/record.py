@@ -440,6 +440,8 @@ def read(folder) -> pd.DataFrame:
                 "name": record.name,
                 "label": record.label,
                 "attention": record.attention,
+                "attention_sha256": record.attention_sha256,
+                "finished_at": record.finished_at,
                 "seed": record.parameters["seed"],
                 "setting": record.setting,
                 "profile": record.sitting.profile,

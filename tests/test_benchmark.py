@@ -34,7 +34,8 @@ def benchmark():
     failed = {512: {"short": "no room"}, 2048: {"short": "no room"}}
     return peers.Benchmark(
         finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1, environment={},
-        versions={}, peers={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms, out_of_memory=failed, absent={},
+        versions={}, peers={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms, out_of_memory=failed,
+        absent={},
     )  # fmt: skip
 
 

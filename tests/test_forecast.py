@@ -9,6 +9,7 @@ from lib import forecast, measure, parameters, record, study
 from lib.model import gpt2_config, skeleton
 
 VOCABULARY = 300
+BEGUN = record.now()
 
 
 def measured(run, seconds=0, **changes):
@@ -22,7 +23,7 @@ def measured(run, seconds=0, **changes):
     place = record.Sitting(sitting="s", block=run["block"], position=run["position"])
     metrics = one.metrics.model_copy(update={"parameters": sum(weight.numel() for weight in model.parameters())})
     told = {"parameters": values, "setting": parameters.setting(values), "sitting": place, "metrics": metrics}
-    return one.model_copy(update=told | {"finished_at": one.finished_at + timedelta(seconds=seconds)})
+    return one.model_copy(update=told | {"finished_at": BEGUN + timedelta(seconds=seconds)})
 
 
 def plan(*variants, blocks=1, **overrides):

@@ -1,0 +1,206 @@
+"""Operators counted by hand, the roofline by hand, and predictions that stay apart from what was measured."""
+
+from datetime import timedelta
+from functools import partial
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from make import TINY, make_record
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lib import attention, compare, measure, operators, parameters, prediction, record, study
+from lib.model import build_model, gpt2_config
+from lib.operators import Operator
+from lib.training import autocast
+
+CPU = torch.device("cpu")
+
+
+def counted(run, *shapes, dtype=torch.float32):
+    with FakeTensorMode():
+        tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
+        with operators.Operators() as found:
+            run(*tensors)
+    return found.found
+
+
+def attended(is_causal, q, k, v):
+    return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
+
+
+@pytest.mark.parametrize(
+    ("run", "shapes", "expected"),
+    [
+        # (2, 3) by (3, 5): 2 x 2 x 3 x 5 FLOPs; 6 + 15 numbers read, 10 written, 4 bytes each.
+        (torch.mm, [(2, 3), (3, 5)], [Operator("fp32", 60, 4 * 31)]),
+        (torch.add, [(4, 4), (4, 4)], [Operator("fp32", 0, 4 * 48)]),
+        (lambda x: x.view(16).unsqueeze(0).expand(3, 16).transpose(0, 1), [(4, 4)], []),
+        (lambda x: torch.empty_like(x), [(4, 4)], []),
+        (lambda x: x.mul_(2), [(4, 4)], [Operator("fp32", 0, 4 * 32)]),
+        (lambda x: x.expand(100, 4) + 1, [(1, 4)], [Operator("fp32", 0, 4 * (4 + 400))]),
+        # Two rows of four numbers out of a table of a thousand: two indices of 8 bytes, two rows read, two written.
+        (
+            lambda table: F.embedding(torch.empty(2, dtype=torch.long), table),
+            [(1000, 4)],
+            [Operator("fp32", 0, 16 + 2 * 32)],
+        ),
+        # Heads 2, queries 8, keys 8, width 4: two products of 2 x 2 x 8 x 8 x 4; queries, keys, values and output of 64
+        # numbers, and a log-sum-exp a query.
+        (partial(attended, False), [(1, 2, 8, 4)] * 3, [Operator("attention", 2 * 1024, 4 * (4 * 64 + 16))]),
+        (partial(attended, True), [(1, 2, 8, 4)] * 3, [Operator("attention", 1024, 4 * (4 * 64 + 16))]),
+    ],
+    ids=["product", "sum", "views", "allocation", "in place", "expanded", "look-up", "attention", "causal attention"],
+)
+def test_operators_are_counted_as_with_a_pencil(run, shapes, expected):
+    assert counted(run, *shapes) == expected
+
+
+def test_a_product_in_bf16_is_counted_as_one_and_takes_half_the_bytes():
+    assert counted(torch.mm, (2, 3), (3, 5), dtype=torch.bfloat16) == [Operator("bf16", 60, 2 * 31)]
+
+
+def test_the_backward_pass_of_fused_attention_makes_five_products():
+    def run(q, k, v):
+        q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+        attended(False, q, k, v).sum().backward()
+
+    found = [operator.flops for operator in counted(run, *[(1, 2, 8, 4)] * 3) if operator.unit == "attention"]
+    assert found == [2 * 1024, 5 * 1024]
+
+
+def values_of(name, **changes):
+    return study.plan(TINY | {"accumulation": 1} | changes, [name], 1)[0]["values"]
+
+
+@pytest.mark.parametrize("name", ["baseline", "linear"])
+def test_a_step_has_three_times_the_products_of_its_forward(name):
+    """Without fused kernels: backward makes two products for each of forward's. Rows and passes count as often."""
+    values = values_of(name, batch_size=2, accumulation=3)
+    sizes = (values[which] for which in ("layers", "width", "heads", "positions"))
+    model = build_model(name, gpt2_config(*sizes, 300))
+    forward = measure.counted_flops(model, values["context"], autocast("fp32", CPU))
+    found = operators.step(values, 300, "fp32")
+    assert sum(operator.flops for operator in found) == 3 * forward * 2 * 3
+    weights = sum(weight.numel() for weight in model.parameters())
+    assert found[-1].bytes >= 4 * 7 * weights  # AdamW reads weight, gradient and two moments, and writes all but one
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_on_a_gpu_no_variant_launches_head_by_head(name):
+    """A CPU's path may, where a GPU's takes all heads at once: more heads are no more launches there."""
+    card = prediction.DEVICES["NVIDIA H200"]
+    few, many = (values_of(name, heads=heads, width=8 * heads) for heads in (4, 12))
+    assert prediction.predicted(few, 300, card).launches == prediction.predicted(many, 300, card).launches
+
+
+DEVICE = prediction.Device(
+    precision="bf16", flops_per_s={"bf16": 100.0, "fp32": 10.0}, bytes_per_s=10.0, launch_s=1.0, waits=False,
+    idle_w=100.0, limit_w=400.0, flops_w={"bf16": 300.0, "fp32": 200.0}, bytes_w=200.0, seen="", assumed="",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("found", "launches", "changes", "expected"),
+    [
+        # 4 s of arithmetic, in which 1 s of bytes hides: 4 x 100 W idle + 4 x 200 W + 1 x 100 W.
+        ([Operator("bf16", 400, 10)], 1, {}, (4.0, 1300.0, 1, "arithmetic")),
+        ([Operator("bf16", 100, 40)], 1, {}, (4.0, 1000.0, 1, "memory")),
+        # Each operator has its own longer side: 4 + 3 s, 7 x 100 + 4 x 200 + 1 x 100 + 1 x 100 + 3 x 100 J.
+        ([Operator("bf16", 400, 10), Operator("fp32", 10, 30)], 2, {}, (7.0, 2000.0, 2, "arithmetic")),
+        ([Operator("bf16", 100, 10)], 5, {}, (5.0, 800.0, 5, "launching")),
+        # 4 s at 100 + 200 + 100 W would pass a limit of 300 W: 1200 J above idle at 200 W take 6 s.
+        ([Operator("bf16", 400, 40)], 1, {"limit_w": 300.0}, (6.0, 1800.0, 1, "the power limit")),
+        # What waits for its operators launches between them.
+        ([Operator("bf16", 400, 10)], 3, {"waits": True, "idle_w": None}, (7.0, None, 3, "arithmetic")),
+    ],
+)
+def test_the_roofline_is_as_with_a_pencil(found, launches, changes, expected):
+    assert prediction.cost(found, launches, DEVICE.model_copy(update=changes)) == expected
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A prediction of two variants, as the command writes it."""
+    folder = tmp_path_factory.mktemp("predictions")
+    profile = folder / "tiny.yaml"
+    profile.write_text("\n".join(f"{name}: {value}" for name, value in TINY.items()))
+    words = ["--variants", "sdpa", "gqa", "--vocabulary", "300", "--write", str(folder / "tiny.json")]
+    assert prediction.main([str(profile), "--device", "NVIDIA H200", *words]) == 0
+    return prediction.load_all(folder)
+
+
+def runs_of(made, seconds=60, **changes):
+    one, records = made[0], []
+    for said in one.variants:
+        told = {"setting": one.setting, "attention_sha256": said.attention_sha256}
+        told["finished_at"] = one.made_at + timedelta(seconds=seconds)
+        told["environment"] = {"device": "cuda", "device_name": "NVIDIA H200", "gpu": {"uuid": "GPU-1"}}
+        metrics = {"time_s": 1.25 * said.time_s, "energy_j": 1.5 * said.energy_j} | changes
+        records.append(make_record(said.label, **metrics).model_copy(update=told))
+    return records
+
+
+def read(records, folder):
+    for one in records:
+        record.write(one, folder)
+    return compare.groups(record.read(folder))[0].runs
+
+
+def test_what_was_predicted_before_stands_beside_what_was_measured(made, tmp_path):
+    found = prediction.residuals(read(runs_of(made), tmp_path), made)
+    assert found["variant"].tolist() == ["sdpa", "gqa"]
+    assert found["s, above"].tolist() == pytest.approx([0.25, 0.25])
+    assert found["J, above"].tolist() == pytest.approx([0.5, 0.5])
+    assert prediction.table(found)["s, above"].tolist() == ["+25%", "+25%"]
+
+
+def test_joules_that_were_not_measured_are_a_dash_beside_those_predicted(made, tmp_path):
+    shown = prediction.table(prediction.residuals(read(runs_of(made, energy_j=None), tmp_path), made))
+    assert shown["J, measured"].tolist() == shown["J, above"].tolist() == ["–", "–"]
+    assert "–" not in shown["J, predicted"].tolist()
+
+
+def test_what_was_said_afterwards_or_of_something_else_is_no_prediction(made, tmp_path):
+    runs = read(runs_of(made), tmp_path)
+    assert prediction.residuals(read(runs_of(made, seconds=-60), tmp_path / "earlier"), made).empty
+    assert prediction.residuals(runs.assign(setting="other"), made).empty
+    assert prediction.residuals(runs.assign(device_name="another GPU"), made).empty
+    changed = runs.assign(attention_sha256=runs["attention_sha256"].where(runs["label"] != "gqa", "changed"))
+    assert prediction.residuals(changed, made)["variant"].tolist() == ["sdpa"]
+    assert prediction.residuals(runs, []).empty
+    assert isinstance(prediction.table(prediction.residuals(runs, [])), pd.DataFrame)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--device", "NVIDIA H20"], "nothing is known of a device 'NVIDIA H20'; known: NVIDIA H200, AMD EPYC"),
+        (["--device", "AMD EPYC", "--vocabulary", "1"], "vocabulary must be at least 2, not 1"),
+        (["--device", "AMD EPYC", "--variants", "spda"], "there is no attention variant 'spda'"),
+        (["params/papr.yaml", "--device", "AMD EPYC"], "there is no profile params/papr.yaml"),
+    ],
+)
+def test_a_wrong_word_is_one_sentence(words, says, capsys):
+    assert prediction.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"python -m lib.prediction: {says}") and len(said.splitlines()) == 1
+
+
+def test_a_compiled_model_is_not_predicted(tmp_path, capsys):
+    (tmp_path / "compiled.yaml").write_text("compile: true\n")
+    assert prediction.main([str(tmp_path / "compiled.yaml"), "--device", "AMD EPYC"]) == 2
+    assert "compile: false" in capsys.readouterr().err
+
+
+def test_the_committed_predictions_are_of_profiles_and_variants_as_they_are_now():
+    found = prediction.load_all()
+    assert {one.profile for one in found} >= {"gpu_512", "gpu_4096"}
+    for one in found:
+        path = None if one.profile == "quick" else f"params/{one.profile}.yaml"
+        runs, _ = study.chosen(path, attention.variants(), 1)
+        assert {parameters.setting(run["values"]) for run in runs} == {one.setting}, one.profile
+        known = {name: attention.source_sha256(name) for name in attention.variants()}
+        assert {said.label: said.attention_sha256 for said in one.variants} == known, one.profile
+        assert one.device == prediction.DEVICES[one.device_name]
