@@ -214,16 +214,19 @@ def step_turns(names, T, device, nanogpt=None, batch=1, compiled=False, vocabula
     config = gpt2_config(*SIZE, max(T, 1024), vocabulary)
     theirs = copy.copy(config)
     theirs.activation_function = "gelu_new"  # as GPT-2's checkpoints have it
-    makers = {name: (lambda name=name: build_model(name, config), transformers_loss) for name in names}
+    makers = {name: (lambda name=name: build_model(name, config), transformers_loss, fused_adamw) for name in names}
     for kernel in ("eager", "sdpa"):
         make = partial(GPT2LMHeadModel._from_config, theirs, attn_implementation=kernel)
-        makers[f"transformers' GPT-2 {kernel}"] = make, transformers_loss
+        makers[f"transformers' GPT-2 {kernel}"] = make, transformers_loss, fused_adamw
     if nanogpt is not None:
-        makers["nanoGPT"] = partial(nanogpt_model, nanogpt, config), nanogpt_loss
+        makers["nanoGPT"] = partial(nanogpt_model, nanogpt, config), nanogpt_loss, nanogpt_optimizer
     turns = {}
-    for name, (make, loss_of) in makers.items():
+    for name, (make, loss_of, optimizer_of) in makers.items():
         model = make().to(device).train()
-        turns[name] = step_turn(torch.compile(model) if compiled else model, loss_of, (batch, T), vocabulary, device)
+        optimizer = optimizer_of(model, device)
+        if compiled:
+            model = torch.compile(model)
+        turns[name] = step_turn(model, loss_of, optimizer, (batch, T), vocabulary, device)
     return turns, {} if nanogpt is not None else {"nanoGPT": "no --nanogpt"}
 
 
@@ -249,9 +252,19 @@ def transformers_loss(model, ids):
     return model(ids[:, :-1], labels=ids[:, :-1], use_cache=False).loss
 
 
-def step_turn(model, loss_of, shape, vocabulary, device):
-    """One training step on random tokens as `lib.training` takes it: autocast, clip, fused AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+def fused_adamw(model, device):
+    """`lib.training`'s, and the default of transformers' Trainer."""
+    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+
+def nanogpt_optimizer(model, device):
+    """Its own AdamW, which is fused on CUDA alone."""
+    with contextlib.redirect_stdout(None):  # it prints what it found
+        return model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+
+
+def step_turn(model, loss_of, optimizer, shape, vocabulary, device):
+    """One training step on random tokens as all take it: autocast, clip to 1, and the optimizer that each brings."""
     batch, T = shape
     ids = torch.randint(0, vocabulary, (batch, T + 1), device=device)
     autocast = training.autocast("auto", device)

@@ -108,6 +108,8 @@ def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_pat
 
 NANOGPT = """
 from dataclasses import dataclass
+
+import torch
 from torch import nn
 
 @dataclass
@@ -127,6 +129,10 @@ class GPT(nn.Module):
     def forward(self, ids, targets):
         logits = self.layer(ids)
         return logits, nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        print("nanoGPT counts its tensors here")
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
 """
 
 
