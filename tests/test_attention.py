@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 from transformers.cache_utils import Cache
 
 from lib import attention
-from lib.model import build_model, gpt2_config
+from lib.model import build_model, gpt2_config, skeleton
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
 MATERIALISES_SCORES = {"baseline"}
@@ -235,3 +237,29 @@ def test_a_file_without_the_class_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="defines no class `Attention`"):
         attention.load(str(tmp_path / "empty.py"))
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA")
+@every_variant
+def test_a_gpu_s_run_has_all_its_tensors_on_the_gpu(name):
+    """Training, prefill, decoding and padded rows. No card is needed: fake tensors have a device and no content."""
+    model = skeleton(name, tiny_config())
+    held = [*model.named_parameters(), *model.named_buffers()]
+    with FakeTensorMode():
+        weights = {n: torch.empty(x.shape, dtype=torch.bfloat16, device="cuda") for n, x in held}  # all are floats
+        ids = torch.zeros(2, 100, dtype=torch.long, device="cuda")
+
+        def run(ids, **more):
+            return functional_call(model, weights, (ids,), more)
+
+        try:
+            assert run(ids, labels=ids, use_cache=False).loss.device.type == "cuda"
+        except RuntimeError as error:
+            if "No available kernel" not in str(error):
+                raise
+            pytest.skip("the kernel that it asks for is offered on a card alone")
+        model.eval()
+        cache = run(ids, use_cache=True).past_key_values
+        assert run(ids[:, :1], past_key_values=cache).logits.shape == (2, 1, 50)
+        padded = torch.ones(2, 100, dtype=torch.bool, device="cuda")
+        assert run(ids, padding_mask=padded).logits.device.type == "cuda"
