@@ -103,7 +103,7 @@ def test_papermill_ends_with_one_sentence_and_leaves_no_record(out, tmp_path, wo
         ("study: {variant: [sdpa]}", "did you mean 'variants'?"),
         ("study: {variants: [sdpa, sdpa]}", "two variants are called 'sdpa'"),
         ("study: {variants: [spda]}", "Did you mean 'sdpa'?"),
-        ("study: {blocks: 0}", "blocks must be at least 1"),
+        ("study: {blocks: 0}", "blocks must be a whole number, at least 1"),
         ("seed: 3", "seed belongs to a run, not to a profile"),
     ],
 )
