@@ -323,7 +323,7 @@ def busy_share(device: torch.device, run: Callable[[], None]) -> energy.Reading:
     run()
     synchronize(device)
     wall_s = time.perf_counter() - begin
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # else PyTorch 2.11 warns
         run()
         synchronize(device)
     return energy.Reading(min(1.0, covered(_on_device(profiler.events())) / 1e6 / wall_s))
@@ -559,7 +559,7 @@ def kernels(model, context: int, autocast) -> dict[str, list[str]]:
     hidden = torch.randn(1, context, model.config.n_embd, device=model.device, requires_grad=True)
 
     def names(run):
-        with profile(activities=activities) as profiler:
+        with profile(activities=activities, acc_events=True) as profiler:  # else PyTorch 2.11 warns
             result = run()
             synchronize(model.device)
         events = [e for e in profiler.key_averages() if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
