@@ -18,7 +18,7 @@ from pathlib import Path
 from playwright.sync_api import Locator, Page, sync_playwright
 
 CHROMIUM = shutil.which("chromium")
-SCREENSHOTS_VARIABLE = "ATTENTION_STUDY_SCREENSHOTS"  # the folder for screenshots, instead of a temporary one
+SCREENSHOTS_VARIABLE = "ATTENTION_STUDY_SCREENSHOTS"  # the folder for screenshots; without it none are taken
 PATIENCE = 180  # seconds until a wait gives up: for a stuck notebook, not a measure of a slow machine
 
 # Console errors that say nothing about a notebook: part of the message, and why it may stand.
@@ -182,9 +182,11 @@ class Notebook:
         """The outputs, or what is in them, as Lab draws them."""
         return self.page.locator(f".jp-OutputArea-output {selector}")
 
-    def screenshots(self, folder: Path) -> None:
-        """The whole notebook, a PNG per screen, in the light and the dark theme."""
-        folder = Path(os.environ.get(SCREENSHOTS_VARIABLE) or folder)
+    def screenshots(self) -> None:
+        """The whole notebook, a PNG per screen, in the light and the dark theme, for somebody to look at."""
+        if not os.environ.get(SCREENSHOTS_VARIABLE):
+            return
+        folder = Path(os.environ[SCREENSHOTS_VARIABLE])
         folder.mkdir(parents=True, exist_ok=True)
         self.page.mouse.move(0, 0)  # what is under the mouse is drawn otherwise
         pane = self.page.locator(".jp-WindowedPanel-outer").first

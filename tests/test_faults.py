@@ -84,17 +84,22 @@ def test_a_study_that_is_killed_is_resumed_to_the_records_of_an_undisturbed_one(
     assert {path.name for path in out.glob("*-seed0-*")} == {path.name for path in undisturbed.iterdir()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_a_study_and_its_kernel(number, folder, tmp_path):
+def test_a_signal_stops_a_study_and_its_kernel(folder, tmp_path):
     stopped = start(folder, tmp_path / "out", str(folder / "stalling.py"), STALL=str(tmp_path / "reached"))
     wait_for((tmp_path / "reached").exists, stopped)
     kernels = psutil.Process(stopped.pid).children(recursive=True)
-    stopped.send_signal(number)
+    stopped.send_signal(signal.SIGINT)
     _, errors = stopped.communicate(timeout=60)
     assert stopped.returncode == 130
-    assert errors.strip().splitlines()[-1] == f"stopped by {number.name}; the same command finishes what is missing"
+    assert errors.strip().splitlines()[-1] == "stopped by SIGINT; the same command finishes what is missing"
     assert kernels and gone(kernels)
     assert not list((tmp_path / "out").glob("*.json"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_each_of_the_signals_that_ask_to_stop_is_heard(number):
+    with pytest.raises(study.Stopped, match=number.name), study.stoppable():
+        signal.raise_signal(number)
 
 
 def test_a_killed_kernel_and_one_that_asks_for_too_much_are_noted_and_the_study_goes_on(folder, tmp_path):

@@ -28,7 +28,8 @@ def notebook(tmp_path_factory):
     here = tmp_path_factory.mktemp("lab")
     files = here / "notebooks"
     files.mkdir()
-    changes = {"train.ipynb": SHORT, "summary.ipynb": {"figures_folder": str(here / "figures")}}
+    changes = {"train.ipynb": SHORT, "scaling.ipynb": {"variants": ["sdpa"]}}
+    changes["summary.ipynb"] = {"figures_folder": str(here / "figures")}
     for path in NOTEBOOKS.glob("*.ipynb"):
         copy = nbformat.read(path, as_version=4)
         for cell in copy.cells:
@@ -52,7 +53,7 @@ OTHERS = sorted({path.name for path in NOTEBOOKS.glob("*.ipynb")} - {"explore.ip
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_run_all(notebook, name, tmp_path):
+def test_run_all(notebook, name):
     """What a person edits, twice in one kernel: one that ran it before still holds its old cells and names."""
     page = notebook(name)
     for _ in range(2 if name == "train.ipynb" else 1):
@@ -61,7 +62,7 @@ def test_run_all(notebook, name, tmp_path):
         assert [output["text"] for output in page.outputs("stream") if output["name"] == "stderr"] == []
         assert all(cell["execution_count"] for cell in page.cells())
         assert page.errors == []
-    page.screenshots(tmp_path)
+    page.screenshots()
 
 
 def curve_points(page) -> int:
