@@ -5,8 +5,10 @@ import statistics
 from datetime import datetime
 from typing import Annotated, Literal
 
+import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
+from scipy import stats
 
 from lib import record
 
@@ -88,6 +90,32 @@ def table(found: Benchmark) -> pd.DataFrame:
                 row[heading] = f"{said[name][f'{key}_ratio']:.2f}" if peer else "–"
             rows.append(row)
     return pd.DataFrame(rows).fillna("–")
+
+
+def times(found: Benchmark) -> pd.DataFrame:
+    """A row per length and turn, the quickest first, and what a variant's turn takes of it, as the mean over rounds.
+
+    The rounds are the pairs of a paired t interval on the logarithm of the ratio (95 %).
+    """
+    rows = []
+    for context, times_ms in sorted(found.times_ms.items()):
+        for name in sorted(times_ms, key=lambda name: min(times_ms[name])):
+            row = {"context": f"{context:,}", "turn": name, "rounds": len(times_ms[name])}
+            row |= {"least ms": f"{min(times_ms[name]):,.1f}", "median ms": f"{statistics.median(times_ms[name]):,.1f}"}
+            for mine in (mine for mine in found.peers if mine in times_ms):
+                row[f"{mine} takes of it"] = "–" if mine == name else paired(times_ms[mine], times_ms[name])
+            rows.append(row)
+    return pd.DataFrame(rows).fillna("–")
+
+
+def paired(ours_ms: list[float], theirs_ms: list[float]) -> str:
+    """The ratio of two that took turns, with its interval from two rounds on."""
+    logs = np.array([math.log(ours / theirs) for ours, theirs in zip(ours_ms, theirs_ms, strict=True)])
+    ratio = math.exp(logs.mean())
+    if len(logs) < 2:
+        return f"{ratio:.2f}"
+    low, high = (math.exp(end) for end in stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
+    return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def missing(found: Benchmark) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """scripts/benchmark_attention.py: ratios and exponents by hand, and that all take turns or are named."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -58,6 +59,20 @@ def test_what_has_no_number_is_in_the_tables_with_its_reason(benchmark):
         ["absent", "all", "no wheel"],
         ["theirs", "512", "no room either"],
     ]
+
+
+def test_turns_are_paired_by_their_round():
+    """7 and 14 of 8 and 8: 0.875 and 1.75, 1.24 as their geometric mean; Student's t at 1 degree of freedom is 12.706."""
+    middle, half = math.sqrt(0.875 * 1.75), math.exp(math.log(2) / 2 * 12.7062)
+    assert peers.paired([7.0, 14.0], [8.0, 8.0]) == f"{middle:.2f} [{middle / half:.2f}, {middle * half:.2f}]"
+    assert peers.paired([7.0], [8.0]) == "0.88"
+
+
+def test_a_step_s_table_begins_with_the_quickest(benchmark):
+    whole = benchmark.model_copy(update={"peers": {"mine": ["theirs"]}, "times_ms": {512: benchmark.times_ms[512]}})
+    table = peers.times(whole)
+    assert table["turn"].tolist() == ["mine", "theirs"] and table["least ms"].tolist() == ["7.0", "8.0"]
+    assert table["mine takes of it"].tolist()[0] == "–" and table["mine takes of it"].tolist()[1].startswith("1.24 [")
 
 
 @pytest.mark.parametrize(
@@ -147,10 +162,11 @@ def test_a_training_step_takes_turns_with_the_peers_steps(script, tmp_path, monk
     assert script.step_turns([], 16, torch.device("cpu"), vocabulary=64)[1] == {"nanoGPT": "no --nanogpt"}
 
 
-def test_the_committed_benchmark_is_whole_and_names_no_machine_path():
-    path = record.ROOT / "records" / "scaling-cpu" / "peers" / "layer.json"
+@pytest.mark.parametrize(("what", "variants"), [("layer", attention.variants()), ("step", ["sdpa"])])
+def test_the_committed_benchmarks_are_whole_and_name_no_machine_path(what, variants):
+    path = record.ROOT / "records" / "scaling-cpu" / "peers" / f"{what}.json"
     found = record.read_checked(peers.Benchmark, path)
-    assert set(found.peers) == set(attention.variants()) and found.out_of_memory == {T: {} for T in found.times_ms}
+    assert set(found.peers) == set(variants) and found.out_of_memory == {T: {} for T in found.times_ms}
     assert str(record.ROOT) not in path.read_text()
 
 
