@@ -62,7 +62,7 @@ def test_what_has_no_number_is_in_the_tables_with_its_reason(benchmark):
 
 
 def test_turns_are_paired_by_their_round():
-    """7 and 14 of 8 and 8: 0.875 and 1.75, 1.24 as their geometric mean; Student's t at 1 degree of freedom is 12.706."""
+    """7 and 14 of 8 and 8: 0.875 and 1.75, 1.24 in the geometric mean; Student's t at one degree of freedom, 12.706."""
     middle, half = math.sqrt(0.875 * 1.75), math.exp(math.log(2) / 2 * 12.7062)
     assert peers.paired([7.0, 14.0], [8.0, 8.0]) == f"{middle:.2f} [{middle / half:.2f}, {middle * half:.2f}]"
     assert peers.paired([7.0], [8.0]) == "0.88"
