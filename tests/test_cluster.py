@@ -167,7 +167,8 @@ def test_a_run_refuses_to_patch_its_block(runs, out, capsys):
 
 
 def test_a_run_sees_one_of_the_cards_that_its_process_saw(monkeypatch):
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that what is set below is undone, where it was not set before
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     cluster.use_card(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
