@@ -16,7 +16,8 @@ def records(folder: str = "records") -> Screen:
     for path in sorted(path for depth in ("*", f"*/{record.CARD}*") for path in root.glob(depth)):
         if path.name.startswith("scaling-") or not any(path.glob("*.json")):  # points by length: see `lengths`
             continue
-        for group in compare.groups(record.read(path)):
+        runs = record.read(path)
+        for group in compare.groups(runs) if len(runs) else []:  # notes of failed runs alone are no records
             found[f"{path.relative_to(root)}: {group.runs['device_name'].iloc[0]}, {group.title.split(', on ')[0]}"] = (
                 path,
                 group,

@@ -1,17 +1,18 @@
 """What a training step asks of a device, counted without one: every operator's FLOPs and bytes, on fake tensors.
 
-Fake tensors (`torch._subclasses.fake_tensor`) have shapes and no content: a step of GPT-2 124M is counted in a second.
+Fake tensors (`torch._subclasses.fake_tensor`) have shapes and no content: a step of GPT-2 124M is counted in seconds.
 """
 
 from typing import NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from lib.errors import UsageError
 from lib.model import gpt2_config, skeleton
 from lib.training import autocast
 
@@ -20,13 +21,8 @@ FUSED = {  # attention kernels: how often the products of queries' width and tho
     "_scaled_dot_product_flash_attention_for_cpu_backward": (3, 2),  # scores again, queries', keys'; weights', values'
 }
 LOOK_UPS = {"embedding", "gather", "index", "index_select"}  # of a table they read only what they return
-UNTOUCHED = {
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-}  # no kernel: memory is only taken
+# No kernel: memory is only taken.
+UNTOUCHED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 class Operator(NamedTuple):
@@ -87,6 +83,7 @@ def step(values: dict, vocabulary: int, precision: str) -> list[Operator]:
     """The operators of one optimizer step of a run: passes over its batches, clipping, fused AdamW.
 
     `values` are the parameters of train.ipynb, `precision` is bf16 or fp32. They are those of the CPU's path.
+    Raises UsageError where what runs, or its shape, depends on what tensors hold: that cannot be counted beforehand.
     """
     sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
     model = skeleton(values["attention"], gpt2_config(*sizes, vocabulary), **values["knobs"]).train()
@@ -96,9 +93,15 @@ def step(values: dict, vocabulary: int, precision: str) -> list[Operator]:
         trained = [weight for weight in weights.values() if weight.requires_grad]
         ids = torch.empty(values["batch_size"], values["context"], dtype=torch.long)
         with Operators() as passes:
-            with autocast(precision, torch.device("cpu"))():
-                loss = functional_call(model, weights, (ids,), {"labels": ids, "use_cache": False}).loss
-            loss.backward()
+            try:
+                with autocast(precision, torch.device("cpu"))():
+                    loss = functional_call(model, weights, (ids,), {"labels": ids, "use_cache": False}).loss
+                loss.backward()
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise UsageError(
+                    f"{values['attention']} cannot be predicted: {error.func} depends on what its tensors hold; "
+                    "leave it out by --variants"
+                ) from None
         optimizer = torch.optim.AdamW(trained, fused=True)
         with Operators() as update:
             if values["clip_norm"]:

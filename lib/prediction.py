@@ -133,7 +133,10 @@ class Prediction(record.Strict):
 def predict(profile: str | None, device_name: str, vocabulary: int, variants: list | None = None) -> Prediction:
     """Counts and predicts the runs of a profile (None: the notebook's defaults). Raises UsageError."""
     if device_name not in DEVICES:
-        raise UsageError(f"nothing is known of a device {device_name!r}; known: {', '.join(DEVICES)}")
+        raise UsageError(
+            f"nothing is known of a device {device_name!r}; known: {', '.join(DEVICES)}. "
+            "Add yours to DEVICES in lib/prediction.py"
+        )
     if vocabulary < 2:
         raise UsageError(f"vocabulary must be at least 2, not {vocabulary}")
     runs, name = study.chosen(profile, variants or attention.variants(), 1)
@@ -176,16 +179,18 @@ def load_all(folder: Path = FOLDER) -> list[Prediction]:
 
 
 def residuals(runs: pd.DataFrame, predictions: list[Prediction]) -> pd.DataFrame:
-    """A row per variant that was predicted before it was measured: both, and how far the measured one is above it.
+    """A row per variant that was predicted before any run was measured: both, and how far the measured one is above it.
 
-    `runs` are those of one group of `lib.compare`, so of one setting and device; their mean is taken. A variant whose
-    file has changed since has no row.
+    `runs` are those of one group of `lib.compare`, so of one setting and device; their mean is taken. Of a variant the
+    newest prediction counts; one whose file has changed since has no row.
     """
     columns = ["variant", *(f"{unit}, {what}" for unit in "sJ" for what in ("predicted", "measured", "above"))]
-    here, begun = (runs["setting"].iloc[0], runs["device_name"].iloc[0]), runs["finished_at"].min()
+    here = runs["setting"].iloc[0], runs["device_name"].iloc[0]
+    begun = (runs["finished_at"] - pd.to_timedelta(runs["time_s"], unit="s")).min()
     usable = [one for one in predictions if (one.setting, one.device_name) == here and one.made_at < begun]
+    newest = {said.label: said for one in sorted(usable, key=lambda one: one.made_at) for said in one.variants}
     rows = []
-    for said in max(usable, key=lambda one: one.made_at).variants if usable else ():
+    for said in newest.values():
         mine = runs[(runs["label"] == said.label) & (runs["attention_sha256"] == said.attention_sha256)]
         row = [said.label]
         for predicted, measured in ((said.time_s, mine["time_s"]), (said.energy_j, mine["energy_j"])):
@@ -218,17 +223,21 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         found = predict(options.profile, options.device, options.vocabulary, options.variants)
+        _show(found)
         if options.write:
             record.write_checked(found, options.write)
     except UsageError as error:
         print(f"python -m lib.prediction: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _show(found: Prediction) -> None:
     for one in found.variants:
         energy = "" if one.energy_j is None else f"  {one.energy_j:>9,.0f} J  {one.energy_j / one.time_s:>4,.0f} W"
         print(
             f"{one.label:<16} {one.time_s:>8,.2f} s{energy}  {one.launches:>6,} launches a step, most of it {one.bound}"
         )
-    return 0
 
 
 if __name__ == "__main__":

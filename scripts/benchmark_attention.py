@@ -339,6 +339,11 @@ def main(words: list[str] | None = None) -> int:
     except Exception as error:  # it is another's code: whatever it does, its name is what can be put right
         parser.error(f"{options.nanogpt} is no model.py of nanoGPT: {type(error).__name__}: {error}")
     try:
+        if options.out:  # said before minutes are measured
+            options.out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"{options.out.parent} cannot be made: {error.strerror}; name another file by --out")
+    try:
         for name in options.variants or ():
             attention.load(name)
     except ValueError as error:

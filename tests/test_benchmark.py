@@ -176,6 +176,7 @@ def test_the_committed_benchmarks_are_whole_and_name_no_machine_path(what, varia
         (["layer", "--variants", "spda"], "there is no attention variant 'spda'"),
         (["step", "--batch", "0"], "want 1 or more"),
         (["step", "--nanogpt", "nowhere.py"], "nowhere.py is no model.py of nanoGPT: FileNotFoundError"),
+        (["layer", "--out", "README.md/layer.json"], "README.md cannot be made: "),
         (["step", "--nanogpt", "README.md"], "README.md is no model.py of nanoGPT: SyntaxError"),
     ],
 )

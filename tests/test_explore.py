@@ -7,6 +7,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from make import make_record
 
 from lib import assemble, attention, browse, corpus, explore, figures, measure, record, weights
 from lib.errors import UsageError
@@ -259,6 +260,15 @@ def test_published_records_can_be_browsed():
     assert 'alt="Training time"' in screen.page.value and "not measured: the run used no GPU" in screen.page.value
     screen.controls["variants"].value = ()
     assert "pick at least one variant" in screen.page.value
+
+
+def test_gathered_records_are_browsed_and_notes_of_failures_are_not_in_the_way(tmp_path):
+    gathered = tmp_path / "many" / f"{record.CARD}1"
+    record.write(make_record(), gathered)
+    (tmp_path / "failed").mkdir()
+    (tmp_path / "failed" / f"sdpa.{record.FAILED}").write_text("{}")
+    (offered,) = browse.records(str(tmp_path)).controls["group"].options
+    assert offered.startswith(f"many/{gathered.name}: a GPU, ")
 
 
 def test_cost_by_length_can_be_browsed():

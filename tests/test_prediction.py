@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from make import TINY, make_record
+from make import NINTH, TINY, make_record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lib import attention, compare, measure, operators, parameters, prediction, record, study
@@ -156,6 +156,15 @@ def test_what_was_predicted_before_stands_beside_what_was_measured(made, tmp_pat
     assert prediction.table(found)["s, above"].tolist() == ["+25%", "+25%"]
 
 
+def test_each_variant_s_newest_prediction_counts(made, tmp_path):
+    """Somebody predicts one variant later: the others keep theirs."""
+    (one,), later = made, made[0].made_at + timedelta(seconds=10)
+    again = one.variants[0].model_copy(update={"time_s": 2 * one.variants[0].time_s})
+    more = one.model_copy(update={"made_at": later, "variants": [again]})
+    found = prediction.residuals(read(runs_of(made), tmp_path), [more, one]).set_index("variant")
+    assert found["s, above"].to_dict() == pytest.approx({"sdpa": 1.25 / 2 - 1, "gqa": 0.25})
+
+
 def test_joules_that_were_not_measured_are_a_dash_beside_those_predicted(made, tmp_path):
     shown = prediction.table(prediction.residuals(read(runs_of(made, energy_j=None), tmp_path), made))
     assert shown["J, measured"].tolist() == shown["J, above"].tolist() == ["–", "–"]
@@ -169,6 +178,7 @@ def test_what_was_said_afterwards_or_of_something_else_is_no_prediction(made, tm
     assert prediction.residuals(runs.assign(device_name="another GPU"), made).empty
     changed = runs.assign(attention_sha256=runs["attention_sha256"].where(runs["label"] != "gqa", "changed"))
     assert prediction.residuals(changed, made)["variant"].tolist() == ["sdpa"]
+    assert prediction.residuals(runs.assign(time_s=90.0), made).empty  # finished a minute after, begun before
     assert prediction.residuals(runs, []).empty
     assert isinstance(prediction.table(prediction.residuals(runs, [])), pd.DataFrame)
 
@@ -176,7 +186,10 @@ def test_what_was_said_afterwards_or_of_something_else_is_no_prediction(made, tm
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--device", "NVIDIA H20"], "nothing is known of a device 'NVIDIA H20'; known: NVIDIA H200, AMD EPYC"),
+        (
+            ["--device", "NVIDIA H20"],
+            "nothing is known of a device 'NVIDIA H20'; known: NVIDIA H200, AMD EPYC. Add yours to DEVICES",
+        ),
         (["--device", "AMD EPYC", "--vocabulary", "1"], "vocabulary must be at least 2, not 1"),
         (["--device", "AMD EPYC", "--variants", "spda"], "there is no attention variant 'spda'"),
         (["params/papr.yaml", "--device", "AMD EPYC"], "there is no profile params/papr.yaml"),
@@ -186,6 +199,15 @@ def test_a_wrong_word_is_one_sentence(words, says, capsys):
     assert prediction.main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"python -m lib.prediction: {says}") and len(said.splitlines()) == 1
+
+
+def test_a_variant_that_looks_at_its_tensors_cannot_be_counted_and_is_told_so(tmp_path, capsys):
+    (tmp_path / "looks.py").write_text(
+        NINTH.replace("        v, T =", "        hidden_states.sum().item()\n        v, T =")
+    )
+    words = ["--device", "AMD EPYC", "--vocabulary", "300", "--variants", str(tmp_path / "looks.py")]
+    assert prediction.main(words) == 2
+    assert "looks.py cannot be predicted: " in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
 
 
 def test_a_compiled_model_is_not_predicted(tmp_path, capsys):
