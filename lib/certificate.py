@@ -62,7 +62,7 @@ def _gradient(output, x, t) -> torch.Tensor:
     return gradient.abs().amax(dim=(0, 2))
 
 
-def certify(name: str, knobs: dict) -> dict:
+def certify(name: str, options: dict) -> dict:
     """The certificate of a variant, by name or path: the checks of `examine`, and
 
     - `cached_equal`: token by token with its cache it gives what one pass gives
@@ -75,12 +75,12 @@ def certify(name: str, knobs: dict) -> dict:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layer = _layer(name, knobs, 2 * LENGTH)
+        layer = _layer(name, options, 2 * LENGTH)
         x = torch.randn(2, LENGTH, WIDTH, dtype=torch.float64)
         checks = examine(layer, x) | {
             "cached_equal": _cached_difference(layer, x) <= TOLERANCE,
             "gpt2_projection": _uses_projection(layer, x),
-            "gpt2_initialisation": _is_initialised_as_gpt2(name, knobs),
+            "gpt2_initialisation": _is_initialised_as_gpt2(name, options),
         }
         output_difference, gradient_difference = _reference_differences(layer, x)
         baseline = _layer("baseline", {}, 2 * LENGTH)
@@ -88,7 +88,7 @@ def certify(name: str, knobs: dict) -> dict:
             "reference_difference": output_difference,
             "reference_gradient_difference": gradient_difference,
             "parameters_vs_baseline": _size(layer) / _size(baseline),
-            **_growth(name, knobs),
+            **_growth(name, options),
         }
     true = all(value for value in checks.values() if isinstance(value, bool))
     passed = true and max(output_difference, gradient_difference) <= TOLERANCE
@@ -111,7 +111,7 @@ def table(certificates: dict[str, dict]) -> pd.DataFrame:
             "initial weights as GPT-2's": yes(said["gpt2_initialisation"]),
             "weights, over GPT-2's own": f"{said['parameters_vs_baseline']:.3f}",
             "memory for the backward pass grows as": f"T^{said['memory_growth']:.1f}",
-            "FLOPs of scores and mixing grow as": f"T^{said['flops_growth']:.1f}",
+            "FLOPs of attention core grow as": f"T^{said['flops_growth']:.1f}",
             "passed": yes(said["passed"]),
         }
 
@@ -123,9 +123,9 @@ def yes(fact: bool) -> str:
     return "yes" if fact else "NO"
 
 
-def _layer(name, knobs, positions):
+def _layer(name, options, positions):
     config = gpt2_config(1, WIDTH, HEADS, positions, 2)
-    layer = attention.load(name)(config, 0, **knobs).double().eval()
+    layer = attention.load(name)(config, 0, **options).double().eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3)
     return layer
@@ -172,10 +172,10 @@ def _uses_projection(layer, x) -> bool:
     return bool((shifted - 1.0).abs().max() < TOLERANCE)
 
 
-def _is_initialised_as_gpt2(name, knobs) -> bool:
+def _is_initialised_as_gpt2(name, options) -> bool:
     """Matrices N(0, 0.02), the output projection's divided by √(2 L), biases 0: as `lib.model` builds it."""
     layers = 2
-    model = build_model(name, gpt2_config(layers, 128, HEADS, 2 * LENGTH, 2), **knobs)
+    model = build_model(name, gpt2_config(layers, 128, HEADS, 2 * LENGTH, 2), **options)
     for key, value in model.named_parameters():
         if ".attn." in key and value.dim() >= 2:
             expected = 0.02 / math.sqrt(2 * layers) if key.endswith("c_proj.weight") else 0.02
@@ -186,20 +186,20 @@ def _is_initialised_as_gpt2(name, knobs) -> bool:
     return True
 
 
-def _growth(name, knobs) -> dict:
+def _growth(name, options) -> dict:
     """Exponents over a doubling of T, long enough that what does not grow with T no longer counts.
 
     Each length has a layer with just as many positions: what a variant derives from them grows too.
     """
     kept, flops = [], []
     for length in (1024, 2048):
-        layer = _layer(name, knobs, length)
+        layer = _layer(name, options, length)
         flops.append(layer.core_flops(length))
-        kept.append(kept_bytes(layer.train(), torch.randn(1, length, WIDTH, dtype=torch.float64)))
+        kept.append(activation_bytes(layer.train(), torch.randn(1, length, WIDTH, dtype=torch.float64)))
     return {"memory_growth": math.log2(kept[1] / kept[0]), "flops_growth": math.log2(flops[1] / flops[0])}
 
 
-def kept_bytes(layer, hidden_states) -> int:
+def activation_bytes(layer, hidden_states) -> int:
     """Bytes that a layer's forward over (B, T, C) keeps for its backward, weights and input included."""
     storages = {}
 

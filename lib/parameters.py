@@ -7,31 +7,29 @@ import ast
 import hashlib
 import inspect
 import json
-import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
-from pathlib import Path
 from types import SimpleNamespace
 
-from lib import attention
+from lib import attention, paths
 from lib.errors import UsageError
-from lib.record import ROOT
+from lib.record.schema import DEVICES, PRECISIONS
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 CHOICES = {
-    "device": ("auto", "cpu", "cuda"),
-    "precision": ("auto", "fp32", "bf16"),
+    "device": DEVICES,
+    "precision": PRECISIONS,
     "schedule": ("cosine", "constant"),
     "turns": ("roles", "joined"),
 }
 AT_LEAST = {
     "seed": 0, "layers": 1, "width": 1, "heads": 1, "positions": 1, "context": 2, "batch_size": 1, "accumulation": 1,
     "steps_per_epoch": 1, "epochs": 1, "warmup_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0, "clip_norm": 0,
-    "validation_rows": 1, "new_tokens": 1, "inference_repeats": 1, "inference_window_s": 0,
+    "validation_sequences": 1, "new_tokens": 1, "inference_repeats": 1, "inference_window_s": 0,
     "phase_steps": 0, "idle_s": 0,
 }  # fmt: skip
-WHO = ("attention", "knobs", "label", "seed")  # what differs within a study; all else is its setting
+WHO = ("attention", "options", "label", "seed")  # what differs within a study; all else is its setting
 
 
 @dataclass(frozen=True)
@@ -86,13 +84,12 @@ def portable(values: dict) -> dict:
     """The values with paths as seen from the repository's root, so that no record names a machine's folders."""
     found = dict(values)
     for name in ("attention", "dataset", "tokenizer"):
-        if Path(values[name]).is_absolute():
-            found[name] = Path(os.path.relpath(values[name], ROOT)).as_posix()
+        found[name] = paths.portable(values[name])
     return found
 
 
 def check_values(values: dict) -> None:
-    """Raises UsageError where values make no run: out of range, unknown variant, refused knob, context too long."""
+    """Raises UsageError where values make no run: out of range, unknown variant, refused option, context too long."""
     p = SimpleNamespace(**values)
     for name, choices in CHOICES.items():
         if values[name] not in choices:
@@ -121,32 +118,32 @@ def check_values(values: dict) -> None:
     check_attention(p)
 
 
-def check_attention(p) -> None:
-    """Builds one layer without memory, so that an unknown variant or a refused knob is said before anything runs."""
+def check_attention(p):
+    """Builds one layer without memory and returns it, so that what is refused is said before anything runs."""
     import torch
 
     from lib.model import gpt2_config
 
     try:
         variant = attention.load(p.attention)
-        known = knobs(variant)
-        for knob, value in p.knobs.items():
-            if knob not in known:
-                guess = get_close_matches(knob, known, n=1)
+        known = options(variant)
+        for option, value in p.options.items():
+            if option not in known:
+                guess = get_close_matches(option, known, n=1)
                 hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
-                raise UsageError(f"{p.attention} has no knob {knob!r}; {hint}")
-            kind = type(known[knob])
+                raise UsageError(f"{p.attention} has no option {option!r}; {hint}")
+            kind = type(known[option])
             if kind in (bool, int, str) and type(value) is not kind:
-                raise UsageError(f"{p.attention}'s knob {knob} must be {kind.__name__}, not {value!r}")
+                raise UsageError(f"{p.attention}'s option {option} must be {kind.__name__}, not {value!r}")
         with torch.device("meta"):
-            variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.knobs)
+            return variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.options)
     except ValueError as error:
         raise UsageError(str(error)) from None
     except TypeError as error:
-        raise UsageError(f"{p.attention} cannot be built with the knobs {p.knobs}: {error}") from None
+        raise UsageError(f"{p.attention} cannot be built with the options {p.options}: {error}") from None
 
 
-def knobs(variant: type) -> dict[str, object]:
+def options(variant: type) -> dict[str, object]:
     """A variant's own options and their defaults, from its constructor's signature."""
     return {name: option.default for name, option in list(inspect.signature(variant).parameters.items())[2:]}
 
@@ -226,9 +223,15 @@ def run_name(values: dict) -> str:
 
 
 def display_name(values: dict) -> str:
-    """What a run is called on figures: its label, or its variant's name."""
-    stem = values["attention"].replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".py")
-    return values["label"] or stem
+    """What tells a run apart from others: its label, or its variant's name."""
+    return values["label"] or attention.stem(values["attention"])
+
+
+def title(values: dict, layer) -> str:
+    """What figures and tables call a run: its label, or what its attention `layer` calls itself."""
+    if values["label"] == attention.CONTROL:
+        return f"{attention.title(layer, values['attention'])}, again (A/A)"
+    return values["label"] or attention.title(layer, values["attention"])
 
 
 def _digest(values: dict) -> str:

@@ -8,33 +8,16 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from lib import corpus as corpora
-from lib.energy import Reading
+from lib.data import corpus
 from lib.errors import LossNotFinite, UsageError, one_sentence_when_out_of_memory
-from lib.measure import Meter, busy_share, synchronize
+from lib.measure import kernels
+from lib.measure.energy import Reading
+from lib.measure.meter import Meter
+from lib.model import devices
 
 BETAS = (0.9, 0.95)  # GPT-3's (Brown et al. 2020, appendix B)
 FINAL_RATE = 0.1  # where the cosine ends, as a share of the peak rate (Hoffmann et al. 2022, section 3)
 Report = Callable[[int, np.ndarray], None]  # (steps finished so far, their losses)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto`: CUDA where there is any, else the CPU."""
-    cuda = torch.cuda.is_available() if name == "auto" else name == "cuda"
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
-
-def autocast(precision: str, device: torch.device):
-    """A factory of contexts for `precision`: bf16 autocast or nothing."""
-    if resolve_precision(precision, device) == "bf16":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    """`auto`: bf16 on CUDA, fp32 on the CPU."""
-    automatic = "bf16" if device.type == "cuda" else "fp32"
-    return automatic if precision == "auto" else precision
 
 
 def learning_rate(step: int, p, steps: int) -> float:
@@ -50,17 +33,17 @@ def learning_rate(step: int, p, steps: int) -> float:
 class Trainer:
     """Trains one model by parameters `p` (`lib.parameters.resolve`) on the rows of a corpus."""
 
-    def __init__(self, model, corpus: corpora.Corpus, p):
+    def __init__(self, model, corpus: corpus.Corpus, p):
         self.p, self.corpus = p, corpus
-        self.device = choose_device(p.device)
+        self.device = devices.choose(p.device)
         self.model = model.to(self.device)
         self.forward = torch.compile(self.model) if p.compile else self.model
-        self.precision = resolve_precision(p.precision, self.device)
-        self.autocast = autocast(self.precision, self.device)
+        self.precision = devices.resolve_precision(p.precision, self.device)
+        self.autocast = devices.autocast(self.precision, self.device)
         self.steps = p.steps_per_epoch * p.epochs
         self.meter = Meter(self.device)
         self.losses = torch.full((self.steps,), math.nan, device=self.device)
-        self.useful_tokens = np.zeros(self.steps, dtype=np.int64)
+        self.non_padding_tokens = np.zeros(self.steps, dtype=np.int64)
         self.validation: list[dict] = []
         self.busy = Reading(None, "not_asked_for" if self.device.type == "cuda" else "no_gpu")
 
@@ -79,36 +62,36 @@ class Trainer:
         Weights, optimizer and random state are as before when it returns, so the window begins at token 0 of training.
         """
         seconds = []
-        with self.untouched():
+        with self.snapshot_and_restore():
             self.model.train()
             for step in range(self.p.warmup_steps):
                 begin = time.perf_counter()
                 self.take_step(step)
-                synchronize(self.device)
+                devices.synchronize(self.device)
                 seconds.append(time.perf_counter() - begin)
         return seconds
 
-    def busy_share(self, steps: int = 5) -> Reading:
+    def busy_fraction(self, steps: int = 5) -> Reading:
         """Share of the time of some steps, of which no trace is left, in which the GPU computes; None on a CPU."""
 
         def some_steps():
             for step in range(min(steps, len(self.rows))):
                 self.take_step(step)
 
-        with self.untouched():
+        with self.snapshot_and_restore():
             self.model.train()
-            self.busy = busy_share(self.device, some_steps)
+            self.busy = kernels.busy_fraction(self.device, some_steps)
         return self.busy
 
     @contextlib.contextmanager
-    def untouched(self):
+    def snapshot_and_restore(self):
         """Steps taken inside leave weights, optimizer, random state and the run's series as they were before."""
         weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
         moments = {
             weight: {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
             for weight, state in self.optimizer.state.items()
         }
-        series = self.losses.clone(), self.useful_tokens.copy()
+        series = self.losses.clone(), self.non_padding_tokens.copy()
         try:
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 yield
@@ -121,7 +104,7 @@ class Trainer:
                         # AdamW's state starts from zeros.
                         tensor.copy_(moments[weight][name]) if weight in moments else tensor.zero_()
             self.losses.copy_(series[0])
-            self.useful_tokens[:] = series[1]
+            self.non_padding_tokens[:] = series[1]
 
     @one_sentence_when_out_of_memory()
     def run(self, report: Report | None = None, reports: int = 50) -> None:
@@ -131,7 +114,7 @@ class Trainer:
         as one of them is seen not to be, OutOfMemory where memory runs out, UsageError where a run has begun before: it
         would go on from there.
         """
-        if self.meter.open or self.meter.stretches:
+        if self.meter.open or self.meter.windows:
             raise UsageError("this model has been trained already, at least in part; run all cells from the first on")
         torch.manual_seed(self.p.seed)
         watch = LossWatch(self.losses, report)
@@ -139,18 +122,18 @@ class Trainer:
         every = max(1, self.steps // reports)
         for epoch in range(self.p.epochs):
             self.model.train()
-            with self.meter.stretch():
+            with self.meter.window():
                 for step in range(epoch * self.p.steps_per_epoch, (epoch + 1) * self.p.steps_per_epoch):
                     self.take_step(step)
                     if (step + 1) % every == 0:
                         self.meter.mark(step + 1)
                         watch.look(step + 1)
             watch.look(step + 1, wait=True)
-            self.validation.append(self.validate(int(self.useful_tokens[: step + 1].sum())))
+            self.validation.append(self.validate(int(self.non_padding_tokens[: step + 1].sum())))
 
     def take_step(self, step: int) -> None:
         """One optimizer step over `accumulation` batches; the loss stays on the device."""
-        total = self.passes(step)
+        total = self.forward_backward(step)
         if self.p.clip_norm:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.p.clip_norm)
         for group in self.optimizer.param_groups:
@@ -159,12 +142,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.losses[step % self.steps] = total
 
-    def passes(self, step: int, backward: bool = True) -> torch.Tensor:
+    def forward_backward(self, step: int, backward: bool = True) -> torch.Tensor:
         """Forward and backward over the batches of one step; returns its loss, on the device."""
         batches = [self.corpus.train.batch(rows) for rows in self.rows[step]]
         # The loss of a batch of `accumulation` parts is the mean over all their tokens, not the mean of means.
         predicted = torch.tensor(sum(_labelled(labels[:, 1:]) for _, labels in batches))
-        self.useful_tokens[step % self.steps] = self.corpus.train.lengths[self.rows[step]].sum()
+        self.non_padding_tokens[step % self.steps] = self.corpus.train.lengths[self.rows[step]].sum()
         predicted = self._to_device(predicted)
         total = 0.0
         for ids, labels in batches:
@@ -183,10 +166,10 @@ class Trainer:
         return tensor
 
     @torch.no_grad()
-    def validate(self, useful_tokens: int) -> dict:
-        """Mean loss in nats per token over the first `validation_rows` rows of the validation part."""
+    def validate(self, non_padding_tokens: int) -> dict:
+        """Mean loss in nats per token over the first `validation_sequences` rows of the validation part."""
         self.model.eval()
-        count = min(self.p.validation_rows, len(self.corpus.validation))
+        count = min(self.p.validation_sequences, len(self.corpus.validation))
         total, predicted = torch.zeros((), device=self.device), 0
         for first in range(0, count, self.p.batch_size):
             ids, labels = self.corpus.validation.batch(np.arange(first, min(first + self.p.batch_size, count)))
@@ -195,12 +178,12 @@ class Trainer:
                 loss = self.model(self._to_device(ids), labels=self._to_device(labels), use_cache=False).loss
             total += loss.float() * tokens
             predicted += tokens
-        return {"useful_tokens": useful_tokens, "loss": total.item() / predicted}
+        return {"non_padding_tokens": non_padding_tokens, "loss": total.item() / predicted}
 
 
 def _labelled(labels: torch.Tensor) -> int:
     """Tokens that the loss counts, on the host, where the labels are."""
-    return int(np.count_nonzero(labels.numpy() != corpora.IGNORED))
+    return int(np.count_nonzero(labels.numpy() != corpus.IGNORED))
 
 
 class LossWatch:

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Ours against what a user would pick otherwise: forward and backward, interleaved in one process.
 
-`layer` times one attention layer of width 256 (4 heads, B = 1) by context length, each variant beside its peers, with
-random weights; `step` a whole training step of GPT-2 124M. All take turns, in another order each round, so that a busy
-machine is busy for all. A ratio is ours over the best peer's, of medians and of minima: above 1, ours is slower. A peer
-that is not installed is named as absent, one that runs out of memory too. fp32 on a CPU, bf16 on CUDA.
+`layer` times one attention layer of width 256 (4 heads, B = 1) by context length, each variant beside reference
+implementations, with random weights; `step` a whole training step of GPT-2 124M. All take turns, in another order each
+round, so that a busy machine is busy for all. A ratio is ours over the best of theirs, of medians and of minima: above
+1, ours is slower. One that is not installed is named as absent, one that runs out of memory too. fp32 on a CPU, bf16 on
+CUDA.
 
-Peers beyond the project's own pins, of which none is a dependency: local-attention, reformer-pytorch and
+Implementations beyond the project's own pins, of which none is a dependency: local-attention, reformer-pytorch and
 pytorch-fast-transformers, on CUDA also fla-core and FlexAttention; for `step` nanoGPT's model.py, by its path.
 """
 
@@ -32,15 +33,16 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
-from lib import attention, environment, errors, measure, record, training
-from lib import peers as benchmarks
-from lib.model import build_model, gpt2_config
+from lib import attention, errors, record
+from lib.analysis import benchmarks
+from lib.measure import environment
+from lib.model import build_model, devices, gpt2_config
 
 WIDTH, HEADS, WINDOW, ROUNDS, CHUNK, LATENT, ROPE = 256, 4, 128, 4, 64, 256, 32  # the variants' own defaults
 SIZE = 12, 768, 12  # layers, width and heads of GPT-2 124M, for `step`
 
 
-class Peer(nn.Module):
+class Other(nn.Module):
     """Any layer as (B, T, C) -> (B, T, C): `call(layer, x)`."""
 
     def __init__(self, layer, call):
@@ -70,7 +72,7 @@ def causal_mask(x):
 def gpt2(T, kernel):
     config = gpt2_config(1, WIDTH, HEADS, T, 2)
     config._attn_implementation = kernel
-    return Peer(GPT2Attention(config, layer_idx=0), lambda layer, x: layer(x, attention_mask=mask_for(kernel, x))[0])
+    return Other(GPT2Attention(config, layer_idx=0), lambda layer, x: layer(x, attention_mask=mask_for(kernel, x))[0])
 
 
 def mask_for(kernel, x):
@@ -82,7 +84,7 @@ def rotary(layer, positions, kernel):
         turns = layers[1](x, torch.arange(x.shape[1], device=x.device)[None])
         return layers[0](x, attention_mask=mask_for(kernel, x), position_embeddings=turns)[0]
 
-    return Peer(nn.ModuleList([layer, positions]), call)
+    return Other(nn.ModuleList([layer, positions]), call)
 
 
 def llama(T, kernel):
@@ -110,7 +112,7 @@ def transformers_reformer(T):
         lsh_num_chunks_after=0, max_position_embeddings=T,
     )  # fmt: skip
     layers = nn.Sequential(LSHSelfAttention(config), nn.Linear(WIDTH, WIDTH))
-    return Peer(layers, lambda layers, x: layers[1](layers[0](x).hidden_states))
+    return Other(layers, lambda layers, x: layers[1](layers[0](x).hidden_states))
 
 
 def lucidrains_reformer(T):
@@ -162,7 +164,7 @@ SOFTMAX = {
     "transformers' GPT-2 sdpa": lambda T: gpt2(T, "sdpa"),
     "FlexAttention": lambda T: flex(T, T),
 }
-PEERS = {
+IMPLEMENTATIONS = {
     "baseline": {"transformers' GPT-2 eager": SOFTMAX["transformers' GPT-2 eager"]},  # the same algorithm: scores kept
     "sdpa": SOFTMAX,
     "flash": SOFTMAX,
@@ -178,9 +180,9 @@ PEERS = {
 
 
 def layer_turns(names, T, device, batch=1) -> tuple[dict, dict]:
-    """A turn per layer of these variants and of all their peers, and the peers that are absent, with the reason."""
+    """A turn per layer of these variants and of their reference implementations; what is absent, with the reason."""
     makers = {name: lambda T, name=name: our_layer(name, T) for name in names}
-    makers |= {peer: make for name in names for peer, make in PEERS.get(name, {}).items()}
+    makers |= {other: make for name in names for other, make in IMPLEMENTATIONS.get(name, {}).items()}
     turns, absent = {}, {}
     for name, make in makers.items():
         try:
@@ -191,7 +193,7 @@ def layer_turns(names, T, device, batch=1) -> tuple[dict, dict]:
 
 
 def our_layer(name, T):
-    return Peer(attention.load(name)(gpt2_config(1, WIDTH, HEADS, T, 2), 0), lambda layer, x: layer(x)[0])
+    return Other(attention.load(name)(gpt2_config(1, WIDTH, HEADS, T, 2), 0), lambda layer, x: layer(x)[0])
 
 
 def layer_turn(layer, T, device, batch=1):
@@ -267,7 +269,7 @@ def step_turn(model, loss_of, optimizer, shape, vocabulary, device):
     """One training step on random tokens as all take it: autocast, clip to 1, and the optimizer that each brings."""
     batch, T = shape
     ids = torch.randint(0, vocabulary, (batch, T + 1), device=device)
-    autocast = training.autocast("auto", device)
+    autocast = devices.autocast("auto", device)
 
     def turn():
         optimizer.zero_grad(set_to_none=True)
@@ -291,10 +293,10 @@ def interleave(turns: dict, rounds: int, device: torch.device) -> tuple[dict, di
                 continue
             try:
                 with errors.one_sentence_when_out_of_memory():
-                    measure.synchronize(device)
+                    devices.synchronize(device)
                     begin = time.perf_counter()
                     turns[name]()
-                    measure.synchronize(device)
+                    devices.synchronize(device)
             except errors.OutOfMemory as error:
                 failed[name] = str(error)
                 del times_ms[name]
@@ -330,7 +332,7 @@ def main(words: list[str] | None = None) -> int:
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of a CPU (2)")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout, for `step`")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="where the record goes, see lib/peers.py")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the record goes, see lib/record/benchmark.py")
     options = parser.parse_args(words)
     if min(options.rounds, options.threads, options.batch, options.vocabulary, *(options.lengths or [1])) < 1:
         parser.error("--rounds, --threads, --batch, --vocabulary and --lengths want 1 or more")
@@ -351,11 +353,11 @@ def main(words: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     random.seed(0)
-    device = training.choose_device("auto")
+    device = devices.choose("auto")
     names = options.variants or (attention.variants() if options.what == "layer" else ["sdpa"])
     lengths = sorted(set(options.lengths or ())) or ([512, 2048, 8192] if options.what == "layer" else [512])
     bound_memory()
-    peers = {name: list(PEERS.get(name, {})) for name in names}
+    others = {name: list(IMPLEMENTATIONS.get(name, {})) for name in names}
     times_ms, out_of_memory, absent = {}, {}, {}
     for T in lengths:
         if options.what == "layer":
@@ -363,10 +365,10 @@ def main(words: list[str] | None = None) -> int:
         else:
             words = nanogpt, options.batch, options.compile, options.vocabulary
             turns, absent = step_turns(names, T, device, *words)
-            peers = {name: [turn for turn in turns if turn not in names] for name in names}
+            others = {name: [turn for turn in turns if turn not in names] for name in names}
         rounds = options.rounds * min(8, max(lengths) // T)  # what is short is cheap to repeat, and noisier
         times_ms[T], out_of_memory[T] = interleave(turns, rounds, device)
-        show(T, options.batch * T, times_ms[T], out_of_memory[T], benchmarks.ratios(times_ms[T], peers))
+        show(T, options.batch * T, times_ms[T], out_of_memory[T], benchmarks.ratios(times_ms[T], others))
     found = benchmarks.Benchmark(
         finished_at=record.now(),
         what=options.what,
@@ -376,7 +378,7 @@ def main(words: list[str] | None = None) -> int:
         threads=options.threads,
         environment=environment.describe(device),
         versions=versions(),
-        peers=peers,
+        reference_implementations=others,
         times_ms=times_ms,
         out_of_memory=out_of_memory,
         absent=absent,
@@ -395,7 +397,7 @@ def main(words: list[str] | None = None) -> int:
 
 
 def versions() -> dict[str, str]:
-    """Of the peers' packages that are installed."""
+    """Of the reference implementations' packages that are installed."""
     found = {}
     for name in ("transformers", "local-attention", "reformer-pytorch", "pytorch-fast-transformers", "fla-core"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -409,7 +411,7 @@ def show(T, tokens, times_ms, out_of_memory, ratios):
         said = ratios.get(name, {})
         beside = ""
         if said.get("minimum_ratio"):
-            beside = f"  x {said['minimum_ratio']:.2f} / {said['median_ratio']:.2f}  of {said['minimum_best_peer']}"
+            beside = f"  x {said['minimum_ratio']:.2f} / {said['median_ratio']:.2f}  of {said['minimum_best_other']}"
         median_ms = statistics.median(taken)
         print(f"{name:<32}{min(taken):>10.1f}{median_ms:>10.1f}{tokens / median_ms * 1e3:>12,.0f}{beside}")
     for name, why in out_of_memory.items():

@@ -79,7 +79,7 @@ OVERHEAD = ("{python}", "scripts/instrument_overhead.py", "{profile}", "--out", 
 NANOGPT = ROOT / ".gpu" / "nanogpt" / "model.py"
 
 
-def against_peers(name: str, words: str, at_most_s: float) -> Stage:
+def beside_others(name: str, words: str, at_most_s: float) -> Stage:
     command = ("{python}", "scripts/benchmark_attention.py", *words.split(), "--out", f"{{out}}/{name}.json")
     tiny = "--lengths 64 --batch 1 --rounds 1 --vocabulary 64"
     return Stage(name, command, 60, at_most_s, rehearsed=tuple(tiny.split()))
@@ -88,13 +88,13 @@ def against_peers(name: str, words: str, at_most_s: float) -> Stage:
 def training_step(name: str, words: str) -> Stage:
     """Compiled steps of GPT-2 124M with its vocabulary padded, as nanoGPT's own settings have it."""
     nanogpt = f" --nanogpt {NANOGPT}" if NANOGPT.is_file() else ""
-    return against_peers(name, f"step --compile --vocabulary 50304 --variants sdpa baseline {words}{nanogpt}", 240)
+    return beside_others(name, f"step --compile --vocabulary 50304 --variants sdpa baseline {words}{nanogpt}", 240)
 
 
 BENCHMARKS = (
     Stage("instrument_overhead", (*OVERHEAD, "--repeats", "8"), 90, 240, rehearsed=("--steps", "2", "--repeats", "2")),
-    against_peers("layer_short", "layer --lengths 512 2048 --batch 16", 150),
-    against_peers("layer_long", "layer --lengths 8192 32768 65536", 240),
+    beside_others("layer_short", "layer --lengths 512 2048 --batch 16", 150),
+    beside_others("layer_long", "layer --lengths 8192 32768 65536", 240),
     training_step("step_512", "--lengths 512 --batch 16"),
     training_step("step_4096", "--lengths 4096 --batch 2"),
 )
@@ -112,7 +112,7 @@ TINY = {
     "heads": "4",
     "positions": "256",
     "context": "64",
-    "validation_rows": "4",
+    "validation_sequences": "4",
     "batch_size": "2",
     "steps_per_epoch": "3",
     "epochs": "1",
@@ -179,7 +179,7 @@ class Session:
         copied = 0
         for name, data in _earlier_records(earlier):
             with contextlib.suppress(ValueError, KeyError, TypeError, FileExistsError):
-                profile = json.loads(data)["sitting"]["profile"]
+                profile = json.loads(data)["study"]["profile"]
                 target = self.runs / Path(profile).name / name
                 target.parent.mkdir(exist_ok=True)
                 with open(target, "xb") as file:
@@ -263,7 +263,7 @@ class Session:
 
     def run_block(self, blocks: Blocks, path: Path) -> bool:
         """The next block of a profile; whether it came to its end and left a record. A cut block's records are kept
-        apart: a later session would finish it in another sitting, and such a block does not count."""
+        apart: a later session would finish it in another session, and such a block does not count."""
         number = self.finished_blocks(blocks) + 1
         folder = self.runs / blocks.profile
         folder.mkdir(exist_ok=True)
@@ -278,7 +278,7 @@ class Session:
             self.block_s.setdefault(blocks.profile, []).append(entry["seconds"])
         if not ended:
             for record, facts in self.records(blocks.profile):
-                if facts["sitting"]["block"] == number - 1:
+                if facts["study"]["block"] == number - 1:
                     (self.cut / blocks.profile).mkdir(exist_ok=True)
                     record.rename(self.cut / blocks.profile / record.name)
         self.save()
@@ -290,7 +290,7 @@ class Session:
 
     def finished_blocks(self, blocks: Blocks) -> int:
         """How many blocks of a profile have records; their numbers begin at 0."""
-        return 1 + max((facts["sitting"]["block"] for _, facts in self.records(blocks.profile)), default=-1)
+        return 1 + max((facts["study"]["block"] for _, facts in self.records(blocks.profile)), default=-1)
 
     def records(self, profile: str) -> list[tuple[Path, dict]]:
         found = []
@@ -299,7 +299,7 @@ class Session:
                 continue
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 facts = json.loads(path.read_bytes())
-                if isinstance(facts["sitting"]["block"], int):
+                if isinstance(facts["study"]["block"], int):
                     found.append((path, facts))
         return found
 

@@ -20,24 +20,29 @@ import torch
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import corpus, environment, measure, model, parameters, study, training
+from lib import model, parameters, training
+from lib.data import corpus
 from lib.errors import UsageError
+from lib.measure import environment
+from lib.measure.meter import Meter
+from lib.model import devices
+from lib.study import plan
 
 QUERY = ("nvidia-smi", "--query-gpu=power.draw,memory.used,utilization.gpu", "--format=csv,noheader,nounits")
 
 
 def unmonitored(trainer) -> float:
     """Seconds of the steps and nothing else, from idle device to idle device, as in all of these."""
-    measure.synchronize(trainer.device)
+    devices.synchronize(trainer.device)
     begin = time.perf_counter()
     for step in range(trainer.steps):
         trainer.take_step(step)
-    measure.synchronize(trainer.device)
+    devices.synchronize(trainer.device)
     return time.perf_counter() - begin
 
 
 def ours(trainer) -> float:
-    trainer.meter = measure.Meter(trainer.device)
+    trainer.meter = Meter(trainer.device)
     with trainer.meter.watching():
         trainer.run()
     return trainer.meter.window_s
@@ -46,15 +51,15 @@ def ours(trainer) -> float:
 def published(trainer) -> float:
     ids, _ = trainer.corpus.train.batch(trainer.rows[0][0])
     ids = ids.to(trainer.device)
-    measure.synchronize(trainer.device)
+    devices.synchronize(trainer.device)
     begin = time.perf_counter()
     for step in range(trainer.steps):
         trainer.take_step(step)
-        measure.synchronize(trainer.device)
+        devices.synchronize(trainer.device)
         nvidia_smi()
         with torch.no_grad(), trainer.autocast(), FlopCounterMode(display=False):
             trainer.model(ids, use_cache=False)
-    measure.synchronize(trainer.device)
+    devices.synchronize(trainer.device)
     return time.perf_counter() - begin
 
 
@@ -77,13 +82,13 @@ def ratio(seconds: list[float], reference: list[float]) -> dict:
 
 
 def make_trainer(profile: str | None, steps: int) -> training.Trainer:
-    overrides, _ = study.read_profile(profile)
-    short = {"steps_per_epoch": steps, "epochs": 1, "validation_rows": 1}
-    p = SimpleNamespace(**{name: line.default for name, line in study.known_parameters().items()} | overrides | short)
+    overrides, _ = plan.read_profile(profile)
+    short = {"steps_per_epoch": steps, "epochs": 1, "validation_sequences": 1}
+    p = SimpleNamespace(**{name: line.default for name, line in plan.known_parameters().items()} | overrides | short)
     parameters.check_values(vars(p))
     data = corpus.load(p)
     config = model.gpt2_config(p.layers, p.width, p.heads, p.positions, data.vocabulary, p.dropout)
-    return training.Trainer(model.build_model(p.attention, config, p.seed, **p.knobs), data, p)
+    return training.Trainer(model.build_model(p.attention, config, p.seed, **p.options), data, p)
 
 
 def compare(trainer, repeats: int) -> dict:
@@ -93,7 +98,7 @@ def compare(trainer, repeats: int) -> dict:
     for repeat in range(-1, repeats):  # the first time pays for start-up and does not count
         shift = repeat % len(names)
         for name in names[shift:] + names[:shift]:
-            with trainer.untouched():
+            with trainer.snapshot_and_restore():
                 trainer.model.train()
                 taken_s = WAYS[name](trainer)
             if repeat >= 0:

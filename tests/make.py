@@ -5,16 +5,17 @@ import hashlib
 import json
 import time
 
-from lib import conversations, corpus, record
+from lib import record
+from lib.data import conversations, corpus
 
 METRICS = {
-    "time_s": 20.0, "time_per_epoch_s": 10.0, "useful_tokens_per_s": 5e3,
-    "energy_j": 4e3, "energy_per_useful_token_j": 0.04, "mean_power_w": 200.0, "idle_power_w": 80.0,
-    "net_energy_j": 2400.0, "gpu_utilization_percent": 90.0, "gpu_busy_share": 0.99, "mfu": 0.3,
+    "time_s": 20.0, "time_per_epoch_s": 10.0, "non_padding_tokens_per_s": 5e3,
+    "energy_j": 4e3, "energy_per_non_padding_token_j": 0.04, "mean_power_w": 200.0, "idle_power_w": 80.0,
+    "net_energy_j": 2400.0, "gpu_utilization_percent": 90.0, "gpu_busy_fraction": 0.99, "mfu": 0.3,
     "cpu_energy_j": None, "cpu_time_s": 18.0, "cpu_cores_used": 0.9, "disk_bytes": 0.0,
     "peak_memory_bytes": 2e9, "peak_reserved_memory_bytes": 3e9, "peak_resident_bytes": None,
-    "forward_flops_useful": 7e8, "forward_flops_dense": 8e8, "forward_flops_counted": 8e8,
-    "attention_core_share": 0.09, "useful_flops_per_s": 7e10, "train_loss": 5.1, "validation_loss": 5.0,
+    "forward_flops_causal": 7e8, "forward_flops_full": 8e8, "forward_flops_counted": 8e8,
+    "attention_core_share": 0.09, "causal_flops_per_s": 7e10, "train_loss": 5.1, "validation_loss": 5.0,
     "prefill_latency_s": 0.01, "decode_latency_s_per_token": 0.002, "cache_bytes": 1e6, "parameters": 1000,
     "checkpoint_bytes": 4000.0,
 }  # fmt: skip
@@ -30,7 +31,7 @@ CERTIFICATE = {
 }  # fmt: skip
 
 
-def make_record(label="sdpa", block=0, sitting="s1", certified=True, setting="0" * 8, **changes) -> record.Record:
+def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, **changes) -> record.Record:
     """A record whose metrics are `METRICS` with `changes`; what is None has a reason."""
     metrics = METRICS | {name: value for name, value in changes.items() if name in METRICS}
     others = {name: value for name, value in changes.items() if name not in METRICS}
@@ -38,26 +39,27 @@ def make_record(label="sdpa", block=0, sitting="s1", certified=True, setting="0"
     latency = {"prefill_latency_s": 0.01, "decode_latency_s_per_token": 0.002}
     latency |= {"cache_bytes": 10, "cache_bytes_analytic": 10, "prefill_energy_j": None}
     latency |= {"decode_energy_j_per_token": None, "energy_null_reason": "not_asked_for"}
-    end = {"useful_tokens": 256, "loss": metrics["validation_loss"]}
-    digest = hashlib.sha256(f"{label}{block}{sitting}{setting}".encode()).hexdigest()
+    end = {"non_padding_tokens": 256, "loss": metrics["validation_loss"]}
+    digest = hashlib.sha256(f"{label}{block}{session}{setting}".encode()).hexdigest()
     fields = {
         "name": f"{label}-seed{block}-{digest[:8]}",
         "finished_at": record.now(),
         "label": label,
+        "title": label,
         "attention": label,
         "attention_sha256": "0" * 64,
         "paper": "a paper",
         "setting": setting,
         "parameters": PARAMETERS | {"seed": block},
-        "sitting": {"sitting": sitting, "block": block, "position": 0} if sitting else {},
+        "study": {"session": session, "block": block, "position": 0} if session else {},
         "environment": {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-1"}},
         "data": {},
         "certificate": CERTIFICATE | {"causal": certified, "passed": certified},
         "kernels": {"forward": ["k"], "backward": ["k"]},
         "metrics": metrics,
         "series": {
-            "train_loss": [6.0, 5.5, 5.2, 5.0], "useful_tokens": [64, 128, 192, 256],
-            "validation": [{"useful_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
+            "train_loss": [6.0, 5.5, 5.2, 5.0], "non_padding_tokens": [64, 128, 192, 256],
+            "validation": [{"non_padding_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
             "epoch_energy_j": [], "log": [{"step": 4, "time_s": 20.0, "energy_j": metrics["energy_j"]}],
             "power_time_s": [10.0], "power_w": [200.0],
             "inference": [{"context": context} | latency for context in (8, 16)], "phases": [], "slope": None,
@@ -83,7 +85,7 @@ def fill(disk):
 
 TINY = {
     "layers": 1, "width": 32, "heads": 2, "positions": 64, "context": 16, "batch_size": 2, "steps_per_epoch": 3,
-    "epochs": 2, "validation_rows": 4, "inference_contexts": [4, 16], "new_tokens": 4, "inference_repeats": 2,
+    "epochs": 2, "validation_sequences": 4, "inference_contexts": [4, 16], "new_tokens": 4, "inference_repeats": 2,
 }  # fmt: skip
 NINTH = """
 \"\"\"Each token sees itself and the one before: a ninth variant, written after reading sdpa.py.\"\"\"
@@ -159,8 +161,8 @@ def timeless(found: record.Record) -> dict:
     """What must not depend on when, or how often interrupted, a run was made."""
     content = json.loads(found.model_dump_json())
     keep = ("attention", "attention_sha256", "name", "label", "setting", "parameters", "data", "certificate")
-    series = {name: content["series"][name] for name in ("train_loss", "useful_tokens", "validation")}
-    place = {name: content["sitting"][name] for name in ("profile", "block", "position")}
+    series = {name: content["series"][name] for name in ("train_loss", "non_padding_tokens", "validation")}
+    place = {name: content["study"][name] for name in ("profile", "block", "position")}
     metrics = {
         name: value
         for name, value in content["metrics"].items()

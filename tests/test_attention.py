@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 from transformers.cache_utils import Cache
 
 from lib import attention
-from lib.model import build_model, gpt2_config, skeleton
+from lib.model import build_model, gpt2_config, meta_model
 
 LENGTHS = (1, 2, 63, 64, 65, 200)
 MATERIALISES_SCORES = {"baseline"}
@@ -242,8 +242,8 @@ def test_a_file_without_the_class_is_refused(tmp_path):
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this PyTorch is built without CUDA")
 @every_variant
 def test_a_gpu_s_run_has_all_its_tensors_on_the_gpu(name):
-    """Training, prefill, decoding and padded rows. No card is needed: fake tensors have a device and no content."""
-    model = skeleton(name, tiny_config())
+    """Training, prefill, decoding and padded rows. No GPU is needed: fake tensors have a device and no content."""
+    model = meta_model(name, tiny_config())
     held = [*model.named_parameters(), *model.named_buffers()]
     with FakeTensorMode():
         weights = {n: torch.empty(x.shape, dtype=torch.bfloat16, device="cuda") for n, x in held}  # all are floats
@@ -257,7 +257,7 @@ def test_a_gpu_s_run_has_all_its_tensors_on_the_gpu(name):
         except RuntimeError as error:
             if "No available kernel" not in str(error):
                 raise
-            pytest.skip("the kernel that it asks for is offered on a card alone")
+            pytest.skip("the kernel that it asks for is offered on a GPU alone")
         model.eval()
         cache = run(ids, use_cache=True).past_key_values
         assert run(ids[:, :1], past_key_values=cache).logits.shape == (2, 1, 50)

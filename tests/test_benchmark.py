@@ -6,25 +6,27 @@ import math
 import pytest
 import torch
 
-from lib import attention, peers, record
+from lib import attention, paths, record
+from lib.analysis import benchmarks
 from lib.errors import OutOfMemory, UsageError
+from lib.record.benchmark import Benchmark
 
 
 @pytest.fixture(scope="module")
 def script():
     spec = importlib.util.spec_from_file_location(
-        "benchmark_attention", record.ROOT / "scripts" / "benchmark_attention.py"
+        "benchmark_attention", paths.ROOT / "scripts" / "benchmark_attention.py"
     )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_ratios_are_to_the_best_peer_and_none_without_one():
+def test_ratios_are_to_the_best_other_and_none_without_one():
     times_ms = {"mine": [4.0, 6.0, 20.0], "quick": [8.0, 9.0, 10.0], "steady": [9.0, 8.5, 8.6], "alone": [1.0]}
-    found = peers.ratios(times_ms, {"mine": ["quick", "steady", "absent"], "alone": [], "failed": ["quick"]})
-    assert found["mine"]["minimum_ratio"] == 0.5 and found["mine"]["minimum_best_peer"] == "quick"
-    assert found["mine"]["median_ratio"] == pytest.approx(6 / 8.6) and found["mine"]["median_best_peer"] == "steady"
+    found = benchmarks.ratios(times_ms, {"mine": ["quick", "steady", "absent"], "alone": [], "failed": ["quick"]})
+    assert found["mine"]["minimum_ratio"] == 0.5 and found["mine"]["minimum_best_other"] == "quick"
+    assert found["mine"]["median_ratio"] == pytest.approx(6 / 8.6) and found["mine"]["median_best_other"] == "steady"
     assert found["alone"]["minimum_ratio"] is None and "failed" not in found
 
 
@@ -33,29 +35,29 @@ def benchmark():
     times_ms = {T: {"mine": [ms, 2 * ms], "theirs": [8.0, 8.0]} for T, ms in ((512, 7.0), (2048, 3.0), (8192, 48.0))}
     times_ms[8192]["short"] = [1.0]
     failed = {512: {"short": "no room"}, 2048: {"short": "no room"}}
-    return peers.Benchmark(
+    return Benchmark(
         finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1, environment={},
-        versions={}, peers={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms, out_of_memory=failed,
-        absent={},
+        versions={}, reference_implementations={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms,
+        out_of_memory=failed, absent={},
     )  # fmt: skip
 
 
 def test_the_exponent_is_between_the_two_longest_lengths(benchmark):
-    assert peers.exponents(benchmark) == {"mine": pytest.approx(2.0)}
+    assert benchmarks.exponents(benchmark) == {"mine": pytest.approx(2.0)}
 
 
 def test_the_table_and_the_record_say_what_was_measured(benchmark, tmp_path):
-    table = peers.table(record.read_checked(peers.Benchmark, record.write_checked(benchmark, tmp_path / "layer.json")))
+    table = benchmarks.table(record.read_checked(Benchmark, record.write_checked(benchmark, tmp_path / "layer.json")))
     assert list(table["context"]) == ["512", "512", "2,048", "2,048", "8,192", "8,192"]
-    assert list(table["ratio of leasts"]) == ["0.88", "–", "0.38", "–", "6.00", "–"]
-    assert list(table["best peer"]) == ["theirs", "–", "theirs", "–", "theirs", "none ran"]
+    assert list(table["ratio of minima"]) == ["0.88", "–", "0.38", "–", "6.00", "–"]
+    assert list(table["best reference implementation"]) == ["theirs", "–", "theirs", "–", "theirs", "none ran"]
 
 
 def test_what_has_no_number_is_in_the_tables_with_its_reason(benchmark):
     benchmark.out_of_memory[512]["theirs"] = "no room either"
     found = benchmark.model_copy(update={"absent": {"absent": "no wheel"}})
-    assert peers.table(found).iloc[1].tolist() == ["512", "short", "no room", *["–"] * 5]
-    assert peers.missing(found).to_numpy().tolist() == [
+    assert benchmarks.table(found).iloc[1].tolist() == ["512", "short", "no room", *["–"] * 5]
+    assert benchmarks.missing(found).to_numpy().tolist() == [
         ["absent", "all", "no wheel"],
         ["theirs", "512", "no room either"],
     ]
@@ -64,14 +66,16 @@ def test_what_has_no_number_is_in_the_tables_with_its_reason(benchmark):
 def test_turns_are_paired_by_their_round():
     """7 and 14 of 8 and 8: 0.875 and 1.75, 1.24 in the geometric mean; Student's t at one degree of freedom, 12.706."""
     middle, half = math.sqrt(0.875 * 1.75), math.exp(math.log(2) / 2 * 12.7062)
-    assert peers.paired([7.0, 14.0], [8.0, 8.0]) == f"{middle:.2f} [{middle / half:.2f}, {middle * half:.2f}]"
-    assert peers.paired([7.0], [8.0]) == "0.88"
+    assert benchmarks.paired([7.0, 14.0], [8.0, 8.0]) == f"{middle:.2f} [{middle / half:.2f}, {middle * half:.2f}]"
+    assert benchmarks.paired([7.0], [8.0]) == "0.88"
 
 
 def test_a_step_s_table_begins_with_the_quickest(benchmark):
-    whole = benchmark.model_copy(update={"peers": {"mine": ["theirs"]}, "times_ms": {512: benchmark.times_ms[512]}})
-    table = peers.times(whole)
-    assert table["turn"].tolist() == ["mine", "theirs"] and table["least ms"].tolist() == ["7.0", "8.0"]
+    whole = benchmark.model_copy(
+        update={"reference_implementations": {"mine": ["theirs"]}, "times_ms": {512: benchmark.times_ms[512]}}
+    )
+    table = benchmarks.times(whole)
+    assert table["turn"].tolist() == ["mine", "theirs"] and table["minimum, ms"].tolist() == ["7.0", "8.0"]
     assert table["mine takes of it"].tolist()[0] == "–" and table["mine takes of it"].tolist()[1].startswith("1.24 [")
 
 
@@ -88,7 +92,7 @@ def test_a_damaged_record_is_one_sentence(benchmark, tmp_path, edit, says):
     path = record.write_checked(benchmark, tmp_path / "layer.json")
     path.write_text(edit(path.read_text()))
     with pytest.raises(UsageError, match=says):
-        record.read_checked(peers.Benchmark, path)
+        record.read_checked(Benchmark, path)
 
 
 def test_all_take_turns_and_one_without_memory_is_named(script):
@@ -106,16 +110,18 @@ def test_all_take_turns_and_one_without_memory_is_named(script):
 def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script, "bound_memory", lambda: None)  # it would hold for the other tests as well
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    script.PEERS["sdpa"]["nowhere"] = lambda T: importlib.import_module("no_such_peer")
+    script.IMPLEMENTATIONS["sdpa"]["nowhere"] = lambda T: importlib.import_module("no_such_peer")
     out = tmp_path / "found.json"
     words = ["layer", "--lengths", "128", "--rounds", "1", "--threads", "1", "--out", str(out)]
     assert script.main([*words, "--variants", "sdpa", "gqa", "lsh", "mla"]) == 0
     torch.set_num_threads(threads)
     torch.set_rng_state(state)
-    found = record.read_checked(peers.Benchmark, out)
-    assert "1 thread, fp32; transformers 5" in peers.title(found)
+    found = record.read_checked(Benchmark, out)
+    assert "1 thread, fp32; transformers 5" in benchmarks.title(found)
     assert "no_such_peer" in found.absent["nowhere"] and "transformers" in found.versions
-    best = dict(zip(*(peers.table(found)[column] for column in ("variant", "best peer")), strict=True))
+    best = dict(
+        zip(*(benchmarks.table(found)[column] for column in ("variant", "best reference implementation")), strict=True)
+    )
     for name, peer in {"sdpa": "GPT-2", "gqa": "Llama", "lsh": "Reformer", "mla": "DeepSeek-V2"}.items():
         assert peer in best[name]
     assert "T = 128, 128 tokens" in capsys.readouterr().out
@@ -164,10 +170,12 @@ def test_a_training_step_takes_turns_with_the_peers_steps(script, tmp_path, monk
 
 @pytest.mark.parametrize(("what", "variants"), [("layer", attention.variants()), ("step", ["sdpa"])])
 def test_the_committed_benchmarks_are_whole_and_name_no_machine_path(what, variants):
-    path = record.ROOT / "records" / "scaling-cpu" / "peers" / f"{what}.json"
-    found = record.read_checked(peers.Benchmark, path)
-    assert set(found.peers) == set(variants) and found.out_of_memory == {T: {} for T in found.times_ms}
-    assert str(record.ROOT) not in path.read_text()
+    path = paths.ROOT / "records" / "scaling-cpu" / "reference_implementations" / f"{what}.json"
+    found = record.read_checked(Benchmark, path)
+    assert set(found.reference_implementations) == set(variants) and found.out_of_memory == {
+        T: {} for T in found.times_ms
+    }
+    assert str(paths.ROOT) not in path.read_text()
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,22 @@ import psutil
 import pytest
 import torch
 
-from lib import attention, energy, measure
-from lib.model import build_model, gpt2_config, skeleton
-from lib.training import autocast
+from lib import attention
+from lib.measure import assemble, energy, flops, inference
+from lib.measure import meter as instruments
+from lib.measure.meter import Meter
+from lib.model import build_model, devices, gpt2_config, meta_model
 
 CPU = torch.device("cpu")
-fp32 = autocast("fp32", CPU)
+fp32 = devices.autocast("fp32", CPU)
 CONFIG = gpt2_config(layers=3, width=32, heads=4, positions=64, vocabulary=50)
 T, C, H, D, L, WORDS, POSITIONS = 16, 32, 4, 8, 3, 50, 64
 
-KNOBS = {"linear": {"chunk": 4}, "sliding_window": {"window": 5}, "lsh": {"rounds": 2, "chunk": 4, "buckets": 4}}
+KNOBS = {
+    "linear": {"chunk": 4},
+    "sliding_window": {"window": 5},
+    "lsh": {"n_hashes": 2, "chunk_length": 4, "buckets": 4},
+}
 
 # Weights of one layer's attention: matrices, then vectors.
 GPT2_ATTENTION = (C * 3 * C + C * C, 3 * C + C)  # queries, keys, values; output. A bias each
@@ -86,10 +92,10 @@ def test_flops_three_ways(name):
     model = small(name)
     matrices = 2 * T * (L * (ATTENTION[name][0] + MLP[0]) + C * WORDS)
     useful, dense, counted = (matrices + L * core for core in CORE[name])
-    found = measure.flops(model, T)
-    assert (found["forward_flops_useful"], found["forward_flops_dense"]) == (useful, dense)
+    found = flops.analytic(model, T)
+    assert (found["forward_flops_causal"], found["forward_flops_full"]) == (useful, dense)
     assert found["attention_core_share"] == pytest.approx(L * CORE[name][0] / useful)
-    assert measure.counted_flops(model, T, fp32) == counted
+    assert flops.counted(model, T, fp32) == counted
 
 
 @every_variant
@@ -100,7 +106,7 @@ def test_parameters(name):
 
 @every_variant
 def test_cache_bytes_from_the_cache_itself(name):
-    rows = measure.inference(small(name), [8, 20], new_tokens=4, repeats=1, autocast=fp32)
+    rows = inference.measured(small(name), [8, 20], new_tokens=4, repeats=1, autocast=fp32)
     for row in rows:
         by_hand = L * CACHE[name](row["context"] + 4)
         assert row["cache_bytes"] == row["cache_bytes_analytic"] == by_hand
@@ -111,33 +117,33 @@ def test_checkpoint_bytes(name):
     """Four bytes a parameter, tied embeddings once, lsh's rotations, and a header that names the tensors."""
     model = small(name)
     buffers = 4 * L * H * D * (2 * 4 // 2) if name == "lsh" else 0
-    extra = measure.checkpoint_bytes(model) - 4 * sum(p.numel() for p in model.parameters()) - buffers
+    extra = assemble.checkpoint_bytes(model) - 4 * sum(p.numel() for p in model.parameters()) - buffers
     tensors = len({tensor.data_ptr() for tensor in model.state_dict().values()})
     assert 8 + 60 * tensors < extra < 8 + 200 * tensors
 
 
 def test_the_core_s_share_of_gpt2_124m():
-    model = skeleton("sdpa", gpt2_config(12, 768, 12, 4096, 50257))
+    model = meta_model("sdpa", gpt2_config(12, 768, 12, 4096, 50257))
     per_token = 2 * (12 * 12 * 768**2 + 768 * 50257)  # 12 C² weights a block
     for context, share, dense_share in ((512, 3.7, 7.1), (4096, 23.4, 37.9)):
         core, dense = (12 * 4 * 768 * pairs for pairs in (context * (context + 1) // 2, context**2))
-        found = measure.flops(model, context)
-        assert found["forward_flops_useful"] == per_token * context + core
-        assert found["forward_flops_dense"] == per_token * context + dense
+        found = flops.analytic(model, context)
+        assert found["forward_flops_causal"] == per_token * context + core
+        assert found["forward_flops_full"] == per_token * context + dense
         assert round(100 * found["attention_core_share"], 1) == share
-        assert round(100 * dense / found["forward_flops_dense"], 1) == dense_share
+        assert round(100 * dense / found["forward_flops_full"], 1) == dense_share
 
 
 @pytest.mark.parametrize(("queries", "keys", "value_width"), [(16, 16, 8), (3, 16, 8), (1, 7, 8)])
 def test_the_fused_cpu_kernel_s_formula(queries, keys, value_width):
     shapes = (2, 4, queries, 8), (2, 4, keys, 8), (2, 4, keys, value_width)
     by_hand = 2 * 4 * (2 * queries * 8 * keys + 2 * queries * keys * value_width)
-    assert measure._fused_attention_flops(*shapes) == by_hand
+    assert flops._fused_attention_flops(*shapes) == by_hand
 
 
 def test_cpu_time_is_what_the_process_computed_not_what_it_waited():
-    meter = measure.Meter(CPU)
-    with meter.stretch():
+    meter = Meter(CPU)
+    with meter.window():
         begin = time.process_time()
         while time.process_time() - begin < 0.3:
             pass
@@ -150,8 +156,8 @@ def test_cpu_time_is_what_the_process_computed_not_what_it_waited():
 
 def test_the_peak_rises_by_what_is_allocated():
     def peak(megabytes):
-        meter = measure.Meter(CPU)
-        with meter.stretch():
+        meter = Meter(CPU)
+        with meter.window():
             held = torch.ones(megabytes << 18)  # fp32
             del held
         values, reasons = meter.metrics()
@@ -172,8 +178,8 @@ def test_disk_bytes_are_what_is_written_inside(tmp_path):
 
     before = psutil.Process().io_counters() if hasattr(psutil.Process, "io_counters") else None
     write("before")
-    meter = measure.Meter(CPU)
-    with meter.stretch():
+    meter = Meter(CPU)
+    with meter.window():
         write("inside")
     write("after")
     values, reasons = meter.metrics()
@@ -186,9 +192,11 @@ def test_disk_bytes_are_what_is_written_inside(tmp_path):
 
 
 def test_disk_bytes_that_are_not_counted_are_null(monkeypatch):
-    monkeypatch.setattr(measure.psutil.Process, "io_counters", lambda _: (_ for _ in ()).throw(psutil.AccessDenied()))
-    meter = measure.Meter(CPU)
-    with meter.stretch():
+    monkeypatch.setattr(
+        instruments.psutil.Process, "io_counters", lambda _: (_ for _ in ()).throw(psutil.AccessDenied())
+    )
+    meter = Meter(CPU)
+    with meter.window():
         pass
     values, reasons = meter.metrics()
     assert values["disk_bytes"] is None and reasons["disk_bytes"] == "not_counted_here"
@@ -206,7 +214,7 @@ class Counter(energy.Counter):
         self.began = Counter.read
 
     def end(self):
-        self.stretches_j.append(5.0 * (Counter.read - self.began))
+        self.windows_j.append(5.0 * (Counter.read - self.began))
 
 
 @pytest.fixture
@@ -219,28 +227,28 @@ def metered(monkeypatch):
         clock[0] += 1.0 if words[0].shape[1] > 1 else 0.25
 
     model.register_forward_pre_hook(count)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(measure.energy, "gpu_counter", lambda _: Counter())
-    monkeypatch.setattr(measure.energy, "foreign_processes", lambda _: 0)
+    monkeypatch.setattr(instruments.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(instruments.energy, "gpu_counter", lambda _: Counter())
+    monkeypatch.setattr(instruments.energy, "foreign_processes", lambda _: 0)
     return model
 
 
 def test_joules_of_a_prefill_and_of_a_decoded_token(metered):
-    rows = measure.inference_energy(metered, [8, 20], new_tokens=4, window_s=12.0, autocast=fp32)
+    rows = inference.joules(metered, [8, 20], new_tokens=4, window_s=12.0, autocast=fp32)
     assert [(row["context"], row["prefill_energy_j"]) for row in rows] == [(8, 40.0), (20, 100.0)]
     assert [row["decode_energy_j_per_token"] for row in rows] == [5.0, 5.0]
     assert [row["energy_null_reason"] for row in rows] == [None, None]
 
 
 def test_every_decoding_starts_from_the_prompt_s_own_cache(metered, monkeypatch):
-    lengths, decode = [], measure._decode
+    lengths, decode = [], inference._decode
 
     def watched(model, out, new_tokens):
         lengths.append(out.past_key_values.get_seq_length())
         return decode(model, out, new_tokens)
 
-    monkeypatch.setattr(measure, "_decode", watched)
-    measure.inference_energy(metered, [20], new_tokens=4, window_s=12.0, autocast=fp32)
+    monkeypatch.setattr(inference, "_decode", watched)
+    inference.joules(metered, [20], new_tokens=4, window_s=12.0, autocast=fp32)
     assert len(lengths) == 13 and set(lengths) == {20}  # 12 repetitions of 1 s after the first, untimed one
 
 
@@ -249,8 +257,8 @@ def test_every_decoding_starts_from_the_prompt_s_own_cache(metered, monkeypatch)
     [(0.0, 0, "not_asked_for"), (5.0, 0, "window_too_short"), (12.0, 2, "foreign_process")],
 )
 def test_joules_that_cannot_be_had_are_null_with_the_reason(metered, monkeypatch, window_s, others, reason):
-    monkeypatch.setattr(measure.energy, "foreign_processes", lambda _: others)
-    (row,) = measure.inference_energy(metered, [8], new_tokens=4, window_s=window_s, autocast=fp32)
+    monkeypatch.setattr(instruments.energy, "foreign_processes", lambda _: others)
+    (row,) = inference.joules(metered, [8], new_tokens=4, window_s=window_s, autocast=fp32)
     assert row["prefill_energy_j"] is None and row["decode_energy_j_per_token"] is None
     assert row["energy_null_reason"] == reason
 
@@ -258,5 +266,5 @@ def test_joules_that_cannot_be_had_are_null_with_the_reason(metered, monkeypatch
 def test_nothing_is_repeated_where_nothing_counts():
     model, calls = small("sdpa"), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
-    (row,) = measure.inference_energy(model, [8], new_tokens=4, window_s=60.0, autocast=fp32)
+    (row,) = inference.joules(model, [8], new_tokens=4, window_s=60.0, autocast=fp32)
     assert row["energy_null_reason"] == "no_gpu" and len(calls) == 1

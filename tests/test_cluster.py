@@ -1,4 +1,4 @@
-"""The study through Snakemake on this machine: the same records, a card for each block, no block ever patched."""
+"""The study through Snakemake on this machine: the same records, a GPU for each block, no block ever patched."""
 
 import json
 import os
@@ -9,17 +9,19 @@ import sys
 import pytest
 from make import TINY, make_record
 
-from lib import attention, cluster, parameters, record, study
+from lib import attention, parameters, paths, record
 from lib.errors import UsageError
+from lib.study import cluster, runner
 
-ROOT = record.ROOT
+ROOT = paths.ROOT
 # In the processes of the workflow's runs the notebook is left out: what is seen is who runs when, where and after whom.
 RUNS_NOTHING = """
 import sys
 
-if "lib.cluster" in sys.orig_argv:
+if "lib.study.cluster" in sys.orig_argv:
     import json, os, pathlib
-    from lib import record, study
+    from lib import record
+    from lib.study import runner
 
     def execute(notebook, output, given, context):
         if not context:
@@ -31,9 +33,9 @@ if "lib.cluster" in sys.orig_argv:
         if os.environ["FAILS"] == str(event[1:]):
             return "error", "as it was told to"
         made = record.load(pathlib.Path(os.environ["MADE"]) / f"{output.stem}.json")
-        record.write(made.model_copy(update={"sitting": record.Sitting(**context)}))
+        record.write(made.model_copy(update={"study": record.StudyPosition(**context)}))
 
-    study.execute = execute
+    runner.execute = execute
 """
 
 
@@ -46,7 +48,7 @@ def snakemake(*words, cwd, **environment):
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    monkeypatch.setenv(record.OUT_VARIABLE, str(tmp_path / "out"))
+    monkeypatch.setenv(paths.OUT_VARIABLE, str(tmp_path / "out"))
     return tmp_path / "out"
 
 
@@ -55,14 +57,14 @@ def contents(folder):
 
 
 def test_a_failure_ends_its_block_alone_which_is_then_run_again_whole_and_a_card_has_one_run_at_a_time(out, tmp_path):
-    """Three blocks of two runs on two cards; the second run of block 0 fails at first."""
+    """Three blocks of two runs on two GPUs; the second run of block 0 fails at first."""
     (tmp_path / "tiny.yaml").write_text(json.dumps(TINY))
     (tmp_path / "sitecustomize.py").write_text(RUNS_NOTHING)
     config = {"profile": str(tmp_path / "tiny.yaml"), "variants": ["sdpa", "gqa"], "blocks": 3}
     runs = cluster.planned(config)
     seated(runs, tmp_path / "made")
     names = {run["name"] for run in runs if run["block"] == 0}
-    words = ["--config", *(f"{name}={json.dumps(value)}" for name, value in config.items()), "cards=2"]
+    words = ["--config", *(f"{name}={json.dumps(value)}" for name, value in config.items()), "gpus=2"]
     environment = {
         "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}",
         "SEEN": f"{tmp_path}/seen",
@@ -73,42 +75,42 @@ def test_a_failure_ends_its_block_alone_which_is_then_run_again_whole_and_a_card
         (tmp_path / "seen").write_text("")
         done = snakemake(*words, *more, cwd=tmp_path, FAILS=fails, **environment)
         events = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
-        cards = {card: [event[1:] for event in events if event[0] == card] for card in sorted({e[0] for e in events})}
-        return done, cards
+        gpus = {gpu: [event[1:] for event in events if event[0] == gpu] for gpu in sorted({e[0] for e in events})}
+        return done, gpus
 
     def one_by_one(*places):
         return [[*place, when] for place in places for when in ("begins", "ends")]
 
-    done, cards = run(fails="[0, 1]")
+    done, gpus = run(fails="[0, 1]")
     assert done.returncode == 1, done.stderr
     assert "6 runs in 3 blocks" in done.stdout and "blocks to run: 0, 1, 2" in done.stdout
     assert f"FAILED {runs[1]['name']}: an error: as it was told to" in done.stderr
-    assert cards == {"0": one_by_one([0, 0], [0, 1], [2, 0], [2, 1]), "1": one_by_one([1, 0], [1, 1])}
+    assert gpus == {"0": one_by_one([0, 0], [0, 1], [2, 0], [2, 1]), "1": one_by_one([1, 0], [1, 1])}
     assert (out / "summary.ipynb").exists() and record.failures(out)["it said"].tolist() == ["as it was told to"]
     before = contents(out)
 
-    planned, cards = run("--dry-run")
-    assert planned.returncode == 0 and not cards and contents(out) == before, planned.stderr
-    assert "blocks finished: 1, 2\nblocks torn, to be run again as a whole: 0\n" in planned.stdout
+    planned, gpus = run("--dry-run")
+    assert planned.returncode == 0 and not gpus and contents(out) == before, planned.stderr
+    assert "blocks finished: 1, 2\nblocks incomplete, to be run again as a whole: 0\n" in planned.stdout
     assert "rule set_aside_block_0:" in planned.stdout
     assert {run["name"] for run in runs if f"rule {run['name']}:" in planned.stdout} == names
 
-    done, cards = run()
+    done, gpus = run()
     assert done.returncode == 0, done.stderr
-    assert cards == {"0": one_by_one([0, 0], [0, 1])}
-    (aside,) = (out / record.TORN).iterdir()
-    torn = {name: content for name, content in before.items() if name.partition(".")[0] in names}
-    assert contents(aside) == torn and len(torn) == 2
-    assert all((out / name).read_bytes() == before[name] for name in before.keys() - torn.keys())
+    assert gpus == {"0": one_by_one([0, 0], [0, 1])}
+    (aside,) = (out / record.INCOMPLETE).iterdir()
+    incomplete = {name: content for name, content in before.items() if name.partition(".")[0] in names}
+    assert contents(aside) == incomplete and len(incomplete) == 2
+    assert all((out / name).read_bytes() == before[name] for name in before.keys() - incomplete.keys())
     assert set(cluster.states(runs, out).values()) == {"finished"}
 
 
 def seated(runs, folder, **changes):
-    """Records of planned runs, as if they had been run in one sitting."""
+    """Records of planned runs, as if they had been run in one session."""
     for run in runs:
-        values, place = run["values"], {"sitting": "s1", "block": run["block"], "position": run["position"]} | changes
+        values, place = run["values"], {"session": "s1", "block": run["block"], "position": run["position"]} | changes
         one = make_record(parameters.display_name(values), run["block"], name=run["name"])
-        told = {"parameters": values, "setting": parameters.setting(values), "sitting": record.Sitting(**place)}
+        told = {"parameters": values, "setting": parameters.setting(values), "study": record.StudyPosition(**place)}
         told["attention_sha256"] = attention.source_sha256(values["attention"])
         record.write(one.model_copy(update=told), folder)
 
@@ -124,18 +126,18 @@ def test_a_block_is_torn_unless_it_is_of_one_sitting_on_one_device(runs, out):
     assert [run["before"] for run in first] == [None, first[0]["name"]]
     assert cluster.states(runs, out) == {0: "to run", 1: "to run"}
     seated(first[:1], out)
-    assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
+    assert cluster.states(runs, out) == {0: "incomplete", 1: "to run"}
     seated(first[1:], out)
     assert cluster.states(runs, out) == {0: "finished", 1: "to run"}
-    for other in ({"sitting": "s2"}, {"sitting": None}, {"block": 5}):
+    for other in ({"session": "s2"}, {"session": None}, {"block": 5}):
         seated(first[1:], out, **other)
-        assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
+        assert cluster.states(runs, out) == {0: "incomplete", 1: "to run"}
     moved = record.load(out / f"{first[0]['name']}.json")
     record.write(moved.model_copy(update={"environment": moved.environment | {"gpu": {"uuid": "GPU-2"}}}), out)
     seated(first[1:], out)
-    assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
+    assert cluster.states(runs, out) == {0: "incomplete", 1: "to run"}
     (out / f"{first[0]['name']}.json").write_text("{")
-    assert cluster.states(runs, out) == {0: "torn", 1: "to run"}
+    assert cluster.states(runs, out) == {0: "incomplete", 1: "to run"}
 
 
 def test_the_plan_says_what_is_there_and_changes_nothing(runs, out, capsys):
@@ -148,7 +150,7 @@ def test_the_plan_says_what_is_there_and_changes_nothing(runs, out, capsys):
     cluster.show(runs, cluster.states(runs, out), out, [str(out)])
     said = capsys.readouterr().out
     assert "4 runs in 2 blocks" in said
-    assert "blocks finished: 0\nblocks torn, to be run again as a whole: 1\nto be expected on a GPU:\n" in said
+    assert "blocks finished: 0\nblocks incomplete, to be run again as a whole: 1\nto be expected on a GPU:\n" in said
     assert cluster.left(second, out) == [str(notebook), str(notebook.with_suffix(".json"))]
     assert {path: path.read_bytes() for path in out.iterdir()} == there
 
@@ -156,25 +158,25 @@ def test_the_plan_says_what_is_there_and_changes_nothing(runs, out, capsys):
 def test_a_run_refuses_to_patch_its_block(runs, out, capsys):
     first, second = cluster.blocks(runs)[0]
     assert cluster.refusal(first, "s1", out) is None
-    assert "is not of this sitting; start the workflow again" in cluster.refusal(second, "s1", out)
+    assert "is not of this session; start the workflow again" in cluster.refusal(second, "s1", out)
     seated([first], out)
     assert cluster.refusal(second, "s1", out) is None
     assert cluster.main([json.dumps(second), "s2"]) == 1  # as after a job that was requeued
     assert f"FAILED {second['name']}: {first['name']}, which comes before it" in capsys.readouterr().err
-    study._note_failure(second, {"sitting": "s1", "block": 0, "position": 1}, "killed", "it was", out)
-    assert "it failed in this sitting" in cluster.refusal(second, "s1", out)
+    runner._note_failure(second, {"session": "s1", "block": 0, "position": 1}, "killed", "it was", out)
+    assert "it failed in this session" in cluster.refusal(second, "s1", out)
     assert cluster.refusal(second | {"before": None}, "s2", out) is None
 
 
 def test_a_run_sees_one_of_the_cards_that_its_process_saw(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # so that what is set below is undone, where it was not set before
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    cluster.use_card(1)
+    cluster.use_gpu(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "1"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
-    with pytest.raises(UsageError, match="there is no card 2: CUDA_VISIBLE_DEVICES names 2"):
-        cluster.use_card(2)
-    cluster.use_card(1)
+    with pytest.raises(UsageError, match="there is no GPU 2: CUDA_VISIBLE_DEVICES names 2"):
+        cluster.use_gpu(2)
+    cluster.use_gpu(1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
 
@@ -190,7 +192,7 @@ def test_the_threads_of_a_run_are_those_that_snakemake_was_given_not_its_own(mon
     ("config", "said"),
     [
         ({"profil": "x"}, "did you mean 'profile'?"),
-        ({"cards": 0}, "cards must be a number from 1 to 8, not 0"),
+        ({"gpus": 0}, "gpus must be a number from 1 to 8, not 0"),
         ({"blocks": 0}, "blocks must be a whole number, at least 1, not 0"),
         ({"blocks": "two"}, "blocks must be int, not 'two'"),
         ({"variants": "sdpa"}, "variants must be list, not 'sdpa'; write 'variants=[sdpa]'"),

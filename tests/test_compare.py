@@ -9,8 +9,10 @@ import pytest
 from make import make_record
 from scipy import stats
 
-from lib import compare, record, study
+from lib import record
+from lib.analysis import compare
 from lib.errors import UsageError
+from lib.study import plan
 
 
 def read(tmp_path, records):
@@ -44,13 +46,13 @@ def test_the_interval_is_the_paired_t_s_and_the_verdict_follows_it(tmp_path):
     table = compare.ratios(runs, "time_s").set_index("label")
     found = table.loc["baseline"]
     assert (found["low"], found["high"]) == pytest.approx((math.exp(logs.mean() - half), math.exp(logs.mean() + half)))
-    assert found["verdict"] == "different"
-    assert table.loc["sdpa_again", "verdict"] == "equivalent"
+    assert found["verdict"] == "significantly different"
+    assert table.loc["sdpa_again", "verdict"] == "equivalent within 2 %"
 
 
 def test_a_wide_spread_is_undecided_and_few_blocks_get_no_verdict(tmp_path):
     runs = read(tmp_path / "wide", blocks({"sdpa": 1.0, "gqa": 1.0}, spread=0.2))
-    assert compare.ratios(runs, "time_s").set_index("label").loc["gqa", "verdict"] == "undecided"
+    assert compare.ratios(runs, "time_s").set_index("label").loc["gqa", "verdict"] == "inconclusive"
     runs = read(tmp_path / "few", blocks({"sdpa": 1.0, "gqa": 2.0}, count=4))
     table = compare.ratios(runs, "time_s").set_index("label")
     assert table.loc["gqa", "verdict"] == "n = 4" and table["low"].isna().all()
@@ -68,14 +70,14 @@ def test_holm_counts_all_comparisons(tmp_path):
 
 def test_a_torn_block_does_not_count(tmp_path):
     made = blocks({"sdpa": 1.0, "baseline": 1.5}, count=6, spread=1e-6)
-    torn = [one for one in made if (one.label, one.sitting.block) != ("baseline", 3)]
-    runs = read(tmp_path, [*torn, make_record("baseline", 3, sitting="another day", time_s=999.0)])
+    incomplete = [one for one in made if (one.label, one.study.block) != ("baseline", 3)]
+    runs = read(tmp_path, [*incomplete, make_record("baseline", 3, session="another day", time_s=999.0)])
     table = compare.ratios(runs, "time_s").set_index("label")
     assert table.loc["baseline", "n"] == 5 and table.loc["baseline", "ratio"] == pytest.approx(1.5, rel=1e-5)
 
 
 def test_runs_by_hand_are_paired_by_seed(tmp_path):
-    runs = read(tmp_path, [make_record(n, sitting=None, time_s=t) for n, t in (("sdpa", 10.0), ("ninth", 20.0))])
+    runs = read(tmp_path, [make_record(n, session=None, time_s=t) for n, t in (("sdpa", 10.0), ("ninth", 20.0))])
     assert compare.ratios(runs, "time_s").set_index("label").loc["ninth", "ratio"] == pytest.approx(2.0)
 
 
@@ -105,12 +107,12 @@ def test_a_metric_that_was_not_measured_has_no_ratio(tmp_path):
     assert table.empty or table["ratio"].isna().all()
 
 
-def test_the_null_variant_and_the_uncertified_are_not_of_holm_s_family(tmp_path):
+def test_the_control_and_the_uncertified_are_not_of_holm_s_family(tmp_path):
     ratio_of = {"sdpa": 1.0, "sdpa_again": 1.0, "gqa": 1.0, "mla": 1.0, "aleak": 1.0}
     made = blocks(ratio_of, spread=0.01)
     leaks = [one for one in made if one.label == "aleak"]
     made = [one for one in made if one.label != "aleak"]
-    made += [make_record("aleak", one.sitting.block, certified=False, time_s=one.metrics.time_s) for one in leaks]
+    made += [make_record("aleak", one.study.block, certified=False, time_s=one.metrics.time_s) for one in leaks]
     runs = read(tmp_path, made)
     table = compare.ratios(runs, "time_s").set_index("label")
     wide = runs.pivot(index="block", columns="label", values="time_s")
@@ -126,16 +128,16 @@ def test_a_count_that_is_the_same_in_every_block_needs_no_spread(tmp_path):
     runs["parameters"] = np.where(runs["label"] == "gqa", 1500, 1000)
     table = compare.ratios(runs, "parameters").set_index("label")
     assert list(table.loc["gqa", ["ratio", "low", "high"]]) == pytest.approx([1.5] * 3)
-    assert table.loc["gqa", "verdict"] == "different"
-    assert compare.ratios(runs, "forward_flops_useful").set_index("label").loc["gqa", "verdict"] == "equivalent"
+    assert table.loc["gqa", "verdict"] == "significantly different"
+    assert (
+        compare.ratios(runs, "forward_flops_causal").set_index("label").loc["gqa", "verdict"] == "equivalent within 2 %"
+    )
 
 
 def test_a_metric_that_is_missing_on_one_side_or_zero_takes_its_block_out(tmp_path):
     made = blocks({"sdpa": 1.0, "gqa": 1.1}, count=7)
     changed = {("sdpa", 0): {"energy_j": None}, ("gqa", 1): {"energy_j": None}}
-    made = [
-        make_record(one.label, one.sitting.block, **changed.get((one.label, one.sitting.block), {})) for one in made
-    ]
+    made = [make_record(one.label, one.study.block, **changed.get((one.label, one.study.block), {})) for one in made]
     runs = read(tmp_path, made)
     runs.loc[(runs["label"] == "gqa") & (runs["block"] == 2), "energy_j"] = 0.0
     found = compare.ratios(runs, "energy_j").set_index("label").loc["gqa"]
@@ -150,7 +152,7 @@ def test_a_label_twice_in_a_block_is_two_things_under_one_name(tmp_path):
         [runs, runs[(runs["label"] == "gqa") & (runs["block"] == 0)].assign(time_s=1e9)], ignore_index=True
     )
     assert set(compare.ratios(runs, "time_s")["n"]) == {5}  # of sdpa too: the block as a whole is out
-    by_hand = runs.assign(sitting=None, block=None)
+    by_hand = runs.assign(session=None, block=None)
     assert compare.ratios(by_hand, "time_s").set_index("label").loc["gqa", "n"] == 5
 
 
@@ -163,11 +165,11 @@ def test_a_block_on_two_gpus_does_not_count(tmp_path):
 
 def test_a_variant_added_later_tears_no_block_and_gets_points_alone(tmp_path):
     made = blocks({"sdpa": 1.0, "gqa": 1.5}, count=6, spread=1e-3)
-    runs = read(tmp_path, [*made, *(make_record("mine", n, sitting="later", time_s=30.0 * (1 + n)) for n in range(6))])
+    runs = read(tmp_path, [*made, *(make_record("mine", n, session="later", time_s=30.0 * (1 + n)) for n in range(6))])
     table = compare.ratios(runs, "time_s").set_index("label")
-    assert table.loc["gqa", "verdict"] == "different"
+    assert table.loc["gqa", "verdict"] == "significantly different"
     assert table.loc["mine", "ratio"] == pytest.approx(1.5, rel=0.01) and pd.isna(table.loc["mine", "low"])
-    assert table.loc["mine", "verdict"] == "n = 6, not in one sitting"
+    assert table.loc["mine", "verdict"] == "n = 6, not in one session"
 
 
 @pytest.mark.parametrize("labels", [3, 4])
@@ -176,9 +178,9 @@ def test_blocks_are_balanced_after_whole_williams_squares_alone(labels, tmp_path
     square = labels * (1 + labels % 2)
     for count, expected in ((square - 1, False), (square, True), (2 * square, True)):
         runs = []
-        for block, order in enumerate(study.orders(labels, count)):
+        for block, order in enumerate(plan.orders(labels, count)):
             for position, which in enumerate(order):
-                runs.append({"label": names[which], "sitting": "s", "block": block, "position": position})
+                runs.append({"label": names[which], "session": "s", "block": block, "position": position})
         runs = pd.DataFrame(runs).assign(device_name="a GPU", gpu_uuid="GPU-1")
         assert compare.balanced(runs) is expected
         said = compare.about_blocks(runs)
@@ -187,7 +189,7 @@ def test_blocks_are_balanced_after_whole_williams_squares_alone(labels, tmp_path
     assert not compare.balanced(alphabetical)
     rotated = [(block, place, names[(block + place) % labels]) for block in range(labels) for place in range(labels)]
     rotated = pd.DataFrame(rotated, columns=["block", "position", "label"])
-    rotated = rotated.assign(sitting="another", device_name="a GPU", gpu_uuid="GPU-1")
+    rotated = rotated.assign(session="another", device_name="a GPU", gpu_uuid="GPU-1")
     assert not compare.balanced(rotated)  # every place, but always the same neighbours
     assert not compare.balanced(pd.concat([runs, rotated]))  # all neighbours, some more often
 
@@ -196,10 +198,10 @@ def curve(label, losses, block=0, tokens=(0, 100, 200, 400), **changes):
     """A run of three epochs of ten steps that took 10, 20 and 40 s and 100, 300 and 500 J."""
     seen = [int(n) for n in np.interp(np.arange(1, 31), [0, 10, 20, 30], tokens)]
     series = {
-        "train_loss": [5.0] * 30, "useful_tokens": seen, "epoch_time_s": [10.0, 20.0, 40.0], "inference": [],
+        "train_loss": [5.0] * 30, "non_padding_tokens": seen, "epoch_time_s": [10.0, 20.0, 40.0], "inference": [],
         "log": [], "power_time_s": [], "power_w": [], "phases": [], "slope": None,
         "epoch_energy_j": [] if changes.get("energy_j", 1) is None else [100.0, 300.0, 500.0],
-        "validation": [{"useful_tokens": n, "loss": loss} for n, loss in zip(tokens, losses, strict=True)],
+        "validation": [{"non_padding_tokens": n, "loss": loss} for n, loss in zip(tokens, losses, strict=True)],
     }  # fmt: skip
     return make_record(label, block, series=series, validation_loss=losses[-1], **changes)
 
@@ -232,7 +234,7 @@ def test_what_is_not_reached_reached_at_once_or_refused_says_so(tmp_path):
     )
     found = compare.to_target(runs).set_index("label")
     assert list(found.loc["lsh", ["censored", "tokens", "time_s", "energy_j"]]) == [">", 400, 70, 900]
-    assert found.loc["lsh", "short_by_nats"] == pytest.approx(0.3)
+    assert found.loc["lsh", "gap_nats"] == pytest.approx(0.3)
     assert list(found.loc["mla", ["censored", "tokens", "time_s", "energy_j"]]) == ["<", 100, 10, 100]
     assert found.loc["aleak", ["tokens", "time_s", "energy_j"]].isna().all()
     assert found.loc["aleak", "reason"] == "fails its certificate"

@@ -1,6 +1,6 @@
 """Studies made up with a known answer: how often the intervals hold it, and how often a verdict is wrong.
 
-Blocks differ by 10 %, and two runs of one thing in a block by 1 % in their ratio. Seven variants and the null variant
+Blocks differ by 10 %, and two runs of one thing in a block by 1 % in their ratio. Seven variants and the A/A control
 are compared with one `sdpa` per block, so all comparisons share its noise, as they do in a study. Rates are held to
 four standard errors of a binomial count around the rate that theory gives.
 """
@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lib import compare
+from lib import attention
+from lib.analysis import compare
 
 STUDIES = 3000
 VARIANTS = ("baseline", "gqa", "linear", "sliding_window", "lsh", "flash", "mla")
@@ -28,7 +29,7 @@ def no_garbage_collection(monkeypatch):
 
 
 def simulated(blocks, ratios=ALIKE, studies=STUDIES, seed=0):
-    """Seconds, (studies, labels, blocks): the variants with their ratios, then the null variant, then sdpa."""
+    """Seconds, (studies, labels, blocks): the variants with their ratios, then the A/A control, then sdpa."""
     random = np.random.default_rng(seed)
     truth = np.log([*ratios, 1.0, 1.0])[:, None]
     block = random.normal(0, 0.10, (studies, 1, blocks))
@@ -36,7 +37,7 @@ def simulated(blocks, ratios=ALIKE, studies=STUDIES, seed=0):
 
 
 def paired(times):
-    """`Paired` over (studies, variants and the null variant)."""
+    """`Paired` over (studies, variants and the A/A control)."""
     return compare.paired_t(np.log(times[:, :-1] / times[:, -1:]))
 
 
@@ -69,7 +70,7 @@ def test_where_nothing_differs_hardly_a_study_says_that_something_does(blocks):
     false = (adjust(found) < 0.05).any(axis=1).mean()
     # Not far below 0.05 either: the comparisons share sdpa's noise, which makes Holm careful, not idle.
     assert 0.02 < false < 0.05 + error(0.05)
-    assert abs((found.p[:, -1] < 0.05).mean() - 0.05) < error(0.05)  # the null variant's alarm
+    assert abs((found.p[:, -1] < 0.05).mean() - 0.05) < error(0.05)  # the A/A control's alarm
     assert (found.p[:, :-1] < 0.05).any(axis=1).mean() > 0.10  # what Holm is there for
 
 
@@ -107,17 +108,17 @@ def test_the_interval_is_as_wide_as_the_design_says():
 def test_a_table_of_records_says_what_the_arrays_say():
     times = simulated(8, ratios=(1.05, 1.01, 1.0, 1.0, 0.99, 1.0, 0.9), studies=1)
     found = paired(times)
-    labels = (*VARIANTS, compare.NULL, compare.REFERENCE)
+    labels = (*VARIANTS, attention.CONTROL, attention.REFERENCE)
     runs = pd.DataFrame(
         [
-            {"label": label, "sitting": "s", "block": block, "seed": block, "time_s": times[0, place, block]}
+            {"label": label, "session": "s", "block": block, "seed": block, "time_s": times[0, place, block]}
             for block in range(8)
             for place, label in enumerate(labels)
         ]
     ).assign(device_name="a GPU", gpu_uuid="GPU-1", certified=True)
-    table = compare.ratios(runs, "time_s").set_index("label").loc[[*VARIANTS, compare.NULL]]
+    table = compare.ratios(runs, "time_s").set_index("label").loc[[*VARIANTS, attention.CONTROL]]
     for name in ("ratio", "low", "high"):
         assert list(table[name]) == pytest.approx(list(getattr(found, name)[0]))
     assert list(table["p"]) == pytest.approx([*adjust(found)[0], found.p[0, -1]])
     verdicts = [compare.verdict(p, within) for p, within in zip(table["p"], found.within[0], strict=True)]
-    assert list(table["verdict"]) == verdicts and {"different", "equivalent"} <= set(verdicts)
+    assert list(table["verdict"]) == verdicts and {"significantly different", "equivalent within 2 %"} <= set(verdicts)

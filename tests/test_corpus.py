@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lib import conversations, corpus
+from lib.data import conversations, corpus
 from lib.errors import UsageError
 
 
@@ -69,7 +69,7 @@ def test_the_builtin_corpus_is_about_4_mb_of_prose_and_the_same_each_time():
 
 def test_the_builtin_corpus_is_read_without_importing_its_packages():
     code = (
-        "import sys, importlib.util; from lib.conversations import builtin; before = set(sys.modules); builtin();"
+        "import sys, importlib.util; from lib.data.conversations import builtin; before = set(sys.modules); builtin();"
         "print([m for m in set(sys.modules) - before if m.startswith(('pandas', 'matplotlib'))])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -100,7 +100,7 @@ def test_packing_fills_every_row_and_loses_only_the_last_tokens(talk_file):
 
 def test_copies_of_a_conversation_fall_on_the_same_side(talk_file):
     once, twice = load(talk_file()), load(talk_file(TALK + TALK))
-    assert twice.facts["validation_rows"] == 2 * once.facts["validation_rows"] > 0
+    assert twice.facts["validation_sequences"] == 2 * once.facts["validation_sequences"] > 0
 
 
 def test_empty_turns_are_dropped_and_counted(talk_file):
@@ -276,7 +276,7 @@ def test_any_file_gives_its_conversations_or_one_sentence(talk_file, talks, cut)
     said = sum(any((turn["content"] or "").strip() for turn in talk) for talk in talks)
     found = data.facts["conversations"]
     assert found == said if cut is None else 0 < found <= said
-    assert data.facts["train_rows"] + data.facts["validation_rows"] == found
+    assert data.facts["train_sequences"] + data.facts["validation_sequences"] == found
 
 
 def test_a_tokenizer_whose_tokens_do_not_fit_its_vocabulary_is_said(tmp_path, talk_file):
@@ -292,7 +292,7 @@ def test_a_tokenizer_whose_tokens_do_not_fit_its_vocabulary_is_said(tmp_path, ta
 HUB = """
 import json, sys
 from types import SimpleNamespace
-from lib import corpus
+from lib.data import corpus
 from lib.errors import UsageError
 
 for dataset, revision, tokenizer in json.loads(sys.argv[1]):

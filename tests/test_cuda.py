@@ -8,8 +8,11 @@ import torch
 from test_attention import HASHES
 from test_training import P, make_rows
 
-from lib import attention, corpus, measure, training
-from lib.model import build_model, gpt2_config
+from lib import attention, training
+from lib.data import corpus
+from lib.measure import kernels
+from lib.measure.meter import REFUSED_DISAGREEMENT, Meter
+from lib.model import build_model, devices, gpt2_config
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda", 0)
@@ -81,25 +84,25 @@ def test_a_run_trains_and_measures_on_the_gpu(name, compile):
 def test_compiled_baseline_keeps_its_scores():
     model = build_model("baseline", gpt2_config(2, 128, 2, 256, 30)).to(CUDA).train()
     model.transformer.h[0].attn.compile()
-    names = measure.kernels(model, 128, training.autocast("bf16", CUDA))
+    names = kernels.names(model, 128, devices.autocast("bf16", CUDA))
     assert not [kernel for kernel in names["forward"] if "flash" in kernel.lower() or "fmha" in kernel.lower()]
 
 
 @every_variant
 def test_kernels_are_named_forward_and_backward(name):
     model = build_model(name, gpt2_config(2, 128, 2, 256, 30)).to(CUDA)
-    names = measure.kernels(model, 128, training.autocast("bf16", CUDA))
+    names = kernels.names(model, 128, devices.autocast("bf16", CUDA))
     assert names["forward"] and names["backward"]
 
 
 @pytest.mark.parametrize("square", [False, True], ids=["constant", "square"])
 def test_the_counter_agrees_with_the_power_trace(square):
     """Eleven seconds of matrix products, without and with pauses of half a second in each."""
-    meter = measure.Meter(CUDA)
+    meter = Meter(CUDA)
     if meter.gpu_counter.monitor is None:
         pytest.skip(f"no energy counter: {meter.gpu_counter.reason}")
     a = torch.randn(4096, 4096, device=CUDA, dtype=torch.bfloat16)
-    with meter.watching(), meter.stretch():
+    with meter.watching(), meter.window():
         begin = time.perf_counter()
         while (passed_s := time.perf_counter() - begin) < 11:
             if square and passed_s % 1 > 0.5:
@@ -110,14 +113,14 @@ def test_the_counter_agrees_with_the_power_trace(square):
     counted = meter.gpu_counter.reading(meter.window_s)
     print(f"{counted.joules:.1f} J by the counter, the trace {meter.disagreement:+.2%} against it")
     assert counted.reason is None and 20 < counted.joules / meter.window_s < 2000
-    assert abs(meter.disagreement) < measure.REFUSED_DISAGREEMENT
+    assert abs(meter.disagreement) < REFUSED_DISAGREEMENT
     assert meter.log()[-1]["time_s"] == pytest.approx(meter.window_s, abs=0.6) and meter.states[-1]["sm_clock_mhz"] > 0
 
 
 @every_variant
-def test_the_gpu_s_busy_share_is_a_share_and_leaves_no_trace(name):
+def test_the_gpu_s_busy_fraction_is_a_share_and_leaves_no_trace(name):
     trainer = make_trainer(name)
     trainer.warm_up()
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
-    assert 0 < trainer.busy_share().joules <= 1
+    assert 0 < trainer.busy_fraction().joules <= 1
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lib import energy, record
+from lib import record
+from lib.measure import energy
 
 
 class FakeMonitor:
@@ -75,7 +76,7 @@ def test_every_reason_has_a_sentence():
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """A card as NVML shows it, with answers that a test may change."""
+    """A GPU as NVML shows it, with answers that a test may change."""
     answers = {"mig": [0, 0], "counter": 1, "init": None, "processes": []}
 
     def answer(name):
@@ -97,31 +98,31 @@ def nvml(monkeypatch):
 
 
 def test_a_card_without_a_usable_counter_gives_its_reason(nvml, monkeypatch):
-    card, error = torch.device("cuda", 0), pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+    gpu, error = torch.device("cuda", 0), pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
     for change, reason in (
         ({"init": pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)}, "nvml_unavailable"),
         ({"init": None, "mig": [1, 1]}, "mig"),
         ({"mig": error, "counter": error}, "counter_unsupported"),
     ):
         nvml.update(change)
-        assert energy.gpu_counter(card).reading(60.0) == (None, reason)
+        assert energy.gpu_counter(gpu).reading(60.0) == (None, reason)
     nvml.update({"mig": [0, 0], "counter": 1})
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-1")
-    assert energy.gpu_counter(card).reason == "mig"
+    assert energy.gpu_counter(gpu).reason == "mig"
 
 
 def test_zeus_without_a_gpu_never_reads_as_0_joules(nvml):
-    """NVML answers here, but Zeus finds no card: its own monitor would count 0 J in silence."""
+    """NVML answers here, but Zeus finds no GPU: its own monitor would count 0 J in silence."""
     assert energy.gpu_counter(torch.device("cuda", 0)).reading(60.0) == (None, "nvml_unavailable")
 
 
 def test_a_trace_holds_each_value_until_the_next():
-    """Worked by hand: 100 W from 0 s, 300 W from 4 s, 200 W from 10 s; two stretches, and a gap that does not count."""
+    """Worked by hand: 100 W from 0 s, 300 W from 4 s, 200 W from 10 s; two windows, and a gap that does not count."""
     trace = energy.Trace(np.array([0.0, 4.0, 10.0]), np.array([100.0, 300.0, 200.0]))
-    stretches = [(1.0, 5.0), (9.0, 12.0)]
+    windows = [(1.0, 5.0), (9.0, 12.0)]
     moments = {0: 0, 3: 300, 4: 600, 5: 900, 6: 1100, 7: 1300}  # seconds of the window: joules
-    assert trace.joules_by(stretches, np.array(list(moments))).tolist() == list(moments.values())
-    assert trace.mean_watts(stretches, 7).tolist() == [100, 100, 100, 300, 300, 200, 200]
+    assert trace.joules_by(windows, np.array(list(moments))).tolist() == list(moments.values())
+    assert trace.mean_watts(windows, 7).tolist() == [100, 100, 100, 300, 300, 200, 200]
 
 
 @given(
@@ -135,10 +136,10 @@ def test_values_that_did_not_change_may_be_left_out_of_a_trace(changes, cuts):
     middles = (times[1:] + times[:-1]) / 2
     full = energy.Trace(np.sort(np.concatenate([times, middles])), np.repeat(watts, 2)[: 2 * len(times) - 1])
     ends = 1000 + np.cumsum(cuts)
-    stretches = list(zip(np.concatenate([[1000.0], ends[:-1] + 0.05]), ends, strict=True))
-    window_s = np.linspace(0, sum(end - begin for begin, end in stretches), 13)
-    sparse = energy.Trace(times, watts).joules_by(stretches, window_s)
-    assert sparse == pytest.approx(full.joules_by(stretches, window_s))
+    windows = list(zip(np.concatenate([[1000.0], ends[:-1] + 0.05]), ends, strict=True))
+    window_s = np.linspace(0, sum(end - begin for begin, end in windows), 13)
+    sparse = energy.Trace(times, watts).joules_by(windows, window_s)
+    assert sparse == pytest.approx(full.joules_by(windows, window_s))
     assert (np.diff(sparse) > 0).all()
 
 
@@ -162,8 +163,8 @@ def test_without_a_gpu_there_is_no_trace_and_no_variable_is_changed(monkeypatch)
 
 
 def test_other_processes_are_counted_or_unknown(nvml):
-    card = torch.device("cuda", 0)
+    gpu = torch.device("cuda", 0)
     own, other = SimpleNamespace(pid=os.getpid()), SimpleNamespace(pid=-1)
     for listed, expected in (([own], 0), ([own, other], 1), ([other], None)):
         nvml["processes"] = listed
-        assert energy.foreign_processes(card) == expected
+        assert energy.foreign_processes(gpu) == expected

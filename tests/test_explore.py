@@ -1,4 +1,4 @@
-"""What explore.ipynb shows is what the modules compute: maps, costs, knobs, models trained and written with."""
+"""What bench.ipynb shows is what the modules compute: maps, costs, options, models trained and written with."""
 
 import asyncio
 from types import SimpleNamespace
@@ -9,10 +9,14 @@ import pytest
 import torch
 from make import make_record
 
-from lib import assemble, attention, browse, corpus, explore, figures, measure, record, weights
+from lib import attention, paths, record
+from lib.analysis import figures
+from lib.data import corpus
 from lib.errors import UsageError
-from lib.model import build_model, gpt2_config, skeleton
-from lib.screen import Choice, Picker, Screen
+from lib.explore import bench, records, weights
+from lib.explore.widgets import Choice, Picker, Screen
+from lib.measure import assemble, flops
+from lib.model import build_model, gpt2_config, meta_model
 
 HEADS, WIDTH, TOKENS = 4, 32, 11
 
@@ -23,16 +27,16 @@ def closed():
     plt.close("all")
 
 
-def layer_and_input(name, **knobs):
+def layer_and_input(name, **options):
     torch.manual_seed(0)
-    layer = build_model(name, gpt2_config(1, WIDTH, HEADS, 64, 2), **knobs).double().eval().transformer.h[0].attn
+    layer = build_model(name, gpt2_config(1, WIDTH, HEADS, 64, 2), **options).double().eval().transformer.h[0].attn
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3)
     return layer, torch.randn(1, TOKENS, WIDTH, dtype=torch.float64)
 
 
-def map_of(name, **knobs):
-    return weights.of_layer(*layer_and_input(name, **knobs), HEADS)
+def map_of(name, **options):
+    return weights.of_layer(*layer_and_input(name, **options), HEADS)
 
 
 @pytest.mark.parametrize("name", attention.variants())
@@ -65,7 +69,7 @@ def test_a_window_s_weights_are_zero_outside_it_alone():
 
 
 def test_lsh_gives_a_token_itself_weight_only_where_it_is_alone():
-    values = map_of("lsh", rounds=1, chunk=4, buckets=2).values
+    values = map_of("lsh", n_hashes=1, chunk_length=4, buckets=2).values
     own = values.diagonal(dim1=1, dim2=2)
     assert ((own < 1e-9) | (own > 1 - 1e-9)).all() and (values > 0).sum(-1).max() <= 4
 
@@ -104,8 +108,8 @@ def test_a_module_that_multiplies_two_linear_parts_has_no_weights():
 
 
 def test_the_receptive_field_grows_with_the_layers():
-    model = explore.small_model(Choice("sliding_window", {"window": 3}))
-    tokens, found, seen = explore.attention_map(model, "one two three four five six seven eight", 1)
+    model = bench.small_model(Choice("sliding_window", {"window": 3}))
+    tokens, found, seen = bench.attention_map(model, "one two three four five six seven eight", 1)
     places = np.arange(len(tokens))
     assert ((found.values != 0).any(0).sum(1).numpy() == np.minimum(places + 1, 3)).all()
     assert (seen.sum(1).numpy() == np.minimum(places + 1, 5)).all()  # 2 layers: 2 (W - 1) + 1
@@ -114,49 +118,56 @@ def test_the_receptive_field_grows_with_the_layers():
 @pytest.mark.parametrize("sentence", ["", "a", "word " * 80])
 def test_a_sentence_without_a_legible_map_is_one_sentence(sentence):
     with pytest.raises(UsageError, match=r"^a map needs 2 to 40 tokens, and these are \d+; write another sentence$"):
-        explore.attention_map(explore.small_model(Choice("sdpa")), sentence, 1)
+        bench.attention_map(bench.small_model(Choice("sdpa")), sentence, 1)
 
 
 @pytest.mark.parametrize("name", attention.variants())
-def test_the_cost_card_says_what_measure_counts(name):
+def test_the_cost_table_says_what_measure_counts(name):
     size = "the quick profile (4 layers of 128)"
-    (card,) = explore.cost_card(Choice(name), size, 256)
-    model = skeleton(name, gpt2_config(4, 128, 8, 256, corpus.BUILTIN_VOCABULARY))
-    counted = measure.flops(model, 256)
-    shown = dict(zip(card.iloc[:, 0], card[name], strict=True))
+    (table,) = bench.cost_table(Choice(name), size, 256)
+    model = meta_model(name, gpt2_config(4, 128, 8, 256, corpus.BUILTIN_VOCABULARY))
+    counted = flops.analytic(model, 256)
+    shown = dict(zip(table.iloc[:, 0], table[name], strict=True))
     assert shown["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
-    assert shown["forward GFLOPs, useful"] == f"{counted['forward_flops_useful'] / 1e9:,.3f}"
-    assert shown["forward GFLOPs, every score computed"] == f"{counted['forward_flops_dense'] / 1e9:,.3f}"
+    assert shown["forward GFLOPs, useful"] == f"{counted['forward_flops_causal'] / 1e9:,.3f}"
+    assert shown["forward GFLOPs, every score computed"] == f"{counted['forward_flops_full'] / 1e9:,.3f}"
     assert shown["cache in bf16, KiB"] == f"{4 * model.transformer.h[0].attn.cache_bytes(256, 2) / 1024:,.0f}"
-    assert list(card)[2] == "GPT-2's own"
+    assert list(table)[2] == "GPT-2's own"
 
 
-def test_the_cost_card_follows_the_knobs():
-    cards = [explore.cost_card(Choice("gqa", {"kv_heads": g}), explore.GPT2_SMALL, 512)[0] for g in (12, 3)]
-    held = [float(card.set_index(card.columns[0]).loc["cache in bf16, KiB"].iloc[0].replace(",", "")) for card in cards]
+def test_the_cost_table_follows_the_options():
+    tables_of = [bench.cost_table(Choice("gqa", {"kv_heads": g}), bench.GPT2_SMALL, 512)[0] for g in (12, 3)]
+    held = [
+        float(table.set_index(table.columns[0]).loc["cache in bf16, KiB"].iloc[0].replace(",", ""))
+        for table in tables_of
+    ]
     assert held[0] == 4 * held[1]
 
 
-def test_costs_by_context_are_each_variant_s_own_and_a_refused_knob_is_one_sentence():
-    costs = explore.by_context(Choice("sliding_window", {"window": 4}), explore.GPT2_SMALL)
+def test_costs_by_context_are_each_variant_s_own_and_a_refused_option_is_one_sentence():
+    costs = bench.by_context(Choice("sliding_window", {"window": 4}), bench.GPT2_SMALL)
     assert set(costs["label"]) == {*attention.variants(), "sliding_window (window=4)"}
     own = costs[costs["label"] == "sliding_window (window=4)"].set_index("context")
     assert (own["cache_bytes"] == 12 * 2 * 768 * 3 * 2).all()
     baseline = costs[costs["label"] == "baseline"].set_index("context")
     assert baseline["core_flops_per_token"][64] == 12 * 4 * 768 * 65 / 2
     with pytest.raises(UsageError, match=r"^kv_heads must divide heads"):
-        explore.by_context(Choice("gqa", {"kv_heads": 5}), explore.GPT2_SMALL)
+        bench.by_context(Choice("gqa", {"kv_heads": 5}), bench.GPT2_SMALL)
 
 
-def test_a_picker_has_the_knobs_of_the_variant_s_signature_and_tells_those_that_are_turned():
+def test_a_picker_has_the_options_of_the_variant_s_signature_and_tells_those_that_are_turned():
     picker = Picker("sliding_window", window=7)
     assert picker.choice == Choice("sliding_window", {"window": 7})
     assert picker.choice.label == "sliding_window (window=7)"
     picker.variant.value = "mla"
-    assert [knob.description for knob in picker.knobs.children] == ["latent", "rope", "query_latent"]
+    assert [option.description for option in picker.options.children] == [
+        "kv_lora_rank",
+        "qk_rope_head_dim",
+        "q_lora_rank",
+    ]
     assert picker.choice == Choice("mla")
-    picker.knobs.children[0].value = "16"
-    assert picker.choice.knobs == {"latent": 16}
+    picker.options.children[0].value = "16"
+    assert picker.choice.options == {"kv_lora_rank": 16}
     picker.path.value = "lib/published/linear.py"
     assert picker.choice.attention == "lib/published/linear.py"
     picker.path.value = "nowhere.py"
@@ -166,13 +177,13 @@ def test_a_picker_has_the_knobs_of_the_variant_s_signature_and_tells_those_that_
 
 def test_a_screen_says_what_was_wrong_in_one_line_and_goes_on():
     def show(choice):
-        explore.check(choice, explore.SIZE)
+        bench.check(choice, bench.SIZE)
         return ["fine"]
 
     picker = Picker("gqa", kv_heads="3")
     shown = Screen("", show, {}, picker)
     assert 'role="alert"' in shown.page.value and "kv_heads must divide heads" in shown.page.value
-    picker.knobs.children[0].value = "2"
+    picker.options.children[0].value = "2"
     assert shown.page.value == "<p>fine</p>"
 
 
@@ -206,20 +217,20 @@ def test_a_saved_screen_keeps_its_page():
 
 
 def test_models_trained_on_the_page_are_those_that_its_screens_then_use(monkeypatch):
-    monkeypatch.setitem(explore.LESSON, "steps_per_epoch", 3)
-    bench = explore.Bench("sliding_window", window=4)
-    assert "not trained" in bench.model(bench.picker.choice)[1]
-    _, table = list(bench.training_pages(Picker("linear"), bench.picker.choice, 1e9))[-1]()
+    monkeypatch.setitem(bench.LESSON, "steps_per_epoch", 3)
+    shared = bench.Bench("sliding_window", window=4)
+    assert "not trained" in shared.model(shared.picker.choice)[1]
+    _, table = list(shared.training_pages(Picker("linear"), shared.picker.choice, 1e9))[-1]()
     assert list(table["variant"]) == ["sliding_window (window=4)", "linear"] and set(table["steps"]) == {"3"}
-    model, said = bench.model(bench.picker.choice)
+    model, said = shared.model(shared.picker.choice)
     assert said.startswith("after 3 steps")
-    start = explore.small_model(bench.picker.choice)
+    start = bench.small_model(shared.picker.choice)
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
 
 
 def test_both_sides_are_trained_on_the_same_rows_from_the_same_weights(monkeypatch):
-    monkeypatch.setitem(explore.LESSON, "steps_per_epoch", 2)
-    runs = [explore.Lesson(Choice(name)) for name in ("baseline", "sdpa")]
+    monkeypatch.setitem(bench.LESSON, "steps_per_epoch", 2)
+    runs = [bench.Lesson(Choice(name)) for name in ("baseline", "sdpa")]
     for run in runs:
         run.step()
         run.step()
@@ -227,24 +238,24 @@ def test_both_sides_are_trained_on_the_same_rows_from_the_same_weights(monkeypat
 
 
 def test_writing_is_transformers_greedy_generation_and_the_cache_is_counted():
-    model = explore.small_model(Choice("sliding_window", {"window": 6})).eval()
-    ids = [explore.tokenizer().encode("Return the number of")]
-    steps = explore.generate(model, ids)
+    model = bench.small_model(Choice("sliding_window", {"window": 6})).eval()
+    ids = [bench.tokenizer().encode("Return the number of")]
+    steps = bench.generate(model, ids)
     found = [next(steps) for _ in range(8)]
     expected = model.generate(torch.tensor(ids), max_new_tokens=8, do_sample=False)[0]
-    assert found[-1][0] == explore.tokenizer().decode(expected)
+    assert found[-1][0] == bench.tokenizer().decode(expected)
     assert [cached for _, cached, _ in found] == list(range(len(ids[0]), len(ids[0]) + 8))
     assert found[-1][2] == found[-2][2] == 2 * 2 * 64 * 5 * 4  # layers, keys and values, width, W - 1, fp32
 
 
 def test_a_record_s_facts_hold_its_numbers_and_why_one_is_missing():
-    path = next((record.ROOT / "records" / "quick-cpu").glob("mla-*.json"))
+    path = next((paths.ROOT / "records" / "quick-cpu").glob("mla-*.json"))
     one = record.load(path)
-    parts = {part.title: part.table for part in browse.facts(one)}
+    parts = {part.title: part.table for part in records.facts(one)}
     shown = {title: dict(zip(table.iloc[:, 0], table.iloc[:, 1], strict=True)) for title, table in parts.items()}
     assert shown["metrics"]["time_s"] == f"{one.metrics.time_s:,.4g}"
     assert shown["metrics"]["energy_j"] == f"not measured: {record.REASONS['no_gpu']}"
-    assert shown["metrics"]["forward_flops_useful"] == f"{one.metrics.forward_flops_useful:,.0f}"
+    assert shown["metrics"]["forward_flops_causal"] == f"{one.metrics.forward_flops_causal:,.0f}"
     assert shown["parameters"]["width"] == "128" and shown["certificate"]["causal"] == "yes"
     assert shown["environment"]["packages: torch"] == one.environment["packages"]["torch"]
     assert shown["self-check"] == {check.check: check.verdict for check in one.checks}
@@ -254,7 +265,7 @@ def test_a_record_s_facts_hold_its_numbers_and_why_one_is_missing():
 
 
 def test_published_records_can_be_browsed():
-    screen = browse.records()
+    screen = records.records()
     assert 'alt="Validation loss against cost' in screen.page.value
     screen.controls["figure"].value = figures.training_time
     assert 'alt="Training time"' in screen.page.value and "not measured: the run used no GPU" in screen.page.value
@@ -263,33 +274,33 @@ def test_published_records_can_be_browsed():
 
 
 def test_gathered_records_are_browsed_and_notes_of_failures_are_not_in_the_way(tmp_path):
-    gathered = tmp_path / "many" / f"{record.CARD}1"
+    gathered = tmp_path / "many" / f"{record.DEVICE_FOLDER}1"
     record.write(make_record(), gathered)
     (tmp_path / "failed").mkdir()
     (tmp_path / "failed" / f"sdpa.{record.FAILED}").write_text("{}")
-    (offered,) = browse.records(str(tmp_path)).controls["group"].options
+    (offered,) = records.records(str(tmp_path)).controls["group"].options
     assert offered.startswith(f"many/{gathered.name}: a GPU, ")
 
 
 def test_cost_by_length_can_be_browsed():
-    screen = browse.lengths()
+    screen = records.lengths()
     assert 'alt="The cheapest variant, by the fits' in screen.page.value
     screen.controls["variants"].value = ("sdpa", "mla")
-    assert "linear" not in screen.page.value and "mla" in screen.page.value
-    screen.controls["figure"].value = browse.LENGTH_FIGURES["peak memory"]
+    assert "Linear" not in screen.page.value and "MLA" in screen.page.value
+    screen.controls["figure"].value = records.LENGTH_FIGURES["peak memory"]
     assert 'alt="Memory on top' in screen.page.value
     screen.controls["variants"].value = ()
     assert "pick at least one variant" in screen.page.value
 
 
 def test_what_a_layer_keeps_for_its_backward_pass_is_counted():
-    kept = explore.certificate.kept_bytes(torch.nn.Linear(8, 8), torch.randn(1, 4, 8))
+    kept = bench.certificate.activation_bytes(torch.nn.Linear(8, 8), torch.randn(1, 4, 8))
     assert kept == 4 * (4 * 8 + 8 * 8)  # its input and its weights
 
 
 def test_the_card_is_the_table_that_train_ipynb_shows():
     config = gpt2_config(4, 128, 8, 256, corpus.BUILTIN_VOCABULARY)
     p = SimpleNamespace(attention="lsh", label="", context=256)
-    theirs = assemble.costs(skeleton("lsh", config), p)
-    (ours,) = explore.cost_card(Choice("lsh"), "the quick profile (4 layers of 128)", 256)
+    theirs = assemble.costs(meta_model("lsh", config), p)
+    (ours,) = bench.cost_table(Choice("lsh"), "the quick profile (4 layers of 128)", 256)
     assert ours.iloc[:, 1:].to_numpy().tolist() == theirs.to_numpy().tolist()

@@ -12,8 +12,11 @@ import psutil
 import pytest
 from make import NINTH, STALLING, TINY, timeless, tiny_profile, wait_for
 
-from lib import cache, corpus, record, study
+from lib import paths, record
+from lib.data import cache, corpus
 from lib.errors import UsageError
+from lib.study import runner
+from lib.study.__main__ import main
 
 GREEDY = NINTH.replace(
     "        v, T =",
@@ -23,7 +26,7 @@ GREEDY = NINTH.replace(
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    monkeypatch.setenv(record.OUT_VARIABLE, str(tmp_path / "out"))
+    monkeypatch.setenv(paths.OUT_VARIABLE, str(tmp_path / "out"))
     return tmp_path / "out"
 
 
@@ -39,9 +42,9 @@ def folder(tmp_path_factory):
 
 def start(folder, out, *variants, **environment):
     command = [sys.executable, "-m", "lib.study", str(folder / "tiny.yaml"), "--variants", *variants]
-    environment = os.environ | {record.OUT_VARIABLE: str(out)} | environment
+    environment = os.environ | {paths.OUT_VARIABLE: str(out)} | environment
     return subprocess.Popen(
-        command, cwd=record.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=paths.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
@@ -51,9 +54,9 @@ def gone(processes, within_s=30):
 
 RUNS_ALONE = """
 import sys
-from lib import study
+from lib.study import plan, runner
 
-assert not study.run_all(study.plan(study.read_profile(sys.argv[1])[0], sys.argv[2:], 1), "tiny")
+assert not runner.run_all(plan.runs_of(plan.read_profile(sys.argv[1])[0], sys.argv[2:], 1), "tiny")
 """
 
 
@@ -75,9 +78,9 @@ def test_a_study_that_is_killed_is_resumed_to_the_records_of_an_undisturbed_one(
     assert resumed.returncode == 0, errors
     assert "1 of 2 runs are finished already" in said
     runs_alone = ["-c", RUNS_ALONE, str(folder / "tiny.yaml"), *variants]
-    environment = os.environ | {record.OUT_VARIABLE: str(undisturbed)}
+    environment = os.environ | {paths.OUT_VARIABLE: str(undisturbed)}
     undisturbed.mkdir()
-    subprocess.run([sys.executable, *runs_alone], cwd=record.ROOT, env=environment, check=True)
+    subprocess.run([sys.executable, *runs_alone], cwd=paths.ROOT, env=environment, check=True)
     ours, theirs = record.load_all(out), record.load_all(undisturbed)
     assert [timeless(found) for found in ours] == [timeless(found) for found in theirs] and len(ours) == 2
     assert before in ours
@@ -98,7 +101,7 @@ def test_a_signal_stops_a_study_and_its_kernel(folder, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_each_of_the_signals_that_ask_to_stop_is_heard(number):
-    with pytest.raises(study.Stopped, match=number.name), study.stoppable():
+    with pytest.raises(runner.Stopped, match=number.name), runner.stoppable():
         signal.raise_signal(number)
 
 
@@ -131,9 +134,9 @@ def test_a_process_killed_because_memory_ran_out_is_told_from_one_that_was_kille
 
     monkeypatch.setattr("papermill.execute_notebook", dies)
     counts = iter([3, 4, 4, 4])
-    monkeypatch.setattr(study, "killed_for_memory", lambda: next(counts))
-    assert study.execute(Path("a"), Path("b"), {}, {})[0] == "out_of_memory"
-    assert study.execute(Path("a"), Path("b"), {}, {})[0] == "killed"
+    monkeypatch.setattr(runner, "killed_for_memory", lambda: next(counts))
+    assert runner.execute(Path("a"), Path("b"), {}, {})[0] == "out_of_memory"
+    assert runner.execute(Path("a"), Path("b"), {}, {})[0] == "killed"
 
 
 @pytest.mark.parametrize(
@@ -149,23 +152,23 @@ def test_a_process_killed_because_memory_ran_out_is_told_from_one_that_was_kille
     ],
 )
 def test_every_failure_has_its_kind(kind, said, reason):
-    assert study._reason(kind, said)[0] == reason
-    assert "\n" not in study._reason(kind, said)[1]
+    assert runner._reason(kind, said)[0] == reason
+    assert "\n" not in runner._reason(kind, said)[1]
 
 
 @pytest.mark.parametrize("where", ["a file", "below a file"])
 def test_a_folder_that_cannot_be_written_is_said_before_anything_runs(where, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" if where == "a file" else tmp_path / "file" / "out"
-    monkeypatch.setenv(record.OUT_VARIABLE, str(folder))
-    assert study.main(["--variants", "sdpa"]) == 2
+    monkeypatch.setenv(paths.OUT_VARIABLE, str(folder))
+    assert main(["--variants", "sdpa"]) == 2
     said = capsys.readouterr().err.strip()
-    assert "cannot be written" in said and record.OUT_VARIABLE in said and "\n" not in said
+    assert "cannot be written" in said and paths.OUT_VARIABLE in said and "\n" not in said
 
 
 def test_unusable_data_is_said_once_before_any_run(folder, out, tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text(json.dumps(TINY | {"dataset": "nowhere.jsonl"}))
-    assert study.main([str(tmp_path / "mine.yaml")]) == 2
+    assert main([str(tmp_path / "mine.yaml")]) == 2
     said = capsys.readouterr()
     assert "there is no data file 'nowhere.jsonl'" in said.err and "[1/" not in said.out
     assert not list(out.glob("*.ipynb"))
@@ -173,7 +176,7 @@ def test_unusable_data_is_said_once_before_any_run(folder, out, tmp_path, capsys
 
 BUILD = """
 import os, pathlib, sys, time
-from lib import cache
+from lib.data import cache
 
 def build(folder):
     with open(sys.argv[1], "a") as file:

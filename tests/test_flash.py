@@ -4,9 +4,9 @@ import pytest
 import torch
 from test_attention import tiny_config
 
-from lib import attention, measure
-from lib.model import build_model, gpt2_config
-from lib.training import autocast
+from lib import attention
+from lib.measure import kernels
+from lib.model import build_model, devices, gpt2_config
 
 
 def test_it_is_the_baseline():
@@ -22,7 +22,7 @@ def test_it_is_the_baseline():
 
 def test_the_kernel_that_runs_is_flash_forward_and_backward():
     model = build_model("flash", gpt2_config(1, 32, 4, 64, 50))
-    names = measure.kernels(model, 32, autocast("fp32", torch.device("cpu")))
+    names = kernels.names(model, 32, devices.autocast("fp32", torch.device("cpu")))
     assert any("flash_attention" in name for name in names["forward"])
     assert any("flash_attention" in name and "backward" in name for name in names["backward"])
 

@@ -5,8 +5,11 @@ from datetime import timedelta
 import pytest
 from make import TINY, make_record
 
-from lib import forecast, measure, parameters, record, study
-from lib.model import gpt2_config, skeleton
+from lib import parameters, paths, record
+from lib.measure import flops
+from lib.model import gpt2_config, meta_model
+from lib.study import forecast, plan
+from lib.study.__main__ import main
 
 VOCABULARY = 300
 BEGUN = record.now()
@@ -16,22 +19,22 @@ def measured(run, seconds=0, **changes):
     """A record of a planned run, finished so many seconds after the first."""
     values = run["values"]
     sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
-    model = skeleton(values["attention"], gpt2_config(*sizes, VOCABULARY), **values["knobs"])
-    flops = measure.flops(model, values["context"])["forward_flops_useful"]
-    changes = {"time_s": 20.0, "energy_j": 4e3, "useful_flops_per_s": 3 * flops * 12 / 20.0} | changes
-    one = make_record(parameters.display_name(values), forward_flops_useful=flops, **changes)
-    place = record.Sitting(sitting="s", block=run["block"], position=run["position"])
+    model = meta_model(values["attention"], gpt2_config(*sizes, VOCABULARY), **values["options"])
+    forward = flops.analytic(model, values["context"])["forward_flops_causal"]
+    changes = {"time_s": 20.0, "energy_j": 4e3, "causal_flops_per_s": 3 * forward * 12 / 20.0} | changes
+    one = make_record(parameters.display_name(values), forward_flops_causal=forward, **changes)
+    place = record.StudyPosition(session="s", block=run["block"], position=run["position"])
     metrics = one.metrics.model_copy(update={"parameters": sum(weight.numel() for weight in model.parameters())})
-    told = {"parameters": values, "setting": parameters.setting(values), "sitting": place, "metrics": metrics}
+    told = {"parameters": values, "setting": parameters.setting(values), "study": place, "metrics": metrics}
     return one.model_copy(update=told | {"finished_at": BEGUN + timedelta(seconds=seconds)})
 
 
-def plan(*variants, blocks=1, **overrides):
-    return study.plan(TINY | overrides, list(variants), blocks)
+def runs_of(*variants, blocks=1, **overrides):
+    return plan.runs_of(TINY | overrides, list(variants), blocks)
 
 
 def test_the_same_settings_on_the_same_device_are_expected_again():
-    runs = plan("sdpa", "gqa", blocks=2)
+    runs = runs_of("sdpa", "gqa", blocks=2)
     earlier = [measured(runs[0]), measured(runs[1], seconds=35)]
     assert forecast.lines(runs, earlier) == [
         "to be expected on a GPU:",
@@ -42,24 +45,24 @@ def test_the_same_settings_on_the_same_device_are_expected_again():
 
 def test_other_settings_are_scaled_by_flops_and_that_is_said():
     """Four times the steps of the same rows take four times as long; a wider model as much more as it has FLOPs."""
-    (run,) = plan("sdpa")
-    (longer,) = plan("sdpa", steps_per_epoch=12)
+    (run,) = runs_of("sdpa")
+    (longer,) = runs_of("sdpa", steps_per_epoch=12)
     found = forecast.expect(longer["values"], [measured(run)])
     assert found == forecast.Expected(pytest.approx(80), pytest.approx(16e3), forecast.SCALED)
-    (wider,) = plan("sdpa", width=64)
+    (wider,) = runs_of("sdpa", width=64)
     found = forecast.expect(wider["values"], [measured(run), measured(longer)])
-    more = measured(wider).metrics.forward_flops_useful / measured(run).metrics.forward_flops_useful
+    more = measured(wider).metrics.forward_flops_causal / measured(run).metrics.forward_flops_causal
     assert more > 2 and found.time_s == pytest.approx(20 * more)
     assert forecast.lines([wider], [measured(run)])[1].startswith("  1 windows scaled by FLOPs from other settings: ")
 
 
 @pytest.mark.parametrize("changes", [{"tokenizer": "gpt2"}, {"precision": "bf16"}, {"compile": True}])
 def test_nothing_is_scaled_from_what_computes_otherwise(changes):
-    assert forecast.expect(plan("sdpa", **changes)[0]["values"], [measured(plan("sdpa")[0])]) is None
+    assert forecast.expect(runs_of("sdpa", **changes)[0]["values"], [measured(runs_of("sdpa")[0])]) is None
 
 
 def test_what_was_never_run_there_is_said_and_never_guessed():
-    runs = plan("sdpa", "gqa")
+    runs = runs_of("sdpa", "gqa")
     sdpa = measured(next(run for run in runs if run["values"]["attention"] == "sdpa"), energy_j=None)
     assert forecast.lines(runs, [sdpa]) == [
         "to be expected on a GPU:",
@@ -71,12 +74,12 @@ def test_what_was_never_run_there_is_said_and_never_guessed():
 
 
 def test_the_published_records_tell_what_the_quick_study_takes(capsys):
-    assert study.main(["--plan", "--records", str(record.ROOT / "records" / "quick-cpu")]) == 0
+    assert main(["--plan", "--records", str(paths.ROOT / "records" / "quick-cpu")]) == 0
     said = capsys.readouterr().out
     assert "to be expected on " in said and "windows as measured with these settings" in said
     assert "never run there" not in said and "energy never measured" in said
 
 
 def test_a_folder_of_earlier_records_that_is_not_there_is_one_sentence(capsys):
-    assert study.main(["--plan", "--records", "nowhere"]) == 2
+    assert main(["--plan", "--records", "nowhere"]) == 2
     assert capsys.readouterr().err == "python -m lib.study: there is no folder nowhere with earlier records\n"

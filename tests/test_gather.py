@@ -1,10 +1,12 @@
-"""Records of many hands in one folder: doubled ones dropped, conflicts named, no card mixed with another."""
+"""Records of many hands in one folder: doubled ones dropped, conflicts named, no GPU mixed with another."""
 
 import pytest
 from make import make_record, write_blocks
 
-from lib import compare, gather, record
+from lib import record
+from lib.analysis import compare
 from lib.errors import UsageError
+from lib.study import gather
 
 ONE = {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-11111111-aaaa"}}
 OTHER = {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-22222222-aaaa"}}
@@ -15,7 +17,7 @@ def contents(folder):
 
 
 def test_records_of_two_cards_come_together_and_stay_apart_in_every_ratio(tmp_path):
-    """The same runs, sittings and blocks on two cards, the second twice as slow: no ratio sees the other card."""
+    """The same runs, sessions and blocks on two devices, the second twice as slow: no ratio sees the other GPU."""
     write_blocks(tmp_path / "a", blocks=5, environment=ONE, time_s=20.0)
     write_blocks(tmp_path / "b", blocks=5, environment=OTHER, time_s=40.0)
     found = gather.gather(tmp_path / "all", [tmp_path / "a", tmp_path / "b"])
@@ -50,7 +52,7 @@ def test_what_is_damaged_is_named_and_what_was_set_aside_or_failed_is_left_alone
     good = record.write(make_record("sdpa"), tmp_path / "a")
     bad = record.write(make_record("gqa"), tmp_path / "a")
     bad.write_text(bad.read_text()[:100])
-    record.write(make_record("mla"), tmp_path / "a" / "torn" / "then")
+    record.write(make_record("mla"), tmp_path / "a" / "incomplete" / "then")
     (tmp_path / "a" / f"x.{record.FAILED}").write_text("{}")
     assert gather.main([str(tmp_path / "all"), str(tmp_path / "a")]) == 1
     assert capsys.readouterr().err.startswith(f"LEFT OUT {bad}: it is no whole JSON")
@@ -59,7 +61,7 @@ def test_what_is_damaged_is_named_and_what_was_set_aside_or_failed_is_left_alone
 
 def test_a_source_that_is_not_there_is_one_sentence(tmp_path, capsys):
     assert gather.main([str(tmp_path / "all"), str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err == f"python -m lib.gather: there is no folder {tmp_path / 'nowhere'}\n"
+    assert capsys.readouterr().err == f"python -m lib.study.gather: there is no folder {tmp_path / 'nowhere'}\n"
     with pytest.raises(UsageError):
         gather.gather(tmp_path / "all", [tmp_path / "nowhere"])
 

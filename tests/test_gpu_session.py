@@ -23,7 +23,7 @@ profile = pathlib.Path(profile).stem
 for run in range(runs):
     path = pathlib.Path(os.environ["ATTENTION_STUDY_OUT"], f"v{run}-seed{block}.json")
     print(f"[{run + 1}/{runs}] {path.stem} ...", flush=True)
-    path.write_text(json.dumps({"sitting": {"profile": profile, "block": block}}))
+    path.write_text(json.dumps({"study": {"profile": profile, "block": block}}))
     path.with_suffix(".ipynb").write_text("{}")
     (path.parent / "figures").mkdir(exist_ok=True)
     (path.parent / "figures" / "time.svg").write_text("<svg/>")

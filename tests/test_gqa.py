@@ -1,4 +1,4 @@
-"""Grouped-query attention against Llama's, and its knob."""
+"""Grouped-query attention against Llama's, and its option."""
 
 import pytest
 import torch

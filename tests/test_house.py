@@ -11,8 +11,9 @@ import nbformat
 import pytest
 import yaml
 
-from lib import attention, study
-from lib.record import ROOT
+from lib import attention
+from lib.paths import ROOT
+from lib.study import plan
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
@@ -61,7 +62,7 @@ def test_papermill_s_help_names_every_parameter_with_its_type_and_meaning():
     papermill = shutil.which("papermill", path=f"{sys.prefix}/bin") or "papermill"
     command = [papermill, "--help-notebook", str(ROOT / "notebooks" / "train.ipynb")]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    for name, line in study.known_parameters().items():
+    for name, line in plan.known_parameters().items():
         shown = re.search(rf"^\s+{name}: {line.type} \(default (.*?)\)\s+(\S.*)", said, re.M | re.S)
         assert shown, f"{name} in:\n{said}"
 
@@ -75,6 +76,66 @@ def imports(path):
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
+# Who may import whom: a room, and the rooms below it that it may use. docs/architecture.md draws it.
+GROUND = {"errors", "paths"}
+MODEL = GROUND | {"attention", "model", "record", "data"}
+MAY_IMPORT = {
+    "errors": set(),
+    "paths": {"errors"},
+    "attention": GROUND,
+    "model": GROUND | {"attention"},
+    "published": GROUND | {"attention"},
+    "record": GROUND,
+    "data": GROUND,
+    "parameters": MODEL,
+    "certificate": MODEL,
+    "measure": MODEL | {"parameters", "certificate"},
+    "progress": GROUND,
+    "training": MODEL | {"parameters", "certificate", "measure"},
+    "analysis": MODEL | {"parameters", "certificate", "measure", "published"},
+    "study": MODEL | {"parameters", "certificate", "measure", "training"},
+    "explore": MODEL | {"parameters", "certificate", "measure", "training", "analysis", "study", "published"},
+}
+
+
+def rooms(path):
+    """The rooms of lib/ that a file imports, wherever in it."""
+    found = {name.split(".")[1] for name in imports(path) if name.startswith("lib.")}
+    return found & set(MAY_IMPORT)
+
+
+def trespasses(folder):
+    """Files of a `lib/` that import what their room may not, with what."""
+    found = {}
+    for path in sorted(folder.rglob("*.py")):
+        room = path.relative_to(folder).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        odd = rooms(path) - MAY_IMPORT[room] - {room}
+        if odd:
+            found[path.relative_to(folder).as_posix()] = odd
+    return found
+
+
+def test_every_room_imports_only_what_lies_below_it():
+    assert not trespasses(ROOT / "lib")
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "odd"),
+    [
+        ("measure", "from lib.training import Trainer", "training"),
+        ("analysis", "from lib import study", "study"),
+        ("record", "def f():\n    from lib.model import build_model", "model"),
+        ("study", "import lib.analysis.compare", "analysis"),
+    ],
+)
+def test_an_import_upwards_is_seen(room, line, odd, tmp_path):
+    (tmp_path / room).mkdir()
+    (tmp_path / room / "planted.py").write_text(line)
+    assert trespasses(tmp_path) == {f"{room}/planted.py": {odd}}
+
+
 def test_variants_import_nothing_of_the_rest():
     for path in (ROOT / "lib" / "attention").glob("*.py"):
         assert not [name for name in imports(path) if name.split(".")[0] == "lib"], path.name
@@ -85,18 +146,18 @@ def test_shared_code_never_asks_which_variant_it_has():
     allowed = {
         "certificate.py": {"baseline"},
         "assemble.py": {"baseline"},
-        "explore.py": {"baseline"},
-        "compare.py": {"sdpa"},
+        "bench.py": {"baseline"},
         "figures.py": {"sdpa"},
     }
-    for path in (ROOT / "lib").glob("*.py"):
+    shared = [path for path in (ROOT / "lib").rglob("*.py") if path.parent.name not in ("attention", "published")]
+    for path in shared:
         strings = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert strings & set(attention.STUDY_ORDER) <= allowed.get(path.name, set()), path.name
 
 
 def test_only_the_study_knows_that_notebooks_exist():
     for path in (ROOT / "lib").rglob("*.py"):
-        if path.name != "study.py":
+        if path.parent.name != "study":
             assert not {"nbformat", "papermill", "nbclient"} & {name.split(".")[0] for name in imports(path)}, path.name
 
 
@@ -121,7 +182,7 @@ def test_profiles_hold_overrides_and_no_variants_of_their_own():
     for path in (ROOT / "params").glob("*.yaml"):
         notebook = "scaling.ipynb" if path.stem.startswith("scaling_") else "train.ipynb"
         profile = yaml.safe_load(path.read_text())
-        assert set(profile) - {"study"} <= set(study.known_parameters(notebook)) - {"variants"}, path.name
+        assert set(profile) - {"study"} <= set(plan.known_parameters(notebook)) - {"variants"}, path.name
         assert path.read_text().startswith("#"), f"{path.name} opens with what it is for"
 
 

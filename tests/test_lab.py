@@ -19,7 +19,7 @@ CURVE = "img[src^='data:image/svg']"  # as Lab shows an SVG
 # What Lab shows does not depend on how long a run is, so the copies that run here train little; yet long enough for a
 # curve to be seen growing.
 STEPS = 16
-SHORT = {"steps_per_epoch": STEPS, "epochs": 1, "validation_rows": 8, "new_tokens": 4}
+SHORT = {"steps_per_epoch": STEPS, "epochs": 1, "validation_sequences": 8, "new_tokens": 4}
 
 
 @pytest.fixture(scope="module")

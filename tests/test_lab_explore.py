@@ -16,7 +16,9 @@ pytestmark = [
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "explore.ipynb"
 PATIENCE = lab.PATIENCE * 1000
-MAP, CERTIFICATE, CARD, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS, LENGTHS = range(9)  # the screens, from above
+MAP, CERTIFICATE, DEVICE_FOLDER, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS, LENGTHS = range(
+    9
+)  # the screens, from above
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,8 @@ def test_every_control_changes_what_is_shown(notebook):
     slide(notebook, MAP, "layer")
     choose(notebook, MAP, "head", "2")
     press(notebook, CERTIFICATE, "Examine")
-    choose(notebook, CARD, "size", "GPT-2 XL (48 layers of 1,600)")
-    slide(notebook, CARD, "context, tokens")
+    choose(notebook, DEVICE_FOLDER, "size", "GPT-2 XL (48 layers of 1,600)")
+    slide(notebook, DEVICE_FOLDER, "context, tokens")
     choose(notebook, ON_PAPER, "size", "the quick profile (4 layers of 128)")
     press(notebook, GENERATION, "Generate")
     type_in(notebook, GENERATION, "prompt", "The first argument")  # what was written for another prompt goes
@@ -114,9 +116,9 @@ def test_every_control_changes_what_is_shown(notebook):
 
 
 def test_another_variant_is_picked_on_every_screen_at_once_and_a_wrong_one_is_one_sentence(notebook):
-    choose(notebook, CARD, "variant", "gqa")
+    choose(notebook, DEVICE_FOLDER, "variant", "gqa")
     expect(control(notebook, MAP, "variant")).to_have_value("gqa")
-    expect(page(notebook, CARD)).to_contain_text("gqa")
+    expect(page(notebook, DEVICE_FOLDER)).to_contain_text("gqa")
     expect(page(notebook, MAP).locator("img[alt^='gqa']")).to_be_visible()
     type_in(notebook, MAP, "kv_heads", "3")
     expect(screen(notebook, MAP).get_by_role("alert")).to_have_text(re.compile(r"^kv_heads must divide heads: [^\n]*$"))
@@ -146,7 +148,7 @@ def test_records_follow_their_controls(notebook):
     choose(notebook, RECORDS, "figure", "training time")
     choose(notebook, RECORDS, "rank by", "cache MiB")
     choose(notebook, RECORDS, "variants", ["sdpa", "mla"])
-    choose(notebook, RECORDS, "record", "mla-seed0-5e9ca3f4")
+    choose(notebook, RECORDS, "record", "mla-seed0-644c9204")
     expect(screen(notebook, RECORDS)).to_contain_text("deepseek", ignore_case=True)
     kernels = page(notebook, RECORDS).locator("details:has(summary:text-is('kernels'))")
     expect(kernels.locator("table")).to_be_hidden()

@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import Cache
 
 from lib import attention, certificate
-from lib.model import build_model, gpt2_config, skeleton
+from lib.model import build_model, gpt2_config, meta_model
 
 FAULTS = {  # what is planted: the right code, the wrong one, the check that is about it
     "scores of later tokens in the chunk": ("(q @ k.mT).tril()", "(q @ k.mT)", "causal"),
@@ -26,9 +26,9 @@ FAULTS = {  # what is planted: the right code, the wrong one, the check that is 
 }
 
 
-def make_layer(dtype=torch.float64, width=32, heads=4, **knobs):
+def make_layer(dtype=torch.float64, width=32, heads=4, **options):
     torch.manual_seed(0)
-    layer = attention.load("linear")(gpt2_config(2, width, heads, 256, 2), 0, **knobs).double().eval()
+    layer = attention.load("linear")(gpt2_config(2, width, heads, 256, 2), 0, **options).double().eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3)
     return layer.to(dtype)
@@ -125,7 +125,7 @@ def test_the_cache_is_the_state_alone_and_does_not_grow(dtype):
 
 
 def test_gpt2_small_caches_2_4_mb():
-    blocks = skeleton("linear", gpt2_config(12, 768, 12, 1024, 50257)).transformer.h
+    blocks = meta_model("linear", gpt2_config(12, 768, 12, 1024, 50257)).transformer.h
     for context in (1, 100_000):
         assert sum(block.attn.cache_bytes(context, 2) for block in blocks) == 12 * 12 * (64 * 64 + 64) * 4 == 2_396_160
 

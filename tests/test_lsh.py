@@ -11,17 +11,17 @@ from lib import attention, certificate
 from lib.model import GPT2, build_model, gpt2_config
 
 EDGES = [
-    {"chunk": 2, "rounds": 1, "buckets": 2},
-    {"chunk": 3, "rounds": 2, "buckets": 4},
-    {"chunk": 5, "rounds": 3, "buckets": 30},  # more buckets than keep company: many tokens are alone
-    {"chunk": 100, "rounds": 4, "buckets": 6},  # no chunk is ever full
+    {"chunk_length": 2, "n_hashes": 1, "buckets": 2},
+    {"chunk_length": 3, "n_hashes": 2, "buckets": 4},
+    {"chunk_length": 5, "n_hashes": 3, "buckets": 30},  # more buckets than keep company: many tokens are alone
+    {"chunk_length": 100, "n_hashes": 4, "buckets": 6},  # no chunk is ever full
 ]
-every_edge = pytest.mark.parametrize("knobs", EDGES, ids=str)
+every_edge = pytest.mark.parametrize("options", EDGES, ids=str)
 
 
-def make_layer(positions=256, dtype=torch.float64, **knobs):
+def make_layer(positions=256, dtype=torch.float64, **options):
     torch.manual_seed(0)
-    layer = attention.load("lsh")(gpt2_config(2, 32, 4, positions, 2), 0, **knobs).to(dtype).eval()
+    layer = attention.load("lsh")(gpt2_config(2, 32, 4, positions, 2), 0, **options).to(dtype).eval()
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.3)
     return layer
@@ -38,7 +38,7 @@ def by_hand(layer, x):
             for t in range(T):
                 means, masses = [], []
                 for bucket in buckets[b][h]:
-                    seen = [j for j in range(t + 1) if bucket[j] == bucket[t]][-layer.chunk :]
+                    seen = [j for j in range(t + 1) if bucket[j] == bucket[t]][-layer.chunk_length :]
                     keys = qk[b, h, seen]
                     scores = keys @ qk[b, h, t] / (keys.square().mean(-1) + 1e-6).sqrt() / D**0.5
                     scores[-1] = -1e5
@@ -50,14 +50,14 @@ def by_hand(layer, x):
 
 @every_edge
 @torch.no_grad()
-def test_it_is_the_rule_by_hand(knobs):
-    layer, x = make_layer(**knobs), torch.randn(1, 29, 32, dtype=torch.float64)
+def test_it_is_the_rule_by_hand(options):
+    layer, x = make_layer(**options), torch.randn(1, 29, 32, dtype=torch.float64)
     torch.testing.assert_close(layer(x)[0], by_hand(layer, x), rtol=1e-12, atol=1e-12)
 
 
 @every_edge
-def test_outputs_gradients_prefixes_and_pieces_at_the_knobs_edges(knobs):
-    layer = make_layer(**knobs)
+def test_outputs_gradients_prefixes_and_pieces_at_the_options_edges(options):
+    layer = make_layer(**options)
     x = torch.randn(2, 37, 32, dtype=torch.float64, requires_grad=True)
     out = layer(x)[0]
     weight = torch.randn_like(out)
@@ -76,8 +76,8 @@ def test_outputs_gradients_prefixes_and_pieces_at_the_knobs_edges(knobs):
 
 
 @pytest.mark.parametrize(("length", "chunk", "rounds", "buckets"), [(64, 16, 2, 8), (96, 8, 3, 12), (64, 32, 1, 4)])
-def test_the_paper_s_borders_are_transformers_reformer(length, chunk, rounds, buckets):
-    layer = make_layer(chunk=chunk, rounds=rounds, buckets=buckets, borders="reformer")
+def test_the_paper_s_chunk_boundaries_are_transformers_reformer(length, chunk, rounds, buckets):
+    layer = make_layer(chunk_length=chunk, n_hashes=rounds, buckets=buckets, chunk_boundaries="reformer")
     theirs = LSHSelfAttention(reformer_config(chunk, rounds, buckets)).double().eval()
     with torch.no_grad():
         layer.c_attn.bias.zero_()
@@ -96,7 +96,7 @@ def test_the_paper_s_borders_are_transformers_reformer(length, chunk, rounds, bu
 
 
 def test_the_hash_is_transformers():
-    layer = make_layer(chunk=8, rounds=3, buckets=6, dtype=torch.float32)
+    layer = make_layer(chunk_length=8, n_hashes=3, buckets=6, dtype=torch.float32)
     theirs = LSHSelfAttention(reformer_config(8, 3, 6))
     theirs.hash_seed = 5
     vectors = torch.randn(2, 4, 40, 8)
@@ -115,21 +115,23 @@ def reformer_config(chunk, rounds, buckets):
     )  # fmt: skip
 
 
-def test_the_paper_s_borders_fail_the_certificate():
-    certified = certificate.certify("lsh", {"borders": "reformer", "chunk": 4})
+def test_the_paper_s_chunk_boundaries_fail_the_certificate():
+    certified = certificate.certify("lsh", {"chunk_boundaries": "reformer", "chunk_length": 4})
     assert not (certified["passed"] or certified["causal"] or certified["prefix_equal"])
-    assert not certificate.certify("lsh", {"borders": "reformer"})["passed"]
+    assert not certificate.certify("lsh", {"chunk_boundaries": "reformer"})["passed"]
 
 
-@pytest.mark.parametrize("knobs", [{"chunk": 2}, {"chunk": 5, "rounds": 1}, {"chunk": 4, "buckets": 16}], ids=str)
-def test_other_knobs_pass_the_certificate(knobs):
-    assert certificate.certify("lsh", knobs)["passed"]
+@pytest.mark.parametrize(
+    "options", [{"chunk_length": 2}, {"chunk_length": 5, "n_hashes": 1}, {"chunk_length": 4, "buckets": 16}], ids=str
+)
+def test_other_options_pass_the_certificate(options):
+    assert certificate.certify("lsh", options)["passed"]
 
 
 FAULTS = {  # what is planted: the right code, the wrong one, the check that is about it
     "buckets from the length": (
-        "rotated = rotated.unflatten(-1, (self.rounds, self.buckets // 2))",
-        "rotated = rotated.unflatten(-1, (self.rounds, self.buckets // 2))[..., : 1 + qk.shape[2] // 9]",
+        "rotated = rotated.unflatten(-1, (self.n_hashes, self.buckets // 2))",
+        "rotated = rotated.unflatten(-1, (self.n_hashes, self.buckets // 2))[..., : 1 + qk.shape[2] // 9]",
         "prefix_equal",
     ),
     "newer members of the bucket": ("(distance >= 0) & ", "", "causal"),
@@ -147,7 +149,11 @@ FAULTS = {  # what is planted: the right code, the wrong one, the check that is 
         "causal",
     ),
     "sort by nothing": ("buckets.sort(dim=-1, stable=True)", "buckets.flip(-1).sort(dim=-1, stable=True)", "causal"),
-    "decoding sees one key more": ("topk(min(self.chunk, S))", "topk(min(self.chunk + 1, S))", "cached_equal"),
+    "decoding sees one key more": (
+        "topk(min(self.chunk_length, S))",
+        "topk(min(self.chunk_length + 1, S))",
+        "cached_equal",
+    ),
     "decoding counts itself": ("time == S - 1, ALONE", "time == S, ALONE", "cached_equal"),
     "cached buckets forgotten": ("self.buckets = buckets if", "self.buckets = buckets * 0 if", "cached_equal"),
 }
@@ -160,33 +166,37 @@ def test_a_planted_fault_is_caught(fault, tmp_path):
     assert source.count(right) == 1
     (tmp_path / "planted.py").write_text(source.replace(right, wrong))
     # Where one block holds everything, its own copy stands before it.
-    knobs = {"chunk": 160, "rounds": 1} if "before the first" in fault else {"chunk": 4, "buckets": 4, "rounds": 3}
+    options = (
+        {"chunk_length": 160, "n_hashes": 1}
+        if "before the first" in fault
+        else {"chunk_length": 4, "buckets": 4, "n_hashes": 3}
+    )
     if check is None:  # in form and reference alike, so the certificate cannot see it: the rule by hand does
         torch.manual_seed(0)
-        layer = attention.load(str(tmp_path / "planted.py"))(gpt2_config(1, 32, 4, 64, 2), 0, **knobs).double()
+        layer = attention.load(str(tmp_path / "planted.py"))(gpt2_config(1, 32, 4, 64, 2), 0, **options).double()
         x = torch.randn(1, 20, 32, dtype=torch.float64)
         assert (layer(x)[0] - by_hand(layer, x)).abs().max() > 1e-6
         return
-    certified = certificate.certify(str(tmp_path / "planted.py"), knobs)
+    certified = certificate.certify(str(tmp_path / "planted.py"), options)
     assert not certified["passed"]
     wrong_now = certified[check] > certificate.TOLERANCE if check == "reference_difference" else not certified[check]
     assert wrong_now, certified
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("options", "said"),
     [
-        ({"rounds": 0}, "rounds must be at least 1"),
-        ({"chunk": 1}, "chunk must be at least 2"),
+        ({"n_hashes": 0}, "n_hashes must be at least 1"),
+        ({"chunk_length": 1}, "chunk_length must be at least 2"),
         ({"buckets": 3}, "buckets must be even"),
         ({"buckets": 0}, "buckets must be even"),
         ({"buckets": 2**15}, "2 to 32766"),
-        ({"borders": "paper"}, "borders must be 'causal' or 'reformer'"),
+        ({"chunk_boundaries": "paper"}, "chunk_boundaries must be 'causal' or 'reformer'"),
     ],
 )
-def test_a_bad_knob_is_said_in_one_sentence(knobs, said):
+def test_a_bad_option_is_said_in_one_sentence(options, said):
     with pytest.raises(ValueError, match=said):
-        make_layer(**knobs)
+        make_layer(**options)
 
 
 @pytest.mark.parametrize(
@@ -194,11 +204,11 @@ def test_a_bad_knob_is_said_in_one_sentence(knobs, said):
     [(1024, 64, 16), (512, 64, 8), (66, 64, 2), (200, 64, 2), (4096, 64, 64), (8, 64, 2)],
 )
 def test_buckets_come_from_the_positions(positions, chunk, buckets):
-    assert make_layer(positions, chunk=chunk).buckets == buckets
+    assert make_layer(positions, chunk_length=chunk).buckets == buckets
 
 
-def test_padding_takes_no_place_in_a_bucket_and_the_paper_s_borders_refuse_it():
-    layer = make_layer(chunk=3, buckets=2)
+def test_padding_takes_no_place_in_a_bucket_and_the_paper_s_chunk_boundaries_refuse_it():
+    layer = make_layer(chunk_length=3, buckets=2)
     x, fill = torch.randn(1, 30, 32, dtype=torch.float64), torch.randn(1, 11, 32, dtype=torch.float64)
     padded, mask = torch.cat([fill, x], dim=1), (torch.arange(41) >= 11)[None]
     expected = layer(x)[0]
@@ -210,12 +220,12 @@ def test_padding_takes_no_place_in_a_bucket_and_the_paper_s_borders_refuse_it():
     assert torch.cat(out, dim=1).isfinite().all()
     torch.testing.assert_close(torch.cat(out, dim=1)[:, 11:], expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="no left padding"):
-        make_layer(borders="reformer")(padded, padding_mask=mask)
+        make_layer(chunk_boundaries="reformer")(padded, padding_mask=mask)
 
 
 @pytest.mark.parametrize("borders", ["causal", "reformer"])
 def test_memory_grows_with_the_length_not_with_its_square(borders):
-    layer = make_layer(chunk=8, borders=borders, dtype=torch.float32).train()
+    layer = make_layer(chunk_length=8, chunk_boundaries=borders, dtype=torch.float32).train()
     largest = []
     for length in (120, 240):
         x = torch.randn(1, length, 32, requires_grad=True)
@@ -227,7 +237,7 @@ def test_memory_grows_with_the_length_not_with_its_square(borders):
 
 
 def test_decoding_scores_a_chunk_a_round_however_long_the_cache():
-    layer = make_layer(chunk=4, rounds=2)
+    layer = make_layer(chunk_length=4, n_hashes=2)
     cache = Cache(layers=[layer.new_cache()])
     layer(torch.randn(1, 90, 32, dtype=torch.float64), past_key_values=cache)
     with Shapes() as shapes:
@@ -256,7 +266,7 @@ def test_rotations_are_drawn_from_the_seed_and_saved_with_the_weights(tmp_path):
 
 
 def test_the_cache_can_be_cut_chosen_from_and_emptied():
-    layer, x = make_layer(chunk=3), torch.randn(3, 20, 32, dtype=torch.float64)
+    layer, x = make_layer(chunk_length=3), torch.randn(3, 20, 32, dtype=torch.float64)
     cache = Cache(layers=[layer.new_cache()])
     layer(x, past_key_values=cache)
     cache.crop(-5)
@@ -293,7 +303,7 @@ def test_hashing_is_in_float32_and_takes_no_gradient():
 
 
 def test_flops_are_the_pairs_that_meet_where_buckets_fill_evenly():
-    layer, T = make_layer(1024, chunk=8, rounds=4), 1024
+    layer, T = make_layer(1024, chunk_length=8, n_hashes=4), 1024
     assert layer.buckets == 128
     bucket = torch.arange(T) % 128
     newest = (bucket[:, None] == bucket).tril()

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from lib import energy, measure
-from lib.model import build_model, gpt2_config, skeleton
-from lib.training import autocast
+from lib.measure import assemble, energy, flops, inference, kernels
+from lib.measure.meter import Meter, Utilization
+from lib.model import build_model, devices, gpt2_config, meta_model
 
 CPU = torch.device("cpu")
-fp32 = autocast("fp32", CPU)
+fp32 = devices.autocast("fp32", CPU)
 
 
 def small(name="sdpa"):
@@ -24,27 +24,27 @@ def small(name="sdpa"):
 def test_flops_by_hand():
     T, C, L, V = 16, 32, 3, 50
     matrices = T * 2 * (L * 12 * C * C + C * V)
-    counted = measure.flops(small(), T)
-    assert counted["forward_flops_useful"] == matrices + L * 4 * C * T * (T + 1) // 2
-    assert counted["forward_flops_dense"] == matrices + L * 4 * C * T * T
-    assert counted["attention_core_share"] == pytest.approx(L * 2 * C * T * (T + 1) / counted["forward_flops_useful"])
+    counted = flops.analytic(small(), T)
+    assert counted["forward_flops_causal"] == matrices + L * 4 * C * T * (T + 1) // 2
+    assert counted["forward_flops_full"] == matrices + L * 4 * C * T * T
+    assert counted["attention_core_share"] == pytest.approx(L * 2 * C * T * (T + 1) / counted["forward_flops_causal"])
 
 
 def test_the_core_is_a_small_share_of_gpt2_at_the_paper_s_length():
-    model = skeleton("sdpa", gpt2_config(12, 768, 12, 1024, 50257))
-    assert round(100 * measure.flops(model, 512)["attention_core_share"], 1) == 3.7
-    dense = measure.flops(model, 512)
-    assert round(100 * (12 * 4 * 768 * 512**2) / dense["forward_flops_dense"], 1) == 7.1
+    model = meta_model("sdpa", gpt2_config(12, 768, 12, 1024, 50257))
+    assert round(100 * flops.analytic(model, 512)["attention_core_share"], 1) == 3.7
+    dense = flops.analytic(model, 512)
+    assert round(100 * (12 * 4 * 768 * 512**2) / dense["forward_flops_full"], 1) == 7.1
 
 
 @pytest.mark.parametrize("name", ["baseline", "sdpa"])
 def test_torch_s_counter_agrees_with_the_dense_count(name):
     model = small(name)
-    assert measure.counted_flops(model, 16, fp32) == measure.flops(model, 16)["forward_flops_dense"]
+    assert flops.counted(model, 16, fp32) == flops.analytic(model, 16)["forward_flops_full"]
 
 
 def test_the_cache_is_counted_from_what_it_holds():
-    rows = measure.inference(small(), [8, 20], new_tokens=4, repeats=2, autocast=fp32)
+    rows = inference.measured(small(), [8, 20], new_tokens=4, repeats=2, autocast=fp32)
     assert [row["context"] for row in rows] == [8, 20]
     for row in rows:
         assert row["cache_bytes"] == row["cache_bytes_analytic"] == 3 * 2 * 32 * (row["context"] + 4) * 4
@@ -54,35 +54,35 @@ def test_the_cache_is_counted_from_what_it_holds():
 def test_the_checkpoint_is_as_large_as_its_weights():
     model = small()
     weights = sum(p.numel() for p in model.parameters()) * 4
-    assert weights < measure.checkpoint_bytes(model) < weights * 1.1
+    assert weights < assemble.checkpoint_bytes(model) < weights * 1.1
 
 
 def test_kernels_name_what_ran_forward_and_backward():
-    names = measure.kernels(small("sdpa"), 32, fp32)
+    names = kernels.names(small("sdpa"), 32, fp32)
     assert any("scaled_dot_product_flash_attention" in name for name in names["forward"])
     assert any("backward" in name for name in names["backward"])
-    assert not any("scaled_dot_product" in name for name in measure.kernels(small("baseline"), 32, fp32)["forward"])
+    assert not any("scaled_dot_product" in name for name in kernels.names(small("baseline"), 32, fp32)["forward"])
 
 
 def test_a_meter_adds_up_its_stretches_and_nothing_between():
-    meter = measure.Meter(CPU)
+    meter = Meter(CPU)
     for _ in range(2):
-        with meter.stretch():
+        with meter.window():
             sum(range(200_000))
         held = meter.window_s
         sum(range(200_000))
         assert meter.window_s == held
     values, reasons = meter.metrics()
-    assert len(meter.stretches_s) == 2 and values["time_s"] == pytest.approx(sum(meter.stretches_s))
+    assert len(meter.windows_s) == 2 and values["time_s"] == pytest.approx(sum(meter.windows_s))
     assert values["cpu_time_s"] > 0 and values["energy_j"] is None and reasons["energy_j"] == "no_gpu"
 
 
 def test_a_wall_clock_that_jumps_in_a_stretch_or_between_two_is_seen(monkeypatch):
     for where in ("inside", "between"):
-        meter, ahead_s, wall = measure.Meter(CPU), [0.0], time.time
-        monkeypatch.setattr(measure.time, "time", lambda ahead_s=ahead_s, wall=wall: wall() + ahead_s[0])
+        meter, ahead_s, wall = Meter(CPU), [0.0], time.time
+        monkeypatch.setattr(time, "time", lambda ahead_s=ahead_s, wall=wall: wall() + ahead_s[0])
         for _ in range(2):
-            with meter.stretch():
+            with meter.window():
                 ahead_s[0] += 5.0 if where == "inside" else 0.0
             ahead_s[0] += 5.0 if where == "between" else 0.0
         monkeypatch.undo()
@@ -92,33 +92,33 @@ def test_a_wall_clock_that_jumps_in_a_stretch_or_between_two_is_seen(monkeypatch
 
 
 def test_marks_are_seconds_of_the_window_and_not_of_what_lies_between():
-    meter = measure.Meter(CPU)
+    meter = Meter(CPU)
     for step in (1, 2):
-        with meter.stretch():
+        with meter.window():
             sum(range(200_000))
             meter.mark(step)
         sum(range(2_000_000))
     first, second = (point["time_s"] for point in meter.log())
-    assert 0 < first <= meter.stretches_s[0] < second <= meter.window_s
+    assert 0 < first <= meter.windows_s[0] < second <= meter.window_s
     assert [point["energy_j"] for point in meter.log()] == [None, None]
 
 
 def test_another_process_that_was_seen_once_stays_seen(monkeypatch):
     for seen, expected in (((0, 0), 0), ((0, None), None), ((None, 2, 0), 2), ((2, None), 2)):
-        meter = measure.Meter(CPU)
+        meter = Meter(CPU)
         meter._others = list(seen)
         assert meter.foreign_processes == expected
 
 
 def test_without_a_gpu_idle_power_takes_no_time_and_has_its_reason(monkeypatch):
-    monkeypatch.setattr(measure.time, "sleep", None)
-    assert measure.Meter(CPU).rest(30.0) == (None, "no_gpu")
+    monkeypatch.setattr(time, "sleep", None)
+    assert Meter(CPU).rest(30.0) == (None, "no_gpu")
 
 
 def test_two_kernels_at_once_are_busy_once():
-    assert measure.covered([(0, 2), (5, 6), (1, 3), (5.5, 5.7)]) == 4
-    assert measure.covered([]) == 0
-    assert measure.busy_share(CPU, run=None) == (None, "no_gpu")
+    assert kernels.covered([(0, 2), (5, 6), (1, 3), (5.5, 5.7)]) == 4
+    assert kernels.covered([]) == 0
+    assert kernels.busy_fraction(CPU, run=None) == (None, "no_gpu")
 
 
 def test_only_what_ran_on_the_gpu_is_busy_time():
@@ -128,22 +128,22 @@ def test_only_what_ran_on_the_gpu_is_busy_time():
 
     cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
     events = [event(cuda, 0, 2), event(cpu, 0, 9), event(cuda, 0, 9, named=True), event(cuda, 5, 6)]
-    assert measure._on_device(events) == [(0, 2), (5, 6)]
+    assert kernels._on_device(events) == [(0, 2), (5, 6)]
 
 
 def test_mfu_is_useful_flops_over_the_device_s_peak():
-    assert measure.mfu(98.94e12, "NVIDIA H200", "bf16").joules == pytest.approx(0.1)
-    assert measure.mfu(16.52e12, "NVIDIA GeForce RTX 4090", "fp32").joules == pytest.approx(0.2)
+    assert flops.mfu(98.94e12, "NVIDIA H200", "bf16").joules == pytest.approx(0.1)
+    assert flops.mfu(16.52e12, "NVIDIA GeForce RTX 4090", "fp32").joules == pytest.approx(0.2)
     for unknown in ("NVIDIA H200 MIG 1g.18gb", "some CPU"):
-        assert measure.mfu(1e12, unknown, "bf16") == (None, "peak_unknown")
+        assert flops.mfu(1e12, unknown, "bf16") == (None, "peak_unknown")
 
 
 def test_the_resident_peak_is_the_window_s_own():
     block = bytearray(300 << 20)  # a peak from before the window
     block[:: 1 << 12] = b"\1" * len(block[:: 1 << 12])
     del block
-    meter = measure.Meter(CPU)
-    with meter.stretch():
+    meter = Meter(CPU)
+    with meter.window():
         block = bytearray(100 << 20)
         block[:: 1 << 12] = b"\1" * len(block[:: 1 << 12])
         del block
@@ -158,13 +158,13 @@ def test_the_resident_peak_is_the_window_s_own():
 
 
 def test_utilization_is_the_mean_of_what_nvidia_smi_says(tmp_path, monkeypatch):
-    assert measure.Utilization(CPU).mean_percent() == (None, "no_gpu")
+    assert Utilization(CPU).mean_percent() == (None, "no_gpu")
     fake = tmp_path / "nvidia-smi"
     fake.write_text("#!/bin/sh\nprintf '80\\n90\\n[N/A]\\n100\\n'\nexec sleep 60\n")
     fake.chmod(fake.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Card", (), {"uuid": "1-2"}))
-    sampler = measure.Utilization(torch.device("cuda", 0))
+    sampler = Utilization(torch.device("cuda", 0))
     while os.fstat(sampler.samples.fileno()).st_size < 10:
         pass  # until the fake has spoken
     assert sampler.mean_percent() == (90.0, None)

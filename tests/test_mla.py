@@ -1,4 +1,4 @@
-"""Multi-head latent attention against transformers' DeepSeek-V2, its knobs, its cache, and faults planted in it."""
+"""Multi-head latent attention against transformers' DeepSeek-V2, its options, its cache, and faults planted in it."""
 
 import pytest
 import torch
@@ -9,15 +9,22 @@ from transformers import DeepseekV2Config
 from transformers.cache_utils import Cache
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 
-from lib import attention, certificate, measure
-from lib.model import build_model, gpt2_config, skeleton
+from lib import attention, certificate
+from lib.measure import flops, inference
+from lib.model import build_model, gpt2_config, meta_model
 
-KNOBS = [{}, {"query_latent": 12}, {"latent": 1}, {"latent": 100, "rope": 16}, {"rope": 0}]
+KNOBS = [
+    {},
+    {"q_lora_rank": 12},
+    {"kv_lora_rank": 1},
+    {"kv_lora_rank": 100, "qk_rope_head_dim": 16},
+    {"qk_rope_head_dim": 0},
+]
 
 
-def make_layer(width=32, **knobs):
+def make_layer(width=32, **options):
     torch.manual_seed(0)
-    layer = attention.load("mla")(gpt2_config(2, width, 4, 256, 2), 0, **knobs).double().eval()
+    layer = attention.load("mla")(gpt2_config(2, width, 4, 256, 2), 0, **options).double().eval()
     for key, parameter in layer.named_parameters():
         nn.init.normal_(parameter, float(key.endswith("norm.weight")), 0.3)
     return layer
@@ -31,8 +38,8 @@ class DeepSeek(nn.Module):
         D = layer.head_width
         config = DeepseekV2Config(
             hidden_size=layer.width, num_attention_heads=layer.heads, num_key_value_heads=layer.heads,
-            kv_lora_rank=layer.latent, q_lora_rank=layer.query_latent, qk_nope_head_dim=D, v_head_dim=D,
-            qk_rope_head_dim=layer.rope, attention_bias=False, max_position_embeddings=256,
+            kv_lora_rank=layer.kv_lora_rank, q_lora_rank=layer.q_lora_rank, qk_nope_head_dim=D, v_head_dim=D,
+            qk_rope_head_dim=layer.qk_rope_head_dim, attention_bias=False, max_position_embeddings=256,
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         )  # fmt: skip
         config._attn_implementation = "eager"
@@ -51,10 +58,10 @@ class DeepSeek(nn.Module):
         return self.attention(x, attention_mask=future, position_embeddings=turns)[0] + self.bias
 
 
-@pytest.mark.parametrize("knobs", [{}, {"query_latent": 12}, {"latent": 100, "rope": 16}])
+@pytest.mark.parametrize("options", [{}, {"q_lora_rank": 12}, {"kv_lora_rank": 100, "qk_rope_head_dim": 16}])
 @pytest.mark.parametrize("length", [1, 2, 33])
-def test_it_is_deepseek_v2_s_in_output_and_gradients(knobs, length):
-    layer = make_layer(**knobs)
+def test_it_is_deepseek_v2_s_in_output_and_gradients(options, length):
+    layer = make_layer(**options)
     theirs = DeepSeek(layer)
     x = torch.randn(2, length, 32, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, length, 32, dtype=torch.float64)
@@ -71,15 +78,15 @@ def test_it_is_deepseek_v2_s_in_output_and_gradients(knobs, length):
         assert (got[key] - value).abs().max() <= 1e-6 * value.abs().max() + 1e-12, key
 
 
-@pytest.mark.parametrize("knobs", KNOBS)
-def test_every_knob_passes_the_certificate(knobs):
-    certified = certificate.certify("mla", knobs)
+@pytest.mark.parametrize("options", KNOBS)
+def test_every_option_passes_the_certificate(options):
+    certified = certificate.certify("mla", options)
     assert certified["passed"] and certified["reference_difference"] < 1e-12, certified
 
 
-@pytest.mark.parametrize("knobs", KNOBS)
-def test_every_knob_gives_the_reference_s_gradients(knobs):
-    layer = make_layer(**knobs)
+@pytest.mark.parametrize("options", KNOBS)
+def test_every_option_gives_the_reference_s_gradients(options):
+    layer = make_layer(**options)
     x = torch.randn(2, 19, 32, dtype=torch.float64, requires_grad=True)
     wanted = [x, *layer.parameters()]
     for ours, theirs in zip(
@@ -91,30 +98,30 @@ def test_every_knob_gives_the_reference_s_gradients(knobs):
 
 
 @pytest.mark.parametrize(
-    ("knobs", "said"),
+    ("options", "said"),
     [
-        ({"latent": 0}, "latent must be a whole number from 1 up, not 0; leave it out for 4 D = 32"),
-        ({"latent": 2.5}, "latent must be"),
-        ({"rope": 3}, "rope must be 0 or an even whole number, not 3"),
-        ({"rope": -2}, "rope must be"),
-        ({"query_latent": 0}, "query_latent must be a whole number from 1 up, not 0; None goes without"),
+        ({"kv_lora_rank": 0}, "kv_lora_rank must be a whole number from 1 up, not 0; leave it out for 4 D = 32"),
+        ({"kv_lora_rank": 2.5}, "kv_lora_rank must be"),
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim must be 0 or an even whole number, not 3"),
+        ({"qk_rope_head_dim": -2}, "qk_rope_head_dim must be"),
+        ({"q_lora_rank": 0}, "q_lora_rank must be a whole number from 1 up, not 0; None goes without"),
     ],
 )
-def test_a_bad_knob_is_said_in_one_sentence(knobs, said):
+def test_a_bad_option_is_said_in_one_sentence(options, said):
     with pytest.raises(ValueError) as error:
-        make_layer(**knobs)
+        make_layer(**options)
     assert said in str(error.value)
 
 
 def test_the_defaults_are_the_design_s():
-    layer = skeleton("mla", gpt2_config(12, 768, 12, 1024, 50257)).transformer.h[0].attn
-    assert (layer.latent, layer.rope, layer.query_latent) == (256, 32, None)
+    layer = meta_model("mla", gpt2_config(12, 768, 12, 1024, 50257)).transformer.h[0].attn
+    assert (layer.kv_lora_rank, layer.qk_rope_head_dim, layer.q_lora_rank) == (256, 32, None)
     assert 12 * layer.cache_bytes(1, 2) == 6912
 
 
-@pytest.mark.parametrize("knobs", KNOBS)
-def test_the_cache_holds_the_latent_and_the_rotary_key_and_nothing_else(knobs):
-    layer = make_layer(**knobs)
+@pytest.mark.parametrize("options", KNOBS)
+def test_the_cache_holds_the_latent_and_the_rotary_key_and_nothing_else(options):
+    layer = make_layer(**options)
     cache = Cache(layers=[layer.new_cache()])
     x = torch.randn(3, 9, 32, dtype=torch.float64)
     for piece in x.split([5, 1, 3], dim=1):
@@ -123,13 +130,13 @@ def test_the_cache_holds_the_latent_and_the_rotary_key_and_nothing_else(knobs):
     assert sum(t.numel() * t.element_size() for t in tensors) == 3 * layer.cache_bytes(9, 8)
     latent = cache.layers[0].keys / layer.kv_a_layernorm.weight
     size = latent.square().mean(-1)  # below 1 by the epsilon alone
-    assert ((size > 0.9) & (size <= 1)).all() or layer.latent == 1
+    assert ((size > 0.9) & (size <= 1)).all() or layer.kv_lora_rank == 1
 
 
 def test_the_cache_of_a_bf16_run_is_bf16():
     model = build_model("mla", tiny_config())
     autocast = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
-    (row,) = measure.inference(model, [8], new_tokens=3, repeats=1, autocast=autocast)
+    (row,) = inference.measured(model, [8], new_tokens=3, repeats=1, autocast=autocast)
     assert row["cache_bytes"] == row["cache_bytes_analytic"] == 2 * (32 + 4) * 11 * 2
 
 
@@ -177,7 +184,7 @@ def test_without_rotation_the_order_of_earlier_tokens_is_not_seen():
     x = torch.randn(1, 9, 32, dtype=torch.float64)
     swapped = x[:, [1, 0, *range(2, 9)]]
     for rope, same in ((0, True), (4, False)):
-        layer = make_layer(rope=rope)
+        layer = make_layer(qk_rope_head_dim=rope)
         assert torch.allclose(layer(x)[0][:, 2:], layer(swapped)[0][:, 2:]) == same
 
 
@@ -195,17 +202,17 @@ def test_a_prompt_fed_by_generate_in_chunks_decodes_the_same():
 
 def test_useful_flops_are_the_kernel_s_without_its_padding():
     layer, x = make_layer().float(), torch.randn(1, 33, 32)
-    with FlopCounterMode(display=False, custom_mapping={measure.CPU_FLASH: measure._fused_attention_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={flops.CPU_FLASH: flops._fused_attention_flops}) as counter:
         layer(x)
     matrices = sum(p.numel() for p in layer.parameters() if p.dim() >= 2)
-    padding = 2 * layer.heads * layer.rope * 33**2
+    padding = 2 * layer.heads * layer.qk_rope_head_dim * 33**2
     assert counter.get_total_flops() - padding == 2 * matrices * 33 + layer.core_flops(33, dense=True)
     assert layer.core_flops(33) * 33 * 2 == layer.core_flops(33, dense=True) * 34
 
 
-@pytest.mark.parametrize("knobs", KNOBS)
-def test_memory_stays_linear_in_training_and_in_a_long_prefill(knobs):
-    layer, x = make_layer(**knobs).float(), torch.randn(1, 61, 32, requires_grad=True)
+@pytest.mark.parametrize("options", KNOBS)
+def test_memory_stays_linear_in_training_and_in_a_long_prefill(options):
+    layer, x = make_layer(**options).float(), torch.randn(1, 61, 32, requires_grad=True)
     with Shapes() as shapes:
         layer.train()(x)[0].sum().backward()
         layer.eval()(x, past_key_values=Cache(layers=[layer.new_cache()]))

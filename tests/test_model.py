@@ -7,13 +7,13 @@ import torch
 from transformers import GPT2LMHeadModel
 
 from lib import attention
-from lib.model import GPT2, build_model, gpt2_config, skeleton
+from lib.model import GPT2, build_model, gpt2_config, meta_model
 
 
 def test_gpt2_small_has_the_published_number_of_parameters():
     config = gpt2_config(layers=12, width=768, heads=12, positions=1024, vocabulary=50257)
     for name in ("baseline", "sdpa"):
-        assert sum(p.numel() for p in skeleton(name, config).parameters()) == 124_439_808
+        assert sum(p.numel() for p in meta_model(name, config).parameters()) == 124_439_808
 
 
 def test_a_seed_gives_every_variant_the_same_shared_weights():

@@ -8,7 +8,7 @@ import torch
 from make import TINY, tiny_profile
 from test_training import make_trainer
 
-from lib.record import ROOT
+from lib.paths import ROOT
 
 
 @pytest.fixture(scope="module")

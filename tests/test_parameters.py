@@ -2,11 +2,12 @@
 
 import pytest
 
-from lib import parameters, study
+from lib import parameters
 from lib.errors import UsageError
-from lib.record import ROOT
+from lib.paths import ROOT
+from lib.study import plan
 
-CELL = "\n".join(f"{name}: {line.type} = {line.default!r}  # help" for name, line in study.known_parameters().items())
+CELL = "\n".join(f"{name}: {line.type} = {line.default!r}  # help" for name, line in plan.known_parameters().items())
 
 
 def resolve(injected="", cell=CELL):
@@ -57,7 +58,7 @@ def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
         ("steps_per_epoch = 2.5", "steps_per_epoch must be int, not 2.5"),
         ("packing = 1", "packing must be bool, not 1"),
         ("learning_rate = '1e-4'", "YAML reads 1e-4 as text, write 1.0e-04 with its point"),
-        ("knobs = 'window=4'", "-y 'name: {window: 64}'"),
+        ("options = 'window=4'", "-y 'name: {window: 64}'"),
         ("heads = 7", "heads must divide width: 7 heads do not divide 128"),
         ("context = 1024", "context 1024 is longer than the model's 512 positions"),
         ("batch_size = 0", "batch_size must be at least 1, not 0"),
@@ -65,8 +66,11 @@ def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
         ("learning_rate = 0.0", "learning_rate must be above 0"),
         ("schedule = 'linear'", "schedule must be one of cosine, constant, not 'linear'"),
         ("inference_contexts = [64, 500]", "500 tokens and 32 new ones must fit 512 positions"),
-        ("knobs = {'window': 3}", "sdpa has no knob 'window'; it has: none."),
-        ("attention = 'gqa'\nknobs = {'kv_heads': 'two'}", "gqa cannot be built with the knobs {'kv_heads': 'two'}"),
+        ("options = {'window': 3}", "sdpa has no option 'window'; it has: none."),
+        (
+            "attention = 'gqa'\noptions = {'kv_heads': 'two'}",
+            "gqa cannot be built with the options {'kv_heads': 'two'}",
+        ),
         ("attention = 'mine.py'", "there is no attention file 'mine.py'"),
     ],
 )
@@ -93,7 +97,7 @@ def test_refused_parameters_leave_no_older_ones_to_train_with():
             use(namespace["p"])
 
 
-def test_a_knob_that_its_variant_refuses_is_said(tmp_path):
+def test_a_option_that_its_variant_refuses_is_said(tmp_path):
     source = (
         "from torch import nn\n"
         "class Attention(nn.Module):\n"
@@ -104,12 +108,12 @@ def test_a_knob_that_its_variant_refuses_is_said(tmp_path):
     (tmp_path / "windowed.py").write_text(source)
     attention = f"attention = {str(tmp_path / 'windowed.py')!r}\n"
     with pytest.raises(UsageError, match="window must be at least 1"):
-        resolve(attention + "knobs = {'window': 0}")
+        resolve(attention + "options = {'window': 0}")
     with pytest.raises(UsageError, match="did you mean 'window'"):
-        resolve(attention + "knobs = {'windw': 4}")
-    with pytest.raises(UsageError, match=r"knob window must be int, not 2\.5"):
-        resolve(attention + "knobs = {'window': 2.5}")
-    assert resolve(attention + "knobs = {'window': 4}").knobs == {"window": 4}
+        resolve(attention + "options = {'windw': 4}")
+    with pytest.raises(UsageError, match=r"option window must be int, not 2\.5"):
+        resolve(attention + "options = {'window': 2.5}")
+    assert resolve(attention + "options = {'window': 4}").options == {"window": 4}
 
 
 def test_names_tell_runs_apart_and_settings_bring_them_together():

@@ -7,10 +7,9 @@ import pytest
 import torch
 from test_training import make_trainer
 
-from lib import energy, measure, phases
-from lib.attention import load
-from lib.model import build_model, gpt2_config
-from lib.training import autocast
+from lib import attention
+from lib.measure import energy, flops, meter, phases
+from lib.model import build_model, devices, gpt2_config
 
 CPU = torch.device("cpu")
 
@@ -18,7 +17,7 @@ CPU = torch.device("cpu")
 class Clock:
     def __init__(self, monkeypatch):
         self.now = 100.0
-        monkeypatch.setattr(measure.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(meter.time, "perf_counter", lambda: self.now)
 
 
 @pytest.fixture
@@ -37,12 +36,12 @@ class Counter(energy.Counter):
         self.began = self.clock.now
 
     def end(self):
-        self.stretches_j.append(self.power(self.began) * (self.clock.now - self.began))
+        self.windows_j.append(self.power(self.began) * (self.clock.now - self.began))
 
 
 def told(trainer, clock, log, forward=1.0, backward=2.0, optimizer=0.5):
     """The trainer, whose work takes as long as it is told."""
-    passes, step = trainer.passes, trainer.take_step
+    passes, step = trainer.forward_backward, trainer.take_step
 
     def timed_passes(step, backward_too=True, **words):
         with_backward = words.get("backward", backward_too)
@@ -55,7 +54,7 @@ def told(trainer, clock, log, forward=1.0, backward=2.0, optimizer=0.5):
         step(number)
         log[-1] = "step"
 
-    trainer.passes, trainer.take_step = timed_passes, timed_step
+    trainer.forward_backward, trainer.take_step = timed_passes, timed_step
     return trainer
 
 
@@ -73,14 +72,14 @@ def test_phases_are_loops_of_their_own_and_their_differences_are_derived(clock):
 
 
 def test_a_phase_s_joules_are_the_counter_s_where_each_round_is_long_enough(clock, monkeypatch):
-    monkeypatch.setattr(measure.energy, "gpu_counter", lambda _: Counter(clock))
-    monkeypatch.setattr(measure.energy, "foreign_processes", lambda _: 0)
+    monkeypatch.setattr(meter.energy, "gpu_counter", lambda _: Counter(clock))
+    monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 0)
     rows = {row["phase"]: row for row in phases.phases(told(make_trainer(), clock, []), 4, rounds=2)}
     assert rows["forward"]["energy_j_per_step"] is None  # rounds of 4 s
     assert rows["forward"]["energy_null_reason"] == rows["backward"]["energy_null_reason"] == "window_too_short"
     assert rows["step"]["energy_j_per_step"] == pytest.approx(3.5 * 300)
     assert rows["optimizer"]["energy_j_per_step"] == pytest.approx(0.5 * 300)
-    monkeypatch.setattr(measure.energy, "foreign_processes", lambda _: 1)
+    monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 1)
     rows = phases.phases(told(make_trainer(), clock, []), 4, rounds=2)
     assert rows[2]["energy_j_per_step"] is None and rows[2]["energy_null_reason"] == "foreign_process"
 
@@ -88,7 +87,7 @@ def test_a_phase_s_joules_are_the_counter_s_where_each_round_is_long_enough(cloc
 def everything(trainer):
     moments = [tensor for state in trainer.optimizer.state.values() for tensor in state.values()]
     tensors = [*trainer.model.state_dict().values(), *moments, trainer.losses, torch.get_rng_state()]
-    return [tensor.clone() for tensor in tensors], trainer.useful_tokens.copy(), list(trainer.model.state_dict())
+    return [tensor.clone() for tensor in tensors], trainer.non_padding_tokens.copy(), list(trainer.model.state_dict())
 
 
 @pytest.mark.parametrize("measured", [phases.phases, phases.slope])
@@ -100,7 +99,7 @@ def test_nothing_stays_behind(measured):
     measured(trainer, 3, rounds=2)
     for one, other in zip(before[0], everything(trainer)[0], strict=True):
         assert torch.equal(one, other)
-    assert (before[1] == trainer.useful_tokens).all() and before[2] == list(trainer.model.state_dict())
+    assert (before[1] == trainer.non_padding_tokens).all() and before[2] == list(trainer.model.state_dict())
     assert [block.attn for block in trainer.model.transformer.h] == attentions
     assert all(weight.grad is None for weight in trainer.model.parameters())
 
@@ -120,12 +119,12 @@ def slope_of(trainer, clock, per_core, drift=0.0, curved=0.0):
     """The slope where a step takes 5 s, each kept attention `per_core`, and each step `drift` more than the last."""
     calls = []
 
-    def passes(step, backward=True):
+    def forward_backward(step, backward=True):
         calls.append(step)
         kept = sum(not isinstance(block.attn, phases.Bypassed) for block in trainer.model.transformer.h)
         clock.now += 5 + per_core * kept + curved * kept**2 + drift * len(calls)
 
-    trainer.passes = passes
+    trainer.forward_backward = forward_backward
     return phases.slope(trainer, 4, rounds=4, warmup=1)
 
 
@@ -136,8 +135,8 @@ def deep_trainer(layers):
 
 
 def test_the_slope_is_the_price_of_one_core_and_drift_cancels(clock, monkeypatch):
-    monkeypatch.setattr(measure.energy, "gpu_counter", lambda _: Counter(clock))
-    monkeypatch.setattr(measure.energy, "foreign_processes", lambda _: 0)
+    monkeypatch.setattr(meter.energy, "gpu_counter", lambda _: Counter(clock))
+    monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 0)
     found = slope_of(deep_trainer(12), clock, 0.25)
     assert found["kept"] == [0, 3, 6, 9, 12]
     assert found["time_s_per_step"] == pytest.approx([5 + 0.25 * kept for kept in found["kept"]])
@@ -171,16 +170,16 @@ def test_the_interval_is_the_one_of_least_squares():
 
 def test_a_bypassed_core_is_gpt2_s_projections_and_nothing_else():
     config = gpt2_config(2, 32, 4, 64, 30)
-    bypassed, attention = phases.Bypassed(config), load("sdpa")(config, 0)
-    bypassed.load_state_dict(attention.state_dict())
+    bypassed, sdpa = phases.Bypassed(config), attention.load("sdpa")(config, 0)
+    bypassed.load_state_dict(sdpa.state_dict())
     one, many = torch.randn(2, 1, 32), torch.randn(2, 16, 32)
-    torch.testing.assert_close(bypassed(one)[0], attention(one)[0])  # a lone token attends to itself
-    each = torch.cat([attention(many[:, t : t + 1])[0] for t in range(16)], dim=1)
+    torch.testing.assert_close(bypassed(one)[0], sdpa(one)[0])  # a lone token attends to itself
+    each = torch.cat([sdpa(many[:, t : t + 1])[0] for t in range(16)], dim=1)
     torch.testing.assert_close(bypassed(many)[0], each)
-    model, flops = build_model("sdpa", config), []
+    model, counted = build_model("sdpa", config), []
     for kept in (2, 1, 0):
         if kept < 2:
             model.transformer.h[kept].attn = phases.Bypassed(config)
-        flops.append(measure.counted_flops(model, 16, autocast("fp32", CPU)))
-    core = attention.core_flops(16, dense=True)
-    assert flops[0] - flops[1] == flops[1] - flops[2] == core
+        counted.append(flops.counted(model, 16, devices.autocast("fp32", CPU)))
+    core = sdpa.core_flops(16, dense=True)
+    assert counted[0] - counted[1] == counted[1] - counted[2] == core

@@ -10,10 +10,14 @@ import torch.nn.functional as F
 from make import NINTH, TINY, make_record
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lib import attention, compare, measure, operators, parameters, prediction, record, study
-from lib.model import build_model, gpt2_config
-from lib.operators import Operator
-from lib.training import autocast
+from lib import attention, parameters, record
+from lib.analysis import compare, predictions
+from lib.measure import flops, operators
+from lib.measure.operators import Operator
+from lib.model import build_model, devices, gpt2_config
+from lib.record import prediction
+from lib.record.prediction import Device
+from lib.study import plan, roofline
 
 CPU = torch.device("cpu")
 
@@ -71,7 +75,7 @@ def test_the_backward_pass_of_fused_attention_makes_five_products():
 
 
 def values_of(name, **changes):
-    return study.plan(TINY | {"accumulation": 1} | changes, [name], 1)[0]["values"]
+    return plan.runs_of(TINY | {"accumulation": 1} | changes, [name], 1)[0]["values"]
 
 
 @pytest.mark.parametrize("name", ["baseline", "linear"])
@@ -80,7 +84,7 @@ def test_a_step_has_three_times_the_products_of_its_forward(name):
     values = values_of(name, batch_size=2, accumulation=3)
     sizes = (values[which] for which in ("layers", "width", "heads", "positions"))
     model = build_model(name, gpt2_config(*sizes, 300))
-    forward = measure.counted_flops(model, values["context"], autocast("fp32", CPU))
+    forward = flops.counted(model, values["context"], devices.autocast("fp32", CPU))
     found = operators.step(values, 300, "fp32")
     assert sum(operator.flops for operator in found) == 3 * forward * 2 * 3
     weights = sum(weight.numel() for weight in model.parameters())
@@ -90,12 +94,12 @@ def test_a_step_has_three_times_the_products_of_its_forward(name):
 @pytest.mark.parametrize("name", attention.variants())
 def test_on_a_gpu_no_variant_launches_head_by_head(name):
     """A CPU's path may, where a GPU's takes all heads at once: more heads are no more launches there."""
-    card = prediction.DEVICES["NVIDIA H200"]
+    gpu = roofline.DEVICES["NVIDIA H200"]
     few, many = (values_of(name, heads=heads, width=8 * heads) for heads in (4, 12))
-    assert prediction.predicted(few, 300, card).launches == prediction.predicted(many, 300, card).launches
+    assert roofline.predicted(few, 300, gpu).launches == roofline.predicted(many, 300, gpu).launches
 
 
-DEVICE = prediction.Device(
+DEVICE = Device(
     precision="bf16", flops_per_s={"bf16": 100.0, "fp32": 10.0}, bytes_per_s=10.0, launch_s=1.0, waits=False,
     idle_w=100.0, limit_w=400.0, flops_w={"bf16": 300.0, "fp32": 200.0}, bytes_w=200.0, seen="", assumed="",
 )  # fmt: skip
@@ -117,7 +121,7 @@ DEVICE = prediction.Device(
     ],
 )
 def test_the_roofline_is_as_with_a_pencil(found, launches, changes, expected):
-    assert prediction.cost(found, launches, DEVICE.model_copy(update=changes)) == expected
+    assert roofline.cost(found, launches, DEVICE.model_copy(update=changes)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +131,7 @@ def made(tmp_path_factory):
     profile = folder / "tiny.yaml"
     profile.write_text("\n".join(f"{name}: {value}" for name, value in TINY.items()))
     words = ["--variants", "sdpa", "gqa", "--vocabulary", "300", "--write", str(folder / "tiny.json")]
-    assert prediction.main([str(profile), "--device", "NVIDIA H200", *words]) == 0
+    assert roofline.main([str(profile), "--device", "NVIDIA H200", *words]) == 0
     return prediction.load_all(folder)
 
 
@@ -149,11 +153,11 @@ def read(records, folder):
 
 
 def test_what_was_predicted_before_stands_beside_what_was_measured(made, tmp_path):
-    found = prediction.residuals(read(runs_of(made), tmp_path), made)
+    found = predictions.residuals(read(runs_of(made), tmp_path), made)
     assert found["variant"].tolist() == ["sdpa", "gqa"]
     assert found["s, above"].tolist() == pytest.approx([0.25, 0.25])
     assert found["J, above"].tolist() == pytest.approx([0.5, 0.5])
-    assert prediction.table(found)["s, above"].tolist() == ["+25%", "+25%"]
+    assert predictions.table(found)["s, above"].tolist() == ["+25%", "+25%"]
 
 
 def test_each_variant_s_newest_prediction_counts(made, tmp_path):
@@ -161,26 +165,26 @@ def test_each_variant_s_newest_prediction_counts(made, tmp_path):
     (one,), later = made, made[0].made_at + timedelta(seconds=10)
     again = one.variants[0].model_copy(update={"time_s": 2 * one.variants[0].time_s})
     more = one.model_copy(update={"made_at": later, "variants": [again]})
-    found = prediction.residuals(read(runs_of(made), tmp_path), [more, one]).set_index("variant")
+    found = predictions.residuals(read(runs_of(made), tmp_path), [more, one]).set_index("variant")
     assert found["s, above"].to_dict() == pytest.approx({"sdpa": 1.25 / 2 - 1, "gqa": 0.25})
 
 
 def test_joules_that_were_not_measured_are_a_dash_beside_those_predicted(made, tmp_path):
-    shown = prediction.table(prediction.residuals(read(runs_of(made, energy_j=None), tmp_path), made))
+    shown = predictions.table(predictions.residuals(read(runs_of(made, energy_j=None), tmp_path), made))
     assert shown["J, measured"].tolist() == shown["J, above"].tolist() == ["–", "–"]
     assert "–" not in shown["J, predicted"].tolist()
 
 
 def test_what_was_said_afterwards_or_of_something_else_is_no_prediction(made, tmp_path):
     runs = read(runs_of(made), tmp_path)
-    assert prediction.residuals(read(runs_of(made, seconds=-60), tmp_path / "earlier"), made).empty
-    assert prediction.residuals(runs.assign(setting="other"), made).empty
-    assert prediction.residuals(runs.assign(device_name="another GPU"), made).empty
+    assert predictions.residuals(read(runs_of(made, seconds=-60), tmp_path / "earlier"), made).empty
+    assert predictions.residuals(runs.assign(setting="other"), made).empty
+    assert predictions.residuals(runs.assign(device_name="another GPU"), made).empty
     changed = runs.assign(attention_sha256=runs["attention_sha256"].where(runs["label"] != "gqa", "changed"))
-    assert prediction.residuals(changed, made)["variant"].tolist() == ["sdpa"]
-    assert prediction.residuals(runs.assign(time_s=90.0), made).empty  # finished a minute after, begun before
-    assert prediction.residuals(runs, []).empty
-    assert isinstance(prediction.table(prediction.residuals(runs, [])), pd.DataFrame)
+    assert predictions.residuals(changed, made)["variant"].tolist() == ["sdpa"]
+    assert predictions.residuals(runs.assign(time_s=90.0), made).empty  # finished a minute after, begun before
+    assert predictions.residuals(runs, []).empty
+    assert isinstance(predictions.table(predictions.residuals(runs, [])), pd.DataFrame)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +200,9 @@ def test_what_was_said_afterwards_or_of_something_else_is_no_prediction(made, tm
     ],
 )
 def test_a_wrong_word_is_one_sentence(words, says, capsys):
-    assert prediction.main(words) == 2
+    assert roofline.main(words) == 2
     said = capsys.readouterr().err
-    assert said.startswith(f"python -m lib.prediction: {says}") and len(said.splitlines()) == 1
+    assert said.startswith(f"python -m lib.study.roofline: {says}") and len(said.splitlines()) == 1
 
 
 def test_a_variant_that_looks_at_its_tensors_cannot_be_counted_and_is_told_so(tmp_path, capsys):
@@ -206,13 +210,13 @@ def test_a_variant_that_looks_at_its_tensors_cannot_be_counted_and_is_told_so(tm
         NINTH.replace("        v, T =", "        hidden_states.sum().item()\n        v, T =")
     )
     words = ["--device", "AMD EPYC", "--vocabulary", "300", "--variants", str(tmp_path / "looks.py")]
-    assert prediction.main(words) == 2
+    assert roofline.main(words) == 2
     assert "looks.py cannot be predicted: " in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
 
 
 def test_a_compiled_model_is_not_predicted(tmp_path, capsys):
     (tmp_path / "compiled.yaml").write_text("compile: true\n")
-    assert prediction.main([str(tmp_path / "compiled.yaml"), "--device", "AMD EPYC"]) == 2
+    assert roofline.main([str(tmp_path / "compiled.yaml"), "--device", "AMD EPYC"]) == 2
     assert "compile: false" in capsys.readouterr().err
 
 
@@ -221,8 +225,8 @@ def test_the_committed_predictions_are_of_profiles_and_variants_as_they_are_now(
     assert {one.profile for one in found} >= {"gpu_512", "gpu_4096"}
     for one in found:
         path = None if one.profile == "quick" else f"params/{one.profile}.yaml"
-        runs, _ = study.chosen(path, attention.variants(), 1)
+        runs, _ = plan.chosen(path, attention.variants(), 1)
         assert {parameters.setting(run["values"]) for run in runs} == {one.setting}, one.profile
         known = {name: attention.source_sha256(name) for name in attention.variants()}
         assert {said.label: said.attention_sha256 for said in one.variants} == known, one.profile
-        assert one.device == prediction.DEVICES[one.device_name]
+        assert one.device == roofline.DEVICES[one.device_name]

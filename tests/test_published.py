@@ -9,13 +9,14 @@ import torch
 from test_certificate import planted
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import attention, certificate, figures, replication, study, training
-from lib.model import build_model, gpt2_config, skeleton
-from lib.published import convention
-from lib.record import ROOT
+from lib import attention, certificate, training
+from lib.analysis import figures, published_flops, replication
+from lib.model import build_model, gpt2_config, meta_model
+from lib.paths import ROOT
+from lib.study import plan
 
 PADDED = {"masked": True}  # a batch with padding, and so with a mask
-# name, knobs, layers -> of the 300 positions before token 300, how many change; and after it; by the audit
+# name, options, layers -> of the 300 positions before token 300, how many change; and after it; by the audit
 MOVES = [
     ("baseline", {}, 2, 0, 211),
     ("sdpa", PADDED, 2, 0, 211),
@@ -38,7 +39,7 @@ FLOPS = {  # x 10¹²: by the audit, and as published
     "sliding_window": ("1.032", "1.03"), "lsh": ("1.032", "1.03"), "flash": ("0.955", "0.955"),
     "mla": ("0.923", "0.923"),
 }  # fmt: skip
-GPT2 = gpt2_config(*convention.GPT2)
+GPT2 = gpt2_config(*published_flops.GPT2)
 every_definition = pytest.mark.parametrize("name", attention.STUDY_ORDER)
 
 
@@ -46,21 +47,21 @@ def path(name):
     return replication.published(name)
 
 
-def layer(name, width=32, **knobs):
-    return attention.load(path(name))(gpt2_config(1, width, 4, 64, 2), 0, **knobs)
+def layer(name, width=32, **options):
+    return attention.load(path(name))(gpt2_config(1, width, 4, 64, 2), 0, **options)
 
 
 def test_all_eight_are_there_and_no_study_runs_them_unasked():
     found = {file.stem for file in (ROOT / "lib" / "published").glob("*.py")}
-    assert found == {*attention.STUDY_ORDER, "__init__", "convention"}
+    assert found == {*attention.STUDY_ORDER, "__init__"}
     assert {attention.find(name).parent.name for name in attention.variants()} == {"attention"}
-    planned = [run["values"]["attention"] for run in study.plan({}, [*attention.variants()], 1)]
+    planned = [run["values"]["attention"] for run in plan.runs_of({}, [*attention.variants()], 1)]
     assert not [name for name in planned if name.endswith(".py")]
 
 
-@pytest.mark.parametrize(("name", "knobs", "layers", "earlier", "later"), MOVES)
-def test_what_another_token_moves(name, knobs, layers, earlier, later):
-    assert replication.moved_by_a_token(path(name), layers=layers, **knobs) == (earlier, later)
+@pytest.mark.parametrize(("name", "options", "layers", "earlier", "later"), MOVES)
+def test_what_another_token_moves(name, options, layers, earlier, later):
+    assert replication.moved_by_a_token(path(name), layers=layers, **options) == (earlier, later)
 
 
 def test_the_width_of_gpt2_moves_the_same():
@@ -104,13 +105,13 @@ def test_receptive_fields_of_those_that_see_few():
 
 @every_definition
 def test_parameters_are_the_audit_s(name):
-    assert sum(w.numel() for w in skeleton(path(name), GPT2).parameters()) == PARAMETERS[name]
+    assert sum(w.numel() for w in meta_model(path(name), GPT2).parameters()) == PARAMETERS[name]
 
 
 @every_definition
 def test_weights_make_the_published_model_size(name):
     """Flash among them: only bfloat16 without a float32 master gives its 407 MB."""
-    size = sum(w.numel() * w.element_size() for w in skeleton(path(name), GPT2).parameters()) / 2**20
+    size = sum(w.numel() * w.element_size() for w in meta_model(path(name), GPT2).parameters()) / 2**20
     published = pd.read_csv(figures.PUBLISHED).set_index("variant").loc[name, "model_size_mb"]
     assert abs(size - published) < 1
 
@@ -118,7 +119,7 @@ def test_weights_make_the_published_model_size(name):
 @every_definition
 def test_flops_are_re_derived(name):
     audited, published = FLOPS[name]
-    derived = convention.derived(path(name)) / 1e12
+    derived = published_flops.derived(path(name)) / 1e12
     assert f"{derived:.3f}" == audited
     assert pd.read_csv(figures.PUBLISHED).set_index("variant").loc[name, "flops_e12"] == float(published)
     assert f"{derived:.{len(published) - 2}f}" == published
@@ -126,15 +127,15 @@ def test_flops_are_re_derived(name):
 
 def test_with_their_kernels_work_two_come_to_more():
     """The audit's own figures, of a stand-in for the flash kernel and of the eager baseline."""
-    assert f"{convention.derived(path('flash'), counted=True) / 1e12:.3f}" == "0.957"
-    assert f"{convention.derived(path('baseline'), counted=True) / 1e12:.3f}" == "1.090"
+    assert f"{published_flops.derived(path('flash'), counted=True) / 1e12:.3f}" == "0.957"
+    assert f"{published_flops.derived(path('baseline'), counted=True) / 1e12:.3f}" == "1.090"
 
 
 @every_definition
 def test_the_arithmetic_is_what_runs(name):
     """The matrix products that torch sees are those that the arithmetic adds up."""
     counted = True if name == "flash" else None  # ours spells the kernel out
-    assert convention.observed(path(name)) == convention.derived(path(name), counted=counted)
+    assert published_flops.observed(path(name)) == published_flops.derived(path(name), counted=counted)
 
 
 @pytest.mark.parametrize("length", [1, 33, 64])
@@ -227,4 +228,4 @@ def test_a_definition_that_is_wrong_is_seen(tmp_path):
     wrong = planted(path("linear"), "state = k.mT @ v", "state = k[:, :1].mT @ v[:, :1]", tmp_path)
     assert certificate.certify(wrong, {})["reference_difference"] > 1e-6
     wrong = planted(path("flash"), "x.unflatten(2, (self.heads, -1))", "x.unflatten(2, (-1, self.heads))", tmp_path)
-    assert convention.derived(wrong, counted=True) != convention.observed(wrong)
+    assert published_flops.derived(wrong, counted=True) != published_flops.observed(wrong)

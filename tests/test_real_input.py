@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import attention, corpus, training
+from lib import attention, training
+from lib.data import corpus
 from lib.model import build_model, gpt2_config
 
 SHARED = Path(os.environ.get("ATTENTION_STUDY_SHARED", "nowhere"))
@@ -23,8 +24,8 @@ needs_real_data = pytest.mark.skipif(
 P = SimpleNamespace(
     seed=0, batch_size=1, accumulation=1, steps_per_epoch=4, epochs=1, learning_rate=3e-4, lr_warmup_steps=0,
     schedule="constant", weight_decay=0.0, clip_norm=1.0, warmup_steps=1, device="cpu", precision="fp32",
-    compile=False, validation_rows=1, dataset=str(TALKS), dataset_revision="", tokenizer=str(TOKENIZER), context=512,
-    turns="roles", packing=False, train_on_padding=False, validation_share=0.02,
+    compile=False, validation_sequences=1, dataset=str(TALKS), dataset_revision="", tokenizer=str(TOKENIZER),
+    context=512, turns="roles", packing=False, train_on_padding=False, validation_share=0.02,
 )  # fmt: skip
 EXACT = ("sdpa", "flash")  # other kernels for the same function as baseline
 

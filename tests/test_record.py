@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from make import METRICS, fill, make_record, write_blocks
 from pydantic import ValidationError
 
-from lib import record
+from lib import paths, record
 from lib.errors import UsageError
 
 
@@ -35,7 +35,7 @@ def test_a_table_row_per_run_with_units_in_the_columns(tmp_path):
     "name", [name for name, value in METRICS.items() if value is not None and name != "parameters"]
 )
 def test_a_null_without_a_reason_is_refused(name):
-    never_null = name.startswith("time_") or name == "useful_tokens_per_s"
+    never_null = name.startswith("time_") or name == "non_padding_tokens_per_s"
     reasons = {"cpu_energy_j": "rapl_unavailable", "peak_resident_bytes": "gpu_run"}
     with pytest.raises(ValidationError, match="valid number" if never_null else "null exactly where"):
         make_record(**{name: None}, null_reasons=reasons)
@@ -48,12 +48,12 @@ def test_a_null_without_a_reason_is_refused(name):
         {"energy_j": float("nan")},
         {"energy_j": float("inf")},
         {"time_s": 0.0},
-        {"schema_version": 2},
+        {"schema_version": 1},
         {"unknown_field": 1},
         {"provenance": "guessed"},
-        {"flags": ["host_bound"]},
-        {"checks": [{"check": "host_bound", "value": 0.5, "limit": 0.95, "verdict": "flagged", "says": "so"}]},
-        {"checks": [{"check": "host_bound", "value": 0.5, "limit": 0.95, "verdict": "perhaps", "says": "so"}]},
+        {"flags": ["launch_bound"]},
+        {"checks": [{"check": "launch_bound", "value": 0.5, "limit": 0.95, "verdict": "flagged", "says": "so"}]},
+        {"checks": [{"check": "launch_bound", "value": 0.5, "limit": 0.95, "verdict": "perhaps", "says": "so"}]},
     ],
 )
 def test_what_the_schema_does_not_know_is_refused(change):
@@ -67,17 +67,17 @@ def test_a_file_that_is_no_record_is_named_and_left_out(tmp_path_factory, cut, n
     folder = tmp_path_factory.mktemp("records")
     path = record.write(make_record(), folder)
     whole = path.read_bytes()
-    (folder / "torn.json").write_bytes(whole[: cut % (len(whole) - 2)] + noise.replace(b"}", b""))
+    (folder / "incomplete.json").write_bytes(whole[: cut % (len(whole) - 2)] + noise.replace(b"}", b""))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         table = record.read(folder)
     assert list(table["name"]) == [path.stem]
-    assert len(said) == 1 and "torn.json is left out" in str(said[0].message)
+    assert len(said) == 1 and "incomplete.json is left out" in str(said[0].message)
 
 
 CHANGES = {
     "cut short": lambda text: text[: len(text) // 2],
-    "a newer schema": lambda text: text.replace('"schema_version": 1', '"schema_version": 99'),
+    "a newer schema": lambda text: text.replace('"schema_version": 2', '"schema_version": 99'),
     "a number changed by hand": lambda text: text.replace('"energy_j": 4000.0', '"energy_j": 3000.0'),
     "a field too many": lambda text: text.replace("{", '{"note": "mine",', 1),
     "JSON of another kind": lambda _: '{"name": "package", "version": "1.0"}',
@@ -87,7 +87,7 @@ CHANGES = {
     "empty": lambda _: "",
 }
 SAID = {
-    "a newer schema": "its schema_version is 99, this code reads 1",
+    "a newer schema": "its schema_version is 99, this code reads 2",
     "a number changed by hand": "it was changed after it was written",
     "JSON of another kind": "it is JSON of another kind",
     "nested too deeply": "it is nested too deeply",
@@ -113,7 +113,7 @@ def test_a_copy_of_a_record_does_not_count_twice(tmp_path):
 
 def failure(name):
     return record.Failure(
-        name=name, label="gqa", setting="0" * 8, sitting={"block": 2}, finished_at=record.now(),
+        name=name, label="gqa", setting="0" * 8, study={"block": 2}, finished_at=record.now(),
         reason="out_of_memory", says="asked for too much",
     )  # fmt: skip
 
@@ -160,18 +160,18 @@ def test_an_old_record_survives_a_failed_write_of_its_successor(tmp_path, monkey
 
 
 def test_the_committed_records_are_valid_measured_and_name_no_machine_path():
-    folders = [path for path in (record.ROOT / "records").iterdir() if not path.name.startswith("scaling-")]
+    folders = [path for path in (paths.ROOT / "records").iterdir() if not path.name.startswith("scaling-")]
     files = sorted(path for folder in folders for path in folder.rglob("*.json"))  # others: test_scaling, _benchmark
     assert files
     for path in files:
         found = record.load(path)
         assert found.name == path.stem and found.provenance == "measured"
-        assert str(record.ROOT) not in path.read_text() and '"/' not in json.dumps(found.parameters)
+        assert str(paths.ROOT) not in path.read_text() and '"/' not in json.dumps(found.parameters)
 
 
 def test_the_committed_runs_of_one_function_agree_step_by_step():
     """baseline, sdpa and flash compute the same: to rounding, until rounding itself has grown."""
-    runs = record.read(record.ROOT / "records" / "quick-cpu")
+    runs = record.read(paths.ROOT / "records" / "quick-cpu")
     runs = runs[runs["label"].isin(["baseline", "sdpa", "flash", "sdpa_again"]) & (runs["seed"] == 0)]
     losses = runs.set_index("label")["series_train_loss"]
     assert len(losses) == 4

@@ -6,21 +6,25 @@ import pytest
 import torch
 from make import make_record
 
-from lib import attention, compare, figures, leak, record, replication, study
+from lib import attention, paths, record
+from lib.analysis import compare, replication, style
 from lib.model import build_model, gpt2_config
+from lib.study import leakage, plan
 
 
-def train(name, steps=150, length=16, vocabulary=12, **knobs):
+def train(name, steps=150, length=16, vocabulary=12, **options):
     """Random tokens, of which nothing can be known in advance: a causal model's loss stays at log(vocabulary)."""
     generator = torch.Generator().manual_seed(0)
-    model = build_model(name, gpt2_config(1, 32, 4, length, vocabulary), **knobs)
+    model = build_model(name, gpt2_config(1, 32, 4, length, vocabulary), **options)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(steps):
         ids = torch.randint(vocabulary, (32, length), generator=generator)
         model(ids, labels=ids, use_cache=False).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return leak.teacher_forced_and_generated_loss(model, torch.randint(vocabulary, (64, length), generator=generator))
+    return leakage.teacher_forced_and_autoregressive_loss(
+        model, torch.randint(vocabulary, (64, length), generator=generator)
+    )
 
 
 @pytest.mark.parametrize("name", ["sdpa", "mla"])
@@ -48,7 +52,7 @@ def test_side_by_side_shows_both_and_what_a_mask_changes():
 
 def test_reformer_s_borders_move():
     assert replication.moved_by_a_token("lsh")[0] == 0
-    assert replication.moved_by_a_token("lsh", borders="reformer")[0] > 100
+    assert replication.moved_by_a_token("lsh", chunk_boundaries="reformer")[0] > 100
 
 
 def test_a_random_state_of_the_caller_is_left_alone():
@@ -67,9 +71,9 @@ def runs(folder, **changes):
 
 def test_the_ledger_weighs_every_claim_against_both(tmp_path):
     costs = runs(tmp_path, flash={"energy_j": 3e3}, linear={"mean_power_w": 150.0}, mla={"certified": True})
-    ledger = replication.ledger(costs, costs).set_index("claim")
-    assert len(ledger) == len(pd.read_csv(replication.CLAIMS)) and ledger.notna().all().all()
-    energy = ledger.loc["Flash takes the least energy"]
+    claims = replication.table_of_claims(costs, costs).set_index("claim")
+    assert len(claims) == len(pd.read_csv(replication.CLAIMS)) and claims.notna().all().all()
+    energy = claims.loc["Flash takes the least energy"]
     assert energy["published figures"].startswith("yes: flash 0.843; the others 0.921 to 1.126")
     assert energy["our records"] == "yes: flash 0.750; the others 1.000 to 1.000 (n = 1)"
     assert energy["what the published module does"] == "flash: sees no other token"
@@ -77,18 +81,18 @@ def test_the_ledger_weighs_every_claim_against_both(tmp_path):
 
 def test_the_page_s_own_contradiction_stands_in_the_ledger(tmp_path):
     costs = runs(tmp_path, linear={"mean_power_w": 150.0})
-    ledger = replication.ledger(costs, costs).set_index("claim")
-    low, high = (ledger.loc[f"Linear attention {what} power"] for what in ("is among the lowest in", "draws the most"))
+    claims = replication.table_of_claims(costs, costs).set_index("claim")
+    low, high = (claims.loc[f"Linear attention {what} power"] for what in ("is among the lowest in", "draws the most"))
     assert low["published figures"].startswith("NO: linear 1.003") and low["our records"].startswith("yes: linear 0.75")
     assert high["published figures"].startswith("yes") and high["our records"].startswith("NO")
 
 
 def test_what_was_not_measured_is_said_with_its_reason(tmp_path):
-    missing = {"energy_j": None, "energy_per_useful_token_j": None, "mean_power_w": None}
+    missing = {"energy_j": None, "energy_per_non_padding_token_j": None, "mean_power_w": None}
     costs = runs(tmp_path, **dict.fromkeys(attention.STUDY_ORDER, missing))
-    ledger = replication.ledger(costs, costs).set_index("claim")
-    assert ledger.loc["Flash takes the least energy", "our records"] == "not measured yet: the run used no GPU"
-    assert ledger.loc["LSH trains fastest", "our records"].startswith("yes: lsh 1.000")
+    claims = replication.table_of_claims(costs, costs).set_index("claim")
+    assert claims.loc["Flash takes the least energy", "our records"] == "not measured yet: the run used no GPU"
+    assert claims.loc["LSH trains fastest", "our records"].startswith("yes: lsh 1.000")
 
 
 def test_each_claim_names_variants_and_a_published_figure():
@@ -104,7 +108,7 @@ def test_curves_are_drawn_of_both_byte_identical(tmp_path):
         record.write(make_record(label, certified=False), tmp_path / "records")
     found = compare.groups(record.read(tmp_path / "records"))[0].runs
     for folder in ("first", "second"):
-        figure = figures.save(replication.loss_curves(found), tmp_path / folder, "losses")
+        figure = style.save(replication.loss_curves(found), tmp_path / folder, "losses")
     assert (tmp_path / "first" / "losses.svg").read_bytes() == (tmp_path / "second" / "losses.svg").read_bytes()
     assert [len(axes.lines) for axes in figure.axes] == [1, 3, 1, 1, 1, 1, 1, 2]
     table = replication.final_losses(found).set_index("variant")
@@ -114,13 +118,13 @@ def test_curves_are_drawn_of_both_byte_identical(tmp_path):
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):
     out = tmp_path / "losses.csv"
     words = ["params/replication.yaml", "--write", str(out), "--labels", "beauty"]
-    assert leak.main(words) == 2 and not out.exists()
+    assert leakage.main(words) == 2 and not out.exists()
     assert "has no run 'beauty'; it has: baseline" in capsys.readouterr().err
 
 
 def test_the_profile_trains_each_definition_beside_ours():
-    overrides, about = study.read_profile("params/replication.yaml")
-    runs = [run["values"] for run in study.plan(overrides, about["variants"], 1)]
+    overrides, about = plan.read_profile("params/replication.yaml")
+    runs = [run["values"] for run in plan.runs_of(overrides, about["variants"], 1)]
     pairs = {(run["attention"], run["label"]) for run in runs}
     for name in attention.STUDY_ORDER:
         assert {(name, ""), (replication.published(name), f"published_{name}")} <= pairs
@@ -128,14 +132,14 @@ def test_the_profile_trains_each_definition_beside_ours():
 
 def test_the_committed_losses_are_of_the_committed_runs():
     """Trained a second time, each is where its record left it; and those that are causal lose nothing."""
-    folder = record.from_root("records/replication-cpu")
+    folder = paths.from_root("records/replication-cpu")
     runs = record.read(folder).set_index("label")
-    found = pd.read_csv(folder / "prefix_losses.csv").set_index("run")
+    found = pd.read_csv(folder / "leakage_losses.csv").set_index("run")
     for label, losses in found.iterrows():
         assert losses["teacher_forced_loss"] == pytest.approx(runs.loc[label, "validation_loss"], abs=0.01)
         if runs.loc[label, "certified"]:
-            assert losses["generated_loss"] == pytest.approx(losses["teacher_forced_loss"], abs=1e-3)
+            assert losses["autoregressive_loss"] == pytest.approx(losses["teacher_forced_loss"], abs=1e-3)
     causal = runs[runs["certified"]]["validation_loss"].min()
     for leaking in ("published_mla", "published_sdpa_unpadded"):
         assert found.loc[leaking, "teacher_forced_loss"] < 0.6 * causal
-        assert found.loc[leaking, "generated_loss"] > 1.5 * causal
+        assert found.loc[leaking, "autoregressive_loss"] > 1.5 * causal

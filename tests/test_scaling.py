@@ -8,26 +8,29 @@ import pytest
 from pydantic import ValidationError
 from scipy import stats
 
-from lib import figures, growth, record, scaling, study
+from lib import paths, record
+from lib.analysis import growth, style
 from lib.attention import STUDY_ORDER
 from lib.errors import UsageError
+from lib.record import scaling as stored
+from lib.study import plan, scaling
 
 CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
-DEFAULTS = {name: line.default for name, line in study.known_parameters("scaling.ipynb").items()}
+DEFAULTS = {name: line.default for name, line in plan.known_parameters("scaling.ipynb").items()}
 SMALL = DEFAULTS | {"width": 32, "contexts": [16, 24], "new_tokens": 2, "repeats": 2, "device": "cpu"}
 
 
 def points(costs, metric="forward_backward_s", contexts=CONTEXTS):
-    """A frame as `lib.scaling.frame` gives it: `costs` is label to function of T; None where memory ran out."""
+    """A frame as `lib.record.scaling.frame` gives it: `costs` is label to function of T; None where memory ran out."""
     rows = []
     for label, cost in costs.items():
         for context in contexts:
             value = cost(context)
-            row = {"label": label, "metric": metric, "context": context, "outcome": "measured", "says": ""}
-            row |= {"reason": None, "samples": [value], "median": value, "least": value, "n": 1}
+            row = {"label": label, "title": label, "metric": metric, "context": context, "outcome": "measured"}
+            row |= {"says": "", "reason": None, "samples": [value], "median": value, "minimum": value, "n": 1}
             if value is None:
                 row |= {"outcome": "out_of_memory", "says": "made up", "samples": []}
-                row |= {"median": np.nan, "least": np.nan, "n": 0}
+                row |= {"median": np.nan, "minimum": np.nan, "n": 0}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -90,8 +93,8 @@ def test_a_crossover_by_hand():
     assert found.loc["linear", "becomes"] == "cheaper"
     assert found.loc["linear", "low"] < 1536 < found.loc["linear", "high"]
     assert found.loc["linear", "context"] == pytest.approx(1536, rel=0.05)
-    assert found.loc["lsh", "becomes"] == "dearer throughout"
-    assert found.loc["flash", "becomes"] == "not told apart"
+    assert found.loc["lsh", "becomes"] == "more expensive throughout"
+    assert found.loc["flash", "becomes"] == "inconclusive"
     assert "sdpa" not in found.index
 
 
@@ -149,7 +152,7 @@ DYING = GREEDY.replace("torch.empty(2**60, dtype=torch.uint8)", "__import__('os'
 
 def measured(folder, **changes):
     said = []
-    failed = scaling.measure_all(scaling.plan(SMALL | changes), folder, said.append)
+    failed = scaling.measure_all(scaling.checked(SMALL | changes), folder, said.append)
     return failed, said
 
 
@@ -157,10 +160,10 @@ def test_what_runs_out_of_memory_is_a_point_and_everything_else_is_measured(tmp_
     (tmp_path / "greedy.py").write_text(GREEDY)
     failed, _ = measured(tmp_path / "out", variants=["sdpa", str(tmp_path / "greedy.py")], rounds=2)
     assert failed == []
-    found = scaling.load_all(tmp_path / "out")
+    found = stored.load_all(tmp_path / "out")
     greedy, sdpa = found
     assert (greedy.label, sdpa.label) == ("greedy", "sdpa") and sdpa.attention == "sdpa"
-    for part in scaling.METRICS:
+    for part in stored.METRICS:
         lost = greedy.point(part, 24)
         assert lost.outcome == "out_of_memory" and "can't allocate memory" in lost.says and not lost.samples
         assert greedy.point(part, 16).outcome == sdpa.point(part, 24).outcome == "measured"
@@ -168,16 +171,16 @@ def test_what_runs_out_of_memory_is_a_point_and_everything_else_is_measured(tmp_
     assert layer.rounds == 2 and len(layer.samples["forward_backward_s"]) == 4
     assert model.samples["cache_bytes"] == [2 * 32 * 26 * 4] * 2  # keys and values, C, T and what was decoded, fp32
     assert model.null_reasons == dict.fromkeys(("prefill_energy_j", "decode_energy_j_per_token"), "no_gpu")
-    table = growth.unmeasured(scaling.frame(found))
+    table = growth.unmeasured(stored.frame(found))
     assert set(table[table["variant"] == "greedy"]["what"]) == {"layer", "model"}
-    assert "out of memory" in set(growth.points_table(scaling.frame(found)).iloc[3])
+    assert "out of memory" in set(growth.points_table(stored.frame(found)).iloc[3])
 
 
 def test_what_takes_too_long_is_a_point_and_longer_ones_are_not_tried(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     changes = {"variants": [str(tmp_path / "slow.py")], "contexts": [24, 32], "time_limit_s": 1.0}
     assert measured(tmp_path / "out", **changes)[0] == []
-    (slow,) = scaling.load_all(tmp_path / "out")
+    (slow,) = stored.load_all(tmp_path / "out")
     assert [point.outcome for point in slow.points] == ["over_time"] * 4
     assert slow.point("layer", 24).says == "not done within 1 s"
     assert slow.point("layer", 32).says == "not tried: 24 tokens were over the time limit"
@@ -188,7 +191,7 @@ def test_a_process_that_dies_is_said_and_leaves_no_point(tmp_path):
     failed, said = measured(tmp_path / "out", variants=[{"attention": str(tmp_path / "dying.py"), "label": "d"}])
     assert failed == ["d, layer, 24 tokens", "d, model, 24 tokens"]
     assert "FAILED d, layer, 24 tokens: its process ended with 3" in said
-    (dying,) = scaling.load_all(tmp_path / "out")
+    (dying,) = stored.load_all(tmp_path / "out")
     assert [point.context for point in dying.points] == [16, 16]
 
 
@@ -200,7 +203,7 @@ def test_what_is_there_is_not_measured_again(tmp_path):
     said = measured(tmp_path, **one, rounds=2)[1]
     assert [line.split(":")[0] for line in said] == ["round 2"] * 2
     old = json.loads(before)["points"][0]["samples"]["forward_backward_s"]
-    assert scaling.load(tmp_path / "sdpa.json").point("layer", 16).samples["forward_backward_s"][:2] == old
+    assert stored.load(tmp_path / "sdpa.json").point("layer", 16).samples["forward_backward_s"][:2] == old
     with pytest.raises(UsageError, match="another setting, machine or definition; name another folder"):
         measured(tmp_path, **one, layers=2)
 
@@ -231,39 +234,40 @@ POINT = {
     ],
 )
 def test_the_schema_refuses_nonsense(change):
-    scaling.Point(**POINT)
+    stored.Point(**POINT)
     with pytest.raises(ValidationError):
-        scaling.Point(**POINT | change)
+        stored.Point(**POINT | change)
 
 
 def made(label="sdpa", **changes):
     values = {
-        "provenance": "measured", "finished_at": record.now(), "label": label, "attention": "sdpa",
-        "attention_sha256": "0" * 64, "knobs": {}, "points": [POINT],
-        "setting": {name: SMALL[name] for name in scaling.Setting.model_fields},
+        "provenance": "measured", "finished_at": record.now(), "label": label, "title": label,
+        "attention": "sdpa",
+        "attention_sha256": "0" * 64, "options": {}, "points": [POINT],
+        "setting": {name: SMALL[name] for name in stored.Setting.model_fields},
         "environment": {"device_name": "a machine", "torch_threads": 1, "device": "cpu"},
     }  # fmt: skip
-    return scaling.Scaling(**values | changes)
+    return stored.Scaling(**values | changes)
 
 
 def test_a_record_comes_back_as_it_was_and_a_changed_one_does_not(tmp_path):
-    path = scaling.write(made(), tmp_path)
-    assert scaling.load(path).points == made().points
-    assert scaling.frame(scaling.load_all(tmp_path)).set_index("metric").loc["cache_bytes", "least"] == 64
-    assert set(growth.unmeasured(scaling.frame([made()]))["why"]) == {"the run used no GPU"}
+    path = stored.write(made(), tmp_path)
+    assert stored.load(path).points == made().points
+    assert stored.frame(stored.load_all(tmp_path)).set_index("metric").loc["cache_bytes", "minimum"] == 64
+    assert set(growth.unmeasured(stored.frame([made()]))["why"]) == {"the run used no GPU"}
     path.write_text(path.read_text().replace("64.0", "65.0"))
     with pytest.raises(UsageError, match="its checksum does not fit"):
-        scaling.load(path)
+        stored.load(path)
     path.write_text("{")
     with pytest.raises(UsageError, match=r"sdpa\.json cannot be read"):
-        scaling.load(path)
+        stored.load(path)
     with pytest.raises(ValueError, match="each once"):
         made(points=[POINT, POINT])
 
 
 def test_the_committed_records_are_whole_and_name_no_machine_path():
-    for folder in (record.ROOT / "records").glob("scaling-*"):
-        found = scaling.load_all(folder)
+    for folder in (paths.ROOT / "records").glob("scaling-*"):
+        found = stored.load_all(folder)
         assert {one.label for one in found} == {path.stem for path in folder.glob("*.json")} >= set(STUDY_ORDER)
         assert len({tuple((p.part, p.context) for p in one.points) for one in found}) == 1  # no gaps
         assert all(
@@ -273,16 +277,16 @@ def test_the_committed_records_are_whole_and_name_no_machine_path():
             if "forward_backward_s" in p.samples
         )
         text = "".join(path.read_text() for path in folder.glob("*.json"))
-        assert str(record.ROOT) not in text and "/tmp/" not in text
+        assert str(paths.ROOT) not in text and "/tmp/" not in text
 
 
 def test_records_of_two_machines_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no record"):
-        scaling.load_all(tmp_path)
-    scaling.write(made(), tmp_path)
-    scaling.write(made("b", environment={"device_name": "another", "torch_threads": 1, "device": "cpu"}), tmp_path)
+        stored.load_all(tmp_path)
+    stored.write(made(), tmp_path)
+    stored.write(made("b", environment={"device_name": "another", "torch_threads": 1, "device": "cpu"}), tmp_path)
     with pytest.raises(UsageError, match="differ in setting or machine"):
-        scaling.load_all(tmp_path)
+        stored.load_all(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -295,13 +299,13 @@ def test_records_of_two_machines_and_empty_folders_are_refused(tmp_path):
         ({"heads": 3}, "heads must divide width"),
         ({"variants": ["sdpa", "sdpa"]}, "two variants have the same label"),
         ({"variants": ["spda"]}, "Did you mean 'sdpa'"),
-        ({"variants": [{"attention": "sdpa", "knob": {}}]}, "did you mean 'knobs'"),
-        ({"variants": [{"attention": "sliding_window", "knobs": {"windo": 2}}]}, "did you mean 'window'"),
+        ({"variants": [{"attention": "sdpa", "option": {}}]}, "did you mean 'options'"),
+        ({"variants": [{"attention": "sliding_window", "options": {"windo": 2}}]}, "did you mean 'window'"),
     ],
 )
 def test_a_plan_that_cannot_be_measured_is_refused_before_anything_runs(change, says):
     with pytest.raises(UsageError, match=says):
-        scaling.plan(SMALL | change)
+        scaling.checked(SMALL | change)
 
 
 def test_the_command_says_what_it_lacks(capsys, tmp_path):
@@ -317,7 +321,7 @@ def test_joules_are_fitted_only_where_every_point_has_them():
     joules = pd.concat([seconds, *(points({"sdpa": polynomial(1, 1)}, metric) for metric in energies)])
     assert growth.cost_metrics(joules)["prefill"] == "prefill_energy_j"
     assert growth.basis("prefill_energy_j", joules) == "joules"
-    joules.loc[(joules["metric"] == energies[0]) & (joules["context"] == 256), ["least", "reason"]] = np.nan, "no_gpu"
+    joules.loc[(joules["metric"] == energies[0]) & (joules["context"] == 256), ["minimum", "reason"]] = np.nan, "no_gpu"
     assert growth.cost_metrics(joules)["prefill"] == "prefill_s"
     assert growth.basis("prefill_s", joules) == "seconds; joules not measured: the run used no GPU"
 
@@ -332,7 +336,7 @@ def test_figures_are_drawn_byte_identical_and_show_what_ran_out(tmp_path):
         "map": lambda: growth.decision_map_figure(every),
     }
     for name, draw in drawings.items():
-        first, second = (figures.save(draw(), tmp_path / turn, name) for turn in ("one", "two"))
+        first, second = (style.save(draw(), tmp_path / turn, name) for turn in ("one", "two"))
         assert first is not second
         for kind in ("svg", "png"):
             one, two = ((tmp_path / turn / f"{name}.{kind}").read_bytes() for turn in ("one", "two"))

@@ -9,8 +9,7 @@ from transformers import MistralConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from lib import attention
-from lib.certificate import certify
+from lib import attention, certificate
 from lib.model import build_model, gpt2_config
 
 
@@ -66,8 +65,8 @@ def test_left_padding_changes_nothing_with_a_small_window(window):
 def test_a_window_of_the_whole_sequence_is_the_baseline_and_a_smaller_one_is_not():
     ids = torch.randint(0, 50, (2, 33))
     logits = [
-        build_model(name, tiny_config(), seed=1, **knobs).double().eval()(ids).logits
-        for name, knobs in (("baseline", {}), ("sliding_window", {"window": 33}), ("sliding_window", {"window": 8}))
+        build_model(name, tiny_config(), seed=1, **options).double().eval()(ids).logits
+        for name, options in (("baseline", {}), ("sliding_window", {"window": 33}), ("sliding_window", {"window": 8}))
     ]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-9, atol=1e-9)
     assert (logits[0] - logits[2]).abs().max() > 1e-4
@@ -109,7 +108,7 @@ def test_planted_faults_are_caught(right, wrong, check, tmp_path):
     source = attention.find("sliding_window").read_text()
     assert right in source
     (tmp_path / "planted.py").write_text(source.replace(right, wrong))
-    said = certify(str(tmp_path / "planted.py"), {"window": 8})
+    said = certificate.certify(str(tmp_path / "planted.py"), {"window": 8})
     assert not said["passed"]
     if check == "causal":
         assert not said["causal"]

@@ -12,7 +12,8 @@ import psutil
 import pytest
 from make import STALLING, timeless, tiny_profile, wait_for
 
-from lib import cluster, record, study
+from lib import paths, record
+from lib.study import cluster, runner
 
 pytest.importorskip("snakemake_executor_plugin_slurm")
 DAEMONS = ("munged", "slurmctld", "slurmd")
@@ -45,9 +46,9 @@ PartitionName=all Nodes=ALL Default=YES
 """
 
 
-# Behind a variant: in the kernel of a run, which cards that sees.
+# Behind a variant: in the kernel of a run, which gpus that sees.
 SEEING = """
-if "CARDS" in os.environ and "ATTENTION_STUDY_SITTING" in os.environ:
+if "CARDS" in os.environ and "ATTENTION_STUDY_POSITION" in os.environ:
     with open(os.environ["CARDS"], "a") as file:
         print(os.environ.get("CUDA_VISIBLE_DEVICES"), file=file)
 """
@@ -141,9 +142,9 @@ def started():
 
 def snakemake(config, out, log, started, environment, *words):
     """Starts the workflow; what it says goes to `log`, in whose folder it works."""
-    command = [sys.executable, "-m", "snakemake", "-s", str(record.ROOT / "workflow" / "Snakefile"), *words]
+    command = [sys.executable, "-m", "snakemake", "-s", str(paths.ROOT / "workflow" / "Snakefile"), *words]
     command += ["--config", *(f"{name}={json.dumps(value)}" for name, value in config.items())]
-    environment = environment | {record.OUT_VARIABLE: str(out)}
+    environment = environment | {paths.OUT_VARIABLE: str(out)}
     log.parent.mkdir(exist_ok=True)
     with open(log, "w") as file:
         started.append(subprocess.Popen(command, cwd=log.parent, env=environment, stdout=file, stderr=file))
@@ -155,7 +156,7 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
 ):
     """Two blocks of two runs. On Slurm block 0 is killed in its second run, the node drained, the workflow killed."""
     profile = tiny_profile(tmp_path)
-    only_there = "if stall and '\"block\": 0' in os.environ['ATTENTION_STUDY_SITTING']:"
+    only_there = "if stall and '\"block\": 0' in os.environ['ATTENTION_STUDY_POSITION']:"
     (tmp_path / "stalling.py").write_text(STALLING.replace("if stall:", only_there) + SEEING)
     config = {"profile": profile, "variants": ["sdpa", str(tmp_path / "stalling.py")], "blocks": 2}
     runs = cluster.planned(config)
@@ -168,11 +169,11 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
     slurm = slurm | {"OMP_NUM_THREADS": "1"}
     words = ["--executor", "slurm", "--jobs", "2", "--slurm-status-command", "squeue"]
     words += ["--slurm-init-seconds-before-status-checks", "1"]
-    stall = {"STALL": str(reached), "CARDS": str(tmp_path / "cards")}
+    stall = {"STALL": str(reached), "CARDS": str(tmp_path / "gpus")}
     killed = snakemake(config, out, work / "killed.log", started, slurm | stall, *words)
     there = [out / f"{name}.json" for name in (first, *others)]
     wait_for(lambda: reached.exists() and all(path.exists() for path in there) and len(jobs(slurm)) == 1, killed)
-    assert set((tmp_path / "cards").read_text().split()) == {"0", "1"}  # each job saw one card, and they not the same
+    assert set((tmp_path / "gpus").read_text().split()) == {"0", "1"}  # each job saw one GPU, and they not the same
     set_node(slurm, "drain")
     (job,) = jobs(slurm)
     subprocess.run(["scancel", "--signal=KILL", "--full", job], env=slurm, check=True)
@@ -188,9 +189,9 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
     set_node(slurm, "resume")
 
     # Meanwhile by lib.study, and by Snakemake here: one block, without a summary.
-    monkeypatch.setenv(record.OUT_VARIABLE, str(studied))
+    monkeypatch.setenv(paths.OUT_VARIABLE, str(studied))
     studied.mkdir()
-    assert not study.run_all(runs, "tiny")
+    assert not runner.run_all(runs, "tiny")
     expected = {one.name: timeless(one) for one in record.load_all(studied)}
     assert len(expected) == 4
     local = snakemake(config | {"blocks": 1}, here, tmp_path / "work" / "here.log", started, os.environ, last)
@@ -200,9 +201,9 @@ def test_here_and_on_slurm_the_records_are_those_of_a_study_and_a_killed_job_cos
 
     assert resumed.wait(timeout=300) == 0, (work / "resumed.log").read_text()
     said = (work / "resumed.log").read_text()
-    assert "blocks finished: 1\nblocks torn, to be run again as a whole: 0\n" in said
+    assert "blocks finished: 1\nblocks incomplete, to be run again as a whole: 0\n" in said
     assert all((out / f"{name}.json").read_bytes() == before[name] for name in others)
-    (aside,) = (out / record.TORN).iterdir()
+    (aside,) = (out / record.INCOMPLETE).iterdir()
     assert (aside / f"{first}.json").read_bytes() == before[first] and (aside / f"{last}.ipynb").exists()
     assert {one.name: timeless(one) for one in record.load_all(out)} == expected
     assert cluster.states(runs, out) == {0: "finished", 1: "finished"}

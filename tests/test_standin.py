@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from make import make_record
 
-from lib import compare, record
+from lib import paths, record
+from lib.analysis import compare
 from lib.errors import UsageError
 
 STANDIN = Path(__file__).resolve().parent / "standin"
@@ -23,8 +24,8 @@ def said(tmp_path_factory):
     """What the scenes found; both scripts run at once, since one of them mostly waits."""
     folder, processes = tmp_path_factory.mktemp("standin"), []
     for script in ("replayed", "real"):
-        paths = [str(STANDIN), str(record.ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-        changes = {"PYTHONPATH": os.pathsep.join(paths), "NVML_STANDIN": str(folder / f"{script}_scenario.json")}
+        found = [str(STANDIN), str(paths.ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        changes = {"PYTHONPATH": os.pathsep.join(found), "NVML_STANDIN": str(folder / f"{script}_scenario.json")}
         Path(changes["NVML_STANDIN"]).write_text('{"start": 0.0, "shape": "constant"}')
         command = [sys.executable, str(STANDIN / "scenes.py"), script, str(folder)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -67,11 +68,11 @@ def test_a_window_has_energy_from_ten_seconds_on_and_every_log_point_its_part(sa
 @pytest.mark.parametrize(
     ("fault", "reason"),
     {
-        "reset": "counter_reset",  # in the second of three stretches: the sum is positive
-        "reset and counted on": "counter_power_disagree",  # the stretch's own difference is positive too
+        "reset": "counter_reset",  # in the second of three windows: the sum is positive
+        "reset and counted on": "counter_power_disagree",  # the window's own difference is positive too
         "stuck": "counter_zero",
         "stuck later": "counter_zero",
-        "stuck in a stretch": "counter_power_disagree",
+        "stuck in a window": "counter_power_disagree",
         "unsupported": "counter_unsupported",
         "too old": "counter_unsupported",
         "lost before": "gpu_lost",
@@ -99,10 +100,10 @@ def test_every_fault_gives_its_reason_and_no_joules(said, fault, reason):
     ("what", "flags"),
     {
         "nothing": [],
-        "uuid": [],  # CUDA_VISIBLE_DEVICES names the card by its UUID
+        "uuid": [],  # CUDA_VISIBLE_DEVICES names the GPU by its UUID
         "uuids": [],
         "other numbers": [],
-        "crashed before": [],  # a cell failed and left its stretch open
+        "crashed before": [],  # a cell failed and left its window open
         "flagged length": ["window_length"],
         "hidden processes": ["other_processes"],
         "no trace": ["counter_against_power"],
@@ -126,7 +127,7 @@ def test_idle_power_has_gates_of_its_own(said):
     for what, reason in (("uuid", "not_asked_for"), ("short idle", "window_too_short"), ("busy idle", "not_idle")):
         assert found[what]["energy_j"] == pytest.approx(18000.0)
         assert (found[what]["idle_w"], found[what]["idle_reason"], found[what]["net_j"]) == (None, reason, None)
-    assert found["lost altogether"]["idle_w"] == pytest.approx(300.0)  # measured before the card was lost
+    assert found["lost altogether"]["idle_w"] == pytest.approx(300.0)  # measured before the GPU was lost
     assert found["mig"]["idle_reason"] == "mig"
 
 

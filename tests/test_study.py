@@ -11,15 +11,18 @@ import pytest
 from make import NINTH, TINY, make_record, tiny_profile
 from matplotlib.text import Text
 
-from lib import attention, compare, figures, parameters, record, study
+from lib import attention, parameters, paths, record
+from lib.analysis import compare, figures
+from lib.study import plan, runner
+from lib.study.__main__ import main
 
-ROOT = record.ROOT
+ROOT = paths.ROOT
 BIN = os.path.dirname(sys.executable)
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    monkeypatch.setenv(record.OUT_VARIABLE, str(tmp_path / "out"))
+    monkeypatch.setenv(paths.OUT_VARIABLE, str(tmp_path / "out"))
     return tmp_path / "out"
 
 
@@ -50,7 +53,7 @@ def test_a_study_with_a_ninth_variant_and_one_that_fails(out, tiny, tmp_path, ca
         NINTH.replace("return self.c_proj((v", "raise RuntimeError('boom')\n        return self.c_proj((v")
     )
     words = [tiny, "--variants", str(broken), "sdpa", str(ninth)]
-    assert study.main(words) == 1
+    assert main(words) == 1
     said = capsys.readouterr()
 
     # The failed one is named at the end, its notebook kept, and the others ran and stand in the figures.
@@ -61,7 +64,7 @@ def test_a_study_with_a_ninth_variant_and_one_that_fails(out, tiny, tmp_path, ca
     assert "RuntimeError: boom" in (out / "summary.ipynb").read_text()
     runs = record.read(out)
     assert sorted(runs["label"]) == ["ninth", "sdpa"] and runs["certified"].all()
-    assert set(runs["profile"]) == {"tiny"} and runs["sitting"].nunique() == 1
+    assert set(runs["profile"]) == {"tiny"} and runs["session"].nunique() == 1
     assert "ninth" in str([cell.get("outputs") for cell in nbformat.read(out / "summary.ipynb", as_version=4).cells])
     assert {path.stem for path in (out / "figures").glob("*.svg")} == {draw.__name__ for draw in figures.FIGURES}
     labels = [text.get_text() for text in figures.training_time(runs).findobj(Text)]
@@ -71,7 +74,7 @@ def test_a_study_with_a_ninth_variant_and_one_that_fails(out, tiny, tmp_path, ca
 
     # What has a record is not run again; after an edit of a variant's file, that one is.
     ninth.write_text(NINTH.replace("weight=0.5", "weight=0.25"))
-    assert study.main([*words, "--plan"]) == 0
+    assert main([*words, "--plan"]) == 0
     states = [line.rsplit("(")[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("block ")]
     assert states == ["to run)", "finished)", "to run)"]
 
@@ -103,14 +106,14 @@ def test_papermill_ends_with_one_sentence_and_leaves_no_record(out, tmp_path):
 )
 def test_a_profile_is_checked_before_anything_runs(out, tmp_path, profile, said, capsys):
     (tmp_path / "mine.yaml").write_text(profile)
-    assert study.main([str(tmp_path / "mine.yaml")]) == 2
+    assert main([str(tmp_path / "mine.yaml")]) == 2
     message = capsys.readouterr().err
     assert said in message and len(message.splitlines()) == 1
     assert not out.exists() or not os.listdir(out)
 
 
 def test_a_profile_that_is_not_there_lists_those_that_are(out, capsys):
-    assert study.main(["params/papr.yaml"]) == 2
+    assert main(["params/papr.yaml"]) == 2
     assert "params/paper.yaml" in capsys.readouterr().err
 
 
@@ -119,49 +122,49 @@ PROFILES = [path for path in sorted((ROOT / "params").glob("*.yaml")) if not pat
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
 def test_every_committed_profile_makes_a_plan(path, out):
-    overrides, about_study = study.read_profile(str(path))
-    assert study.plan(overrides, about_study.get("variants") or [*attention.variants(), study.NULL_VARIANT], 1)
+    overrides, about_study = plan.read_profile(str(path))
+    assert plan.runs_of(overrides, about_study.get("variants") or [*attention.variants(), plan.CONTROL_RUN], 1)
 
 
 @pytest.mark.parametrize("variants", [2, 3, 8, 9])
 def test_over_a_whole_square_positions_and_neighbours_are_balanced(variants):
-    blocks = study.orders(variants, variants * (1 + variants % 2))
+    blocks = plan.orders(variants, variants * (1 + variants % 2))
     for position in range(variants):
         assert len(set(Counter(order[position] for order in blocks).values())) == 1
     followers = Counter((a, b) for order in blocks for a, b in pairwise(order))
     assert len(followers) == variants * (variants - 1) and len(set(followers.values())) == 1
 
 
-def test_eight_blocks_of_the_study_are_balanced_and_the_null_variant_wanders(out):
-    variants = [*attention.STUDY_ORDER, study.NULL_VARIANT]
-    runs = study.plan(TINY, variants, 8)
+def test_eight_blocks_of_the_study_are_balanced_and_the_control_wanders(out):
+    variants = [*attention.STUDY_ORDER, plan.CONTROL_RUN]
+    runs = plan.runs_of(TINY, variants, 8)
     for run in runs:
-        place = {"sitting": "s", "block": run["block"], "position": run["position"]}
+        place = {"session": "s", "block": run["block"], "position": run["position"]}
         record.write(make_record(parameters.display_name(run["values"]), run["block"]).model_copy(
-            update={"sitting": record.Sitting(**place)}), out)  # fmt: skip
+            update={"study": record.StudyPosition(**place)}), out)  # fmt: skip
     made = record.read(out)
     assert compare.balanced(made) and not compare.balanced(made[made["block"] < 7])
-    nulls = [run["position"] for run in runs if run["values"]["label"] == compare.NULL]
-    references = [run["position"] for run in runs if parameters.display_name(run["values"]) == compare.REFERENCE]
+    nulls = [run["position"] for run in runs if run["values"]["label"] == attention.CONTROL]
+    references = [run["position"] for run in runs if parameters.display_name(run["values"]) == attention.REFERENCE]
     assert len(set(nulls)) == 8
     behind = [null - reference for null, reference in zip(nulls, references, strict=True)]
     assert min(behind) < 0 < max(behind) and len(set(behind)) > 4
 
 
 def test_a_record_of_other_parameters_or_of_an_older_file_is_not_taken_for_finished(out):
-    (run,) = study.plan(TINY, ["sdpa"], 1)
+    (run,) = plan.runs_of(TINY, ["sdpa"], 1)
     name = parameters.run_name(run["values"])
     record.write(make_record("sdpa", name=name, attention_sha256=attention.source_sha256("sdpa")), out)
-    assert study.is_finished(run, out)
-    assert not study.is_finished(study.plan(TINY | {"epochs": 3}, ["sdpa"], 1)[0], out)
+    assert runner.is_finished(run, out)
+    assert not runner.is_finished(plan.runs_of(TINY | {"epochs": 3}, ["sdpa"], 1)[0], out)
     record.write(make_record("sdpa", name=name, attention_sha256="0" * 64), out)
-    assert not study.is_finished(run, out)
+    assert not runner.is_finished(run, out)
     (out / f"{name}.json").write_text("{")
-    assert not study.is_finished(run, out)
+    assert not runner.is_finished(run, out)
 
 
 def test_the_sitting_is_in_the_record_and_each_run_is_known_by_it(monkeypatch):
-    monkeypatch.setenv(record.SITTING_VARIABLE, '{"profile": "quick", "sitting": "abc", "block": 2, "position": 1}')
-    assert record.sitting() == record.Sitting(profile="quick", sitting="abc", block=2, position=1)
-    monkeypatch.delenv(record.SITTING_VARIABLE)
-    assert record.sitting() == record.Sitting()
+    monkeypatch.setenv(record.POSITION_VARIABLE, '{"profile": "quick", "session": "abc", "block": 2, "position": 1}')
+    assert record.study_position() == record.StudyPosition(profile="quick", session="abc", block=2, position=1)
+    monkeypatch.delenv(record.POSITION_VARIABLE)
+    assert record.study_position() == record.StudyPosition()

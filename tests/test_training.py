@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lib import attention, corpus, training
+from lib import attention, training
+from lib.data import corpus
 from lib.errors import UsageError
 from lib.model import build_model, gpt2_config
 
 P = {
     "seed": 0, "context": 16, "batch_size": 4, "accumulation": 1, "steps_per_epoch": 5, "epochs": 2, "dropout": 0.0,
     "learning_rate": 1e-2, "lr_warmup_steps": 2, "schedule": "cosine", "weight_decay": 0.1, "clip_norm": 1.0,
-    "warmup_steps": 3, "device": "cpu", "precision": "fp32", "compile": False, "validation_rows": 6,
+    "warmup_steps": 3, "device": "cpu", "precision": "fp32", "compile": False, "validation_sequences": 6,
 }  # fmt: skip
 
 
@@ -57,7 +58,7 @@ def test_losses_fall_and_every_step_has_one():
     assert len(losses) == 40 and np.isfinite(losses).all()
     assert losses[0] == pytest.approx(math.log(30), rel=0.1)
     assert losses[-5:].mean() < losses[:5].mean()
-    assert [point["useful_tokens"] for point in trainer.validation] == [0, *np.cumsum([5 * 4 * 16] * 8)]
+    assert [point["non_padding_tokens"] for point in trainer.validation] == [0, *np.cumsum([5 * 4 * 16] * 8)]
 
 
 def test_variants_of_the_same_function_train_alike_step_by_step():
@@ -68,7 +69,7 @@ def test_variants_of_the_same_function_train_alike_step_by_step():
 def test_accumulation_is_one_large_batch_though_rows_differ_in_length():
     whole, parts = run(batch_size=8), run(batch_size=2, accumulation=4)
     torch.testing.assert_close(whole.losses, parts.losses, rtol=1e-6, atol=1e-6)
-    assert np.array_equal(whole.useful_tokens, parts.useful_tokens)
+    assert np.array_equal(whole.non_padding_tokens, parts.non_padding_tokens)
 
 
 def test_a_run_is_reproduced_by_its_seed_alone():
@@ -82,7 +83,7 @@ def test_a_run_is_reproduced_by_its_seed_alone():
 def test_padding_is_neither_trained_on_nor_counted():
     trainer = run()
     rows = trainer.rows[:10].reshape(10, -1)
-    assert np.array_equal(trainer.useful_tokens, trainer.corpus.train.lengths[rows].sum(1))
+    assert np.array_equal(trainer.non_padding_tokens, trainer.corpus.train.lengths[rows].sum(1))
     ids, labels = trainer.corpus.train.batch(rows[0])
     ids[labels == -100] = 29  # another token in the padding
     trainer.model.eval()
@@ -167,7 +168,7 @@ def test_the_window_holds_training_and_not_validation(monkeypatch):
     trainer.run()
     assert {state for what, state in inside if what == "validate"} == {False}
     assert {state for what, state in inside if what == "step"} == {True}
-    assert len(trainer.meter.stretches_s) == 2
+    assert len(trainer.meter.windows_s) == 2
 
 
 class Watch(TorchDispatchMode):
@@ -218,14 +219,14 @@ def test_steps_that_are_profiled_after_the_run_leave_no_trace():
     random = torch.get_rng_state()
     tensors = [*trainer.model.parameters(), *states, trainer.losses]
     before = [tensor.detach().clone() for tensor in tensors]
-    useful_tokens = trainer.useful_tokens.copy()
-    with trainer.untouched():
+    non_padding_tokens = trainer.non_padding_tokens.copy()
+    with trainer.snapshot_and_restore():
         for step in range(3):
             trainer.take_step(step)
         assert not torch.equal(before[0], tensors[0])
     assert all(torch.equal(one, other) for one, other in zip(before, tensors, strict=True))
-    assert np.array_equal(useful_tokens, trainer.useful_tokens) and torch.equal(random, torch.get_rng_state())
-    assert trainer.busy_share() == trainer.busy == (None, "no_gpu")
+    assert np.array_equal(non_padding_tokens, trainer.non_padding_tokens) and torch.equal(random, torch.get_rng_state())
+    assert trainer.busy_fraction() == trainer.busy == (None, "no_gpu")
 
 
 def test_every_log_point_is_a_step_at_its_moment_of_the_window():

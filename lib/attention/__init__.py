@@ -5,7 +5,8 @@ A variant file defines `class Attention(torch.nn.Module)` and nothing outside it
 | member | promise |
 | --- | --- |
 | `paper` | where the definition stands (title, year, section, arXiv number) |
-| `__init__(config, layer_idx, **knobs)` | `transformers.GPT2Config`; a bad knob raises ValueError with the way out |
+| `__init__(config, layer_idx, **options)` | of a `transformers.GPT2Config`; a bad option raises ValueError that says \
+what to do |
 | `forward(hidden_states, past_key_values=None, padding_mask=None, **_)` | (B, T, C) -> `((B, T, C), None)`. \
 `past_key_values.layers[layer_idx]` is what `new_cache` made. `padding_mask` is None or a (B, S) bool, False where a \
 key is left padding; right padding never comes, causality deals with it |
@@ -16,10 +17,11 @@ windows and buckets honoured; `dense=True`: as if every score were computed |
 | `reference(hidden_states)` | the same output from an independent slow form with the same weights |
 
 Parameters named `c_attn` and `c_proj` start as GPT-2's do; matrices of any other name start as N(0, 0.02), vectors as
-the constructor leaves them (`lib.model`). Two more members are for what is built otherwise, and may be left out:
+the constructor leaves them (`lib.model`). Three more members may be left out:
 
 | member | promise |
 | --- | --- |
+| `title` | what figures and tables call it, with the option that matters: "Window 128"; without one the file's name |
 | `own_initialisation` | True: all weights stay as the constructor leaves them |
 | `projection_flops(context)` | FLOPs of the weights in one forward, where they are not two per token and weight of \
 every matrix |
@@ -32,6 +34,8 @@ from pathlib import Path
 
 # The paper's eight, in its order. A display order, not a registry: what exists is what has a file.
 STUDY_ORDER = ("baseline", "sdpa", "gqa", "linear", "sliding_window", "lsh", "flash", "mla")
+REFERENCE = "sdpa"  # of all ratios
+CONTROL = "sdpa_again"  # the A/A control: the reference, run a second time
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
@@ -81,3 +85,17 @@ def load(name: str) -> type:
 def source_sha256(name: str) -> str:
     """Fingerprint of a variant's file, so that a record says which definition it measured."""
     return hashlib.sha256(find(name).read_bytes()).hexdigest()
+
+
+def title(layer, attention: str) -> str:
+    """What figures and tables call a layer of a variant: its own `title`, or the file's name.
+
+    A file of one's own that still has the title of the reference, which it was copied from, goes by its name too.
+    """
+    own = str(getattr(layer, "title", "") or stem(attention))
+    return stem(attention) if attention.endswith(".py") and own == load(REFERENCE).title else own
+
+
+def stem(attention: str) -> str:
+    """A variant's name, or a file's without folders and ending."""
+    return attention.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".py")

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Attention(nn.Module):
+    title = "Eager"
     paper = "Radford et al. 2019, Language Models are Unsupervised Multitask Learners, section 2.3 (GPT-2)"
 
     def __init__(self, config, layer_idx):

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Attention(nn.Module):
+    title = "FlashAttention"
     paper = "Dao 2023, FlashAttention-2, section 3.1 (arXiv 2307.08691)"
 
     def __init__(self, config, layer_idx):

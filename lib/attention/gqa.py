@@ -66,6 +66,10 @@ class Attention(nn.Module):
     def new_cache(self):
         return DynamicLayer()
 
+    @property
+    def title(self):
+        return f"GQA {self.heads // self.kv_heads}:1"
+
     def core_flops(self, context, dense=False):
         # Sharing keys spares memory, not arithmetic: every query head still meets every key, 4 C per pair.
         pairs = context**2 if dense else context * (context + 1) // 2

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Attention(nn.Module):
+    title = "Linear (elu+1)"
     paper = "Katharopoulos et al. 2020, Transformers are RNNs, sections 3.2 to 3.4 (arXiv 2006.16236)"
 
     def __init__(self, config, layer_idx, chunk=64):

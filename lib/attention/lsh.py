@@ -1,12 +1,14 @@
 """Locality-sensitive hashing attention, made causal: each query sees the newest keys of its own bucket, in R rounds.
 
-One vector is query and key: score = q·k / ‖k‖, softmax over the `chunk` newest members of the query's bucket, itself
-counted but at -1e5, so that it matters only when alone. A round's buckets are argmax [x R; -x R] of its random rotation
-R; rounds are joined by their log-sum-exp, so a key met in n rounds counts n times. O(R T (chunk + buckets) C) time and
-O(R T (chunk + C)) memory: sorted by bucket, a query's keys lie in its own block of `chunk` places or the one before.
+One vector is query and key: score = q·k / ‖k‖, softmax over the K = `chunk_length` newest members of its bucket, itself
+counted but at -1e5, so that it matters only when alone. A round's buckets are argmax [x M; -x M] of its random
+rotation M; the R = `n_hashes` rounds are joined by their log-sum-exp, so a key met in n rounds counts n times.
+O(R T (K + buckets) C) time and O(R T (K + C)) memory: sorted by bucket, a query's keys lie in its own block of K places
+or the one before.
 
-The paper's rule, borders="reformer", sees all of these two blocks up to its own time. A later token moves the blocks'
-borders, so it is not causal: it is here to be compared, fails the certificate, and is not what `reference` computes.
+The paper's rule, chunk_boundaries="reformer", sees all of these two blocks up to its own time. A later token moves the
+blocks' boundaries, so it is not causal: it is here to be compared, fails the certificate, and is not what `reference`
+computes.
 """
 
 import math
@@ -22,30 +24,40 @@ LOG2_E = math.log2(math.e)
 
 
 class Attention(nn.Module):
-    paper = "Kitaev et al. 2020, Reformer: The Efficient Transformer, section 2 (arXiv 2001.04451), with causal borders"
+    title = "LSH (Reformer)"
+    paper = "Kitaev et al. 2020, Reformer, section 2 (arXiv 2001.04451), with causal chunk boundaries"
 
-    def __init__(self, config, layer_idx, rounds=4, chunk=64, buckets=None, borders="causal"):
+    def __init__(self, config, layer_idx, n_hashes=4, chunk_length=64, buckets=None, chunk_boundaries="causal"):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if rounds < 1:
-            raise ValueError(f"rounds must be at least 1, not {rounds}")
-        if chunk < 2:
-            raise ValueError(f"chunk must be at least 2 (a query counts itself among its keys), not {chunk}")
+        if n_hashes < 1:
+            raise ValueError(f"n_hashes must be at least 1, not {n_hashes}")
+        if chunk_length < 2:
+            raise ValueError(
+                f"chunk_length must be at least 2 (a query counts itself among its keys), not {chunk_length}"
+            )
         if buckets is None:  # from the positions: a number taken from the length at hand would leak it
-            buckets = 2 * max(1, config.n_positions // (2 * chunk))
+            buckets = 2 * max(1, config.n_positions // (2 * chunk_length))
         if buckets % 2 or not 2 <= buckets < 2**15:
             raise ValueError(f"buckets must be even (directions and their opposites) and 2 to 32766, not {buckets}")
-        if borders not in ("causal", "reformer"):
-            raise ValueError(f"borders must be 'causal' or 'reformer' (the paper's, which leaks), not {borders!r}")
+        if chunk_boundaries not in ("causal", "reformer"):
+            raise ValueError(
+                f"chunk_boundaries must be 'causal' or 'reformer' (the paper's, which leaks), not {chunk_boundaries!r}"
+            )
         self.layer_idx = layer_idx
-        self.rounds, self.chunk, self.buckets, self.borders = rounds, chunk, buckets, borders  # R, K
+        self.n_hashes, self.chunk_length, self.buckets, self.chunk_boundaries = (
+            n_hashes,
+            chunk_length,
+            buckets,
+            chunk_boundaries,
+        )  # R, K
         self.heads = config.n_head  # H
         self.width = config.n_embd  # C
         self.c_attn = Conv1D(2 * self.width, self.width)  # shared query and key, value
         self.c_proj = Conv1D(self.width, self.width)
         # A buffer, saved with the weights: other rotations would be other attention.
-        self.register_buffer("rotations", torch.randn(self.heads, self.width // self.heads, rounds * buckets // 2))
+        self.register_buffer("rotations", torch.randn(self.heads, self.width // self.heads, n_hashes * buckets // 2))
         self.attention_dropout = nn.Dropout(config.attn_pdrop)
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -56,10 +68,10 @@ class Attention(nn.Module):
         if past_key_values is not None:
             qk, v, buckets = past_key_values.layers[self.layer_idx].update(qk, v, buckets)  # T -> S
         if padding_mask is not None:
-            if self.borders == "reformer":
-                raise ValueError("borders='reformer' takes no left padding, which moves its borders; pad no row")
+            if self.chunk_boundaries == "reformer":
+                raise ValueError("chunk_boundaries='reformer' takes no left padding, which moves them; pad no row")
             buckets = buckets.masked_fill(~padding_mask[:, None, None], self.buckets)  # a bucket of its own
-        if T == 1 and self.borders == "causal":
+        if T == 1 and self.chunk_boundaries == "causal":
             out = self._newest(qk, v, buckets)
         else:
             # What is cached are queries too: they are asked again, and only the new answers kept. On a CPU head by
@@ -75,7 +87,7 @@ class Attention(nn.Module):
         """(B, H, T, D) -> (B, H, R, T): the bucket in each round, in float32 whatever the precision around it."""
         with torch.autocast(qk.device.type, enabled=False):
             rotated = qk.float() @ self.rotations.float()  # (B, H, T, R buckets/2)
-        rotated = rotated.unflatten(-1, (self.rounds, self.buckets // 2))
+        rotated = rotated.unflatten(-1, (self.n_hashes, self.buckets // 2))
         # argmax [x R; -x R] without writing both: the longest component, and its sign. int16, since the cache keeps it.
         longest = rotated.abs().argmax(-1, keepdim=True)
         opposite = rotated.gather(-1, longest) < 0
@@ -84,7 +96,7 @@ class Attention(nn.Module):
     def _sorted(self, qk, v, buckets):
         """All S queries, (B, H, S, D): each round sorted by bucket, rounds end to end, in N blocks of K places."""
         R, S = buckets.shape[2:]
-        K, D = self.chunk, qk.shape[-1]
+        K, D = self.chunk_length, qk.shape[-1]
         fill = -R * S % K
         buckets, time = buckets.sort(dim=-1, stable=True)  # (B, H, R, S): a bucket's members together, oldest first
         place = torch.empty_like(time).scatter_(-1, time, torch.arange(S, device=time.device).expand_as(time))
@@ -95,7 +107,7 @@ class Attention(nn.Module):
         index = blocks(time, value=0)  # what fills up is some token, seen by none
         q = rows(qk, index)  # (B, H, N, K, D)
         k, v = rows(torch.cat([unit(qk), v], dim=-1), beside_block_before(index)).split(D, dim=-1)  # (B, H, N, 2 K, D)
-        if self.borders == "causal":
+        if self.chunk_boundaries == "causal":
             label = buckets + torch.arange(R, device=time.device)[:, None] * (self.buckets + 1)  # other in each round
             label = blocks(label, value=-1)  # (B, H, N, K)
             labels = beside_block_before(label)  # (B, H, N, 2 K)
@@ -132,7 +144,9 @@ class Attention(nn.Module):
         """The last query alone, (B, H, 1, D), over the K newest keys of its bucket in each round."""
         S, D = qk.shape[2:]
         time = torch.arange(S, device=qk.device)
-        time = torch.where(buckets == buckets[..., -1:], time, -1).topk(min(self.chunk, S)).values  # (B, H, R, K)
+        time = (
+            torch.where(buckets == buckets[..., -1:], time, -1).topk(min(self.chunk_length, S)).values
+        )  # (B, H, R, K)
         time = time.flatten(2)[:, :, None]  # (B, H, 1, R K); -1 where the bucket has no more
         index = time.clamp(min=0).transpose(2, 3).expand(-1, -1, -1, D)  # (B, H, R K, D)
         scores = at_least_fp32(qk[:, :, -1:] @ unit(qk.gather(2, index)).transpose(2, 3))  # (B, H, 1, R K)
@@ -147,26 +161,26 @@ class Attention(nn.Module):
         # "reformer": half of two chunks comes no later. Hashing: 2 C per token and direction of a rotation.
         if dense:
             pairs = context**2
-        elif self.borders == "reformer":
-            pairs = context * (min(2 * self.chunk, context) + 1) // 2
+        elif self.chunk_boundaries == "reformer":
+            pairs = context * (min(2 * self.chunk_length, context) + 1) // 2
         else:
-            pairs = sum(min(self.chunk, t // self.buckets + 1) for t in range(context))
-        return self.rounds * self.width * (4 * pairs + self.buckets * context)
+            pairs = sum(min(self.chunk_length, t // self.buckets + 1) for t in range(context))
+        return self.n_hashes * self.width * (4 * pairs + self.buckets * context)
 
     def cache_bytes(self, context, element_bytes):
-        return context * (2 * self.width * element_bytes + 2 * self.heads * self.rounds)
+        return context * (2 * self.width * element_bytes + 2 * self.heads * self.n_hashes)
 
     def reference(self, hidden_states):
         """All T x T scores, and for each pair the number of rounds in which they meet: nothing is sorted."""
         B, T, C = hidden_states.shape
         qk, v = (x.view(B, T, self.heads, -1) for x in self.c_attn(hidden_states).split(C, dim=2))
         rotated = torch.einsum("bthd,hdm->bhtm", qk.detach().float(), self.rotations.float())
-        rotated = rotated.unflatten(-1, (self.rounds, -1))  # (B, H, T, R, buckets/2)
+        rotated = rotated.unflatten(-1, (self.n_hashes, -1))  # (B, H, T, R, buckets/2)
         high, low = rotated.max(-1), rotated.min(-1)
         bucket = torch.where(high.values >= -low.values, high.indices, low.indices + self.buckets // 2)
         same = (bucket[:, :, :, None] == bucket[:, :, None]).movedim(-1, 2).tril()  # (B, H, R, T, T)
         since = same.flip(-1).cumsum(-1).flip(-1)  # members from this key to the query
-        met = (same & (since <= self.chunk)).sum(2)  # (B, H, T, T)
+        met = (same & (since <= self.chunk_length)).sum(2)  # (B, H, T, T)
         length = (qk.square().sum(-1, keepdim=True) + 1e-6 * qk.shape[-1]).sqrt()
         scores = torch.einsum("bthd,bshd->bhts", qk, qk / length)
         scores = torch.where(torch.eye(T, dtype=torch.bool, device=qk.device), ALONE, scores) + met.type_as(qk).log()

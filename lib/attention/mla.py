@@ -4,7 +4,8 @@ are rebuilt.
 c = RMSNorm(W_DKV h), [k; v] = W_UKV c, and a rotary key r = RoPE(W_KR h) that all heads share:
 out = softmax((Qn Kᵀ + RoPE(Qr) Rᵀ) / √(D + D_R) + causal) V, head by head; a token's position is the number of real
 tokens before it. Decoding never rebuilds: W_UK moves to the query's side and W_UV behind the mixing, so that all heads
-read the same L + D_R numbers per token, and only those are cached (L = `latent`, D_R = `rope`, 0: no rotary part).
+read the same L + D_R numbers per token, and only those are cached. L is `kv_lora_rank`, D_R `qk_rope_head_dim`, where 0
+means no rotary part.
 O(T² H (2 D + D_R)) time, O(T H (D + D_R)) memory; a decoded token costs O(S H (2 L + D_R)) over S cached ones.
 """
 
@@ -19,9 +20,10 @@ THETA, EPS = 1e4, 1e-6
 
 
 class Attention(nn.Module):
+    title = "MLA"
     paper = "DeepSeek-AI 2024, DeepSeek-V2, section 2.1 (arXiv 2405.04434)"
 
-    def __init__(self, config, layer_idx, latent=None, rope=None, query_latent=None):
+    def __init__(self, config, layer_idx, kv_lora_rank=None, qk_rope_head_dim=None, q_lora_rank=None):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
@@ -29,27 +31,30 @@ class Attention(nn.Module):
         self.heads = config.n_head  # H
         self.width = config.n_embd  # C
         self.head_width = D = config.n_embd // config.n_head
-        self.latent = 4 * D if latent is None else latent  # L
-        self.rope = D // 2 if rope is None else rope  # R
-        if not isinstance(self.latent, int) or self.latent < 1:
-            raise ValueError(f"latent must be a whole number from 1 up, not {latent!r}; leave it out for 4 D = {4 * D}")
-        if not isinstance(self.rope, int) or self.rope < 0 or self.rope % 2:
-            raise ValueError(f"rope must be 0 or an even whole number, not {self.rope!r}: rotation turns pairs")
-        if query_latent is not None and (not isinstance(query_latent, int) or query_latent < 1):
-            raise ValueError(f"query_latent must be a whole number from 1 up, not {query_latent!r}; None goes without")
+        self.kv_lora_rank = 4 * D if kv_lora_rank is None else kv_lora_rank  # L
+        self.qk_rope_head_dim = D // 2 if qk_rope_head_dim is None else qk_rope_head_dim  # R
+        if not isinstance(self.kv_lora_rank, int) or self.kv_lora_rank < 1:
+            raise ValueError(
+                f"kv_lora_rank must be a whole number from 1 up, not {kv_lora_rank!r}; leave it out for 4 D = {4 * D}"
+            )
+        R = self.qk_rope_head_dim
+        if not isinstance(R, int) or R < 0 or R % 2:
+            raise ValueError(f"qk_rope_head_dim must be 0 or an even whole number, not {R!r}: rotation turns pairs")
+        if q_lora_rank is not None and (not isinstance(q_lora_rank, int) or q_lora_rank < 1):
+            raise ValueError(f"q_lora_rank must be a whole number from 1 up, not {q_lora_rank!r}; None goes without")
 
         # DeepSeek's names: `a` down to a latent, `b` up from it, `with_mqa` the shared rotary key in the same product.
-        query_width = self.heads * (D + self.rope)
-        if query_latent is None:
+        query_width = self.heads * (D + self.qk_rope_head_dim)
+        if q_lora_rank is None:
             self.q_proj = nn.Linear(self.width, query_width, bias=False)
         else:
-            self.q_a_proj = nn.Linear(self.width, query_latent, bias=False)
-            self.q_a_layernorm = RMSNorm(query_latent, eps=EPS)
-            self.q_b_proj = nn.Linear(query_latent, query_width, bias=False)
-        self.query_latent = query_latent
-        self.kv_a_proj_with_mqa = nn.Linear(self.width, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = RMSNorm(self.latent, eps=EPS)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * 2 * D, bias=False)
+            self.q_a_proj = nn.Linear(self.width, q_lora_rank, bias=False)
+            self.q_a_layernorm = RMSNorm(q_lora_rank, eps=EPS)
+            self.q_b_proj = nn.Linear(q_lora_rank, query_width, bias=False)
+        self.q_lora_rank = q_lora_rank
+        self.kv_a_proj_with_mqa = nn.Linear(self.width, self.kv_lora_rank + self.qk_rope_head_dim, bias=False)
+        self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, eps=EPS)
+        self.kv_b_proj = nn.Linear(self.kv_lora_rank, self.heads * 2 * D, bias=False)
         self.c_proj = Conv1D(self.width, self.width)
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
@@ -76,12 +81,13 @@ class Attention(nn.Module):
     def _project(self, hidden_states, past, padding_mask):
         """(B, T, C) -> queries (B, T, H, D + R), normalised latents (B, T, L), rotated shared keys (B, T, R)."""
         T, D = hidden_states.shape[1], self.head_width
-        if self.query_latent is None:
+        if self.q_lora_rank is None:
             q = self.q_proj(hidden_states)
         else:
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
-        q = q.unflatten(2, (self.heads, D + self.rope))  # (B, T, H, D + R)
-        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split([self.latent, self.rope], dim=2)
+        q = q.unflatten(2, (self.heads, D + self.qk_rope_head_dim))  # (B, T, H, D + R)
+        widths = [self.kv_lora_rank, self.qk_rope_head_dim]
+        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(widths, dim=2)
         latent = self.kv_a_layernorm(latent)
 
         # Computed anew: a buffer would be cast to bf16 with the weights, or come back empty from a checkpoint.
@@ -90,7 +96,9 @@ class Attention(nn.Module):
             positions = torch.arange(past, past + T, dtype=dtype, device=device)  # (T,)
         else:
             positions = (padding_mask.cumsum(1) - 1).clamp(min=0)[:, -T:]  # (B, T)
-        speeds = THETA ** (-torch.arange(0, self.rope, 2, dtype=dtype, device=device) / self.rope)
+        speeds = THETA ** (
+            -torch.arange(0, self.qk_rope_head_dim, 2, dtype=dtype, device=device) / self.qk_rope_head_dim
+        )
         angles = (positions[..., None] * speeds)[..., None, :]  # (T or B T, 1, R/2)
         cos, sin = angles.cos(), angles.sin()
         q = torch.cat([q[..., :D], _rotate(q[..., D:], cos, sin)], dim=3)
@@ -99,7 +107,7 @@ class Attention(nn.Module):
     def _rebuild(self, q, latent, shared_key, mask):
         """Attention with each head's keys and values rebuilt from the latents: (B, T, H, D)."""
         B, S, _ = latent.shape
-        D, R = self.head_width, self.rope
+        D, R = self.head_width, self.qk_rope_head_dim
         k, v = self.kv_b_proj(latent).view(B, S, self.heads, 2 * D).split(D, dim=3)
         k = torch.cat([k, shared_key.unsqueeze(2).expand(B, S, self.heads, R)], dim=3)  # (B, S, H, D + R)
         if v.device.type == "cpu":
@@ -118,8 +126,10 @@ class Attention(nn.Module):
     def _decode(self, q, latent, shared_key, mask):
         """One query over the cache with absorbed projections, no key or value rebuilt: (B, 1, H, D)."""
         D = self.head_width
-        w_uk, w_uv = self.kv_b_proj.weight.view(self.heads, 2 * D, self.latent).split(D, dim=1)  # (H, D, L) each
-        q_nope, q_rope = (q * q.shape[-1] ** -0.5).squeeze(1).split([D, self.rope], dim=2)  # (B, H, D), (B, H, R)
+        w_uk, w_uv = self.kv_b_proj.weight.view(self.heads, 2 * D, self.kv_lora_rank).split(D, dim=1)  # (H, D, L) each
+        q_nope, q_rope = (
+            (q * q.shape[-1] ** -0.5).squeeze(1).split([D, self.qk_rope_head_dim], dim=2)
+        )  # (B, H, D), (B, H, R)
         q_latent = torch.einsum("bhd,hdl->bhl", q_nope, w_uk)
         scores = q_latent @ latent.transpose(1, 2) + q_rope @ shared_key.transpose(1, 2)  # (B, H, S)
         if mask is not None:
@@ -134,28 +144,28 @@ class Attention(nn.Module):
     def core_flops(self, context, dense=False):
         # Scores over D + R numbers, mixing over D; the zeros that the CPU's kernel wants are no useful work.
         pairs = context**2 if dense else context * (context + 1) // 2
-        return 2 * self.heads * (2 * self.head_width + self.rope) * pairs
+        return 2 * self.heads * (2 * self.head_width + self.qk_rope_head_dim) * pairs
 
     def cache_bytes(self, context, element_bytes):
-        return (self.latent + self.rope) * context * element_bytes
+        return (self.kv_lora_rank + self.qk_rope_head_dim) * context * element_bytes
 
     def reference(self, hidden_states):
         """Query by query over the keys up to it; a rotation by the distance of the two, in complex numbers."""
-        (B, T, _), D, R = hidden_states.shape, self.head_width, self.rope
+        (B, T, _), D, R = hidden_states.shape, self.head_width, self.qk_rope_head_dim
 
         def normalised(x, norm):
             return norm.weight * x / (x.square().mean(-1, keepdim=True) + EPS).sqrt()
 
-        if self.query_latent is None:
+        if self.q_lora_rank is None:
             q = hidden_states @ self.q_proj.weight.T
         else:
             q = normalised(hidden_states @ self.q_a_proj.weight.T, self.q_a_layernorm) @ self.q_b_proj.weight.T
         q = q.view(B, T, self.heads, D + R)
         down = hidden_states @ self.kv_a_proj_with_mqa.weight.T
-        latent = normalised(down[..., : self.latent], self.kv_a_layernorm)
+        latent = normalised(down[..., : self.kv_lora_rank], self.kv_a_layernorm)
         kv = (latent @ self.kv_b_proj.weight.T).view(B, T, self.heads, 2 * D)
         q_pairs = torch.complex(q[..., D::2], q[..., D + 1 :: 2])  # (B, T, H, R/2)
-        k_pairs = torch.complex(down[..., self.latent :: 2], down[..., self.latent + 1 :: 2])  # (B, T, R/2)
+        k_pairs = torch.complex(down[..., self.kv_lora_rank :: 2], down[..., self.kv_lora_rank + 1 :: 2])  # (B, T, R/2)
         speeds = hidden_states.new_tensor([THETA ** (-2 * i / R) for i in range(R // 2)])
         rows = []
         for t in range(T):

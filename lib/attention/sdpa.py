@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Attention(nn.Module):
+    title = "SDPA"
     paper = "Vaswani et al. 2017, Attention Is All You Need, section 3.2 (arXiv 1706.03762)"
 
     def __init__(self, config, layer_idx):

@@ -44,7 +44,7 @@ class Attention(nn.Module):
         else:
             # Queries whose keys are cached stand at the end: the places before them are computed and dropped.
             out = self._blocks(F.pad(q, (0, 0, S - T, 0)), k, v, padding_mask)[:, :, S - T :]
-        out = out.transpose(1, 2).reshape(B, T, C)
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _attend(self, q, k, v, **options):
@@ -81,6 +81,10 @@ class Attention(nn.Module):
 
     def new_cache(self):
         return WindowLayer(self.window)
+
+    @property
+    def title(self):
+        return f"Window {self.window}"
 
     def core_flops(self, context, dense=False):
         # 4 C per pair of query and key; query t sees min(t, W) keys.

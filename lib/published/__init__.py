@@ -22,7 +22,7 @@ class Published(nn.Module):
     """
 
     own_initialisation = True
-    counted = True  # whether the published counter saw its scores and mixing: a fused kernel it counts as nothing
+    counted = True  # whether the published counter saw its attention core: a fused kernel it counts as nothing
 
     def __init__(self, config, layer_idx, bias=True, masked=False):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A stand-in for NVIDIA's management library: two cards whose true energy is known, and every way they may fail.
+"""A stand-in for NVIDIA's management library: two GPUs whose true energy is known, and every way they may fail.
 
 First on a process's PYTHONPATH it takes the place of nvidia-ml-py there and in the processes started from it. Constants
 and errors are the real module's; answers follow the scenario, a JSON file that the variable NVML_STANDIN names and that
@@ -59,7 +59,7 @@ def watts(shape: str) -> np.ndarray:
 
 
 def true_joules(begin_s: float, end_s: float, shape: str, start: float) -> float:
-    """What the measured card used between two moments of the wall clock."""
+    """What the measured GPU used between two moments of the wall clock."""
     return float(np.diff(_joules_by(shape, np.array([begin_s, end_s]) - start))[0])
 
 

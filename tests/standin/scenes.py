@@ -1,4 +1,4 @@
-"""What a measurement says of the stand-in's cards; run as a script, in a process that has the stand-in instead of NVML.
+"""What a measurement says of the stand-in's GPUs; run as a script, in a process that has the stand-in instead of NVML.
 
 `scenes.py replayed FOLDER` plays `replay` and `faults` by a clock of their own, so that a minute takes no time, and
 `scenes.py real FOLDER` plays `lost` and `live` by the real one; what they find is written to FOLDER. Imports stand in
@@ -41,14 +41,14 @@ class Clock:
         return SimpleNamespace(**vars(wall), sleep=self.sleep, process_time=time.process_time)
 
 
-def on_the_card():
-    """A device that PyTorch takes for the CPU and the instruments for the stand-in's second card."""
+def on_the_gpu():
+    """A device that PyTorch takes for the CPU and the instruments for the stand-in's second GPU."""
     import pynvml
     import torch
 
-    from lib import energy
+    from lib.measure import energy
 
-    energy.card_uuid = lambda device: pynvml.CARD
+    energy.gpu_uuid = lambda device: pynvml.CARD
     return torch.device("cpu")
 
 
@@ -57,12 +57,12 @@ def on_a_replayed_clock() -> Clock:
     import zeus.monitor.energy
     import zeus.monitor.power
 
-    from lib import energy, measure
+    from lib.measure import energy, meter
 
     clock = Clock()
     pynvml.now = zeus.monitor.energy.time = zeus.monitor.power.time = clock
     zeus.monitor.power.sleep = clock.sleep
-    energy.time = measure.time = clock.module()
+    energy.time = meter.time = clock.module()
     return clock
 
 
@@ -73,7 +73,7 @@ def polled(clock: Clock, begin_s: float, end_s: float):
     import numpy as np
     from zeus.monitor.power import PowerDomain, _domain_polling_process
 
-    from lib import energy
+    from lib.measure import energy
 
     samples = queue.SimpleQueue()
     resumed_s, clock.now_s = clock.now_s, begin_s
@@ -88,26 +88,26 @@ def polled(clock: Clock, begin_s: float, end_s: float):
 
 
 def replay():
-    """Counter and trace against the truth: every shape, windows of 1 to 60 s in one and in three stretches."""
+    """Counter and trace against the truth: every shape, windows of 1 to 60 s in one and in three parts."""
     import pynvml
 
-    from lib import measure
+    from lib.measure.meter import Meter
 
-    device, clock, rows = on_the_card(), on_a_replayed_clock(), []
+    device, clock, rows = on_the_gpu(), on_a_replayed_clock(), []
     for shape in ("constant", "square", "ramp", "real"):
         stage(start=START, shape=shape)
         for window_s in (1, 5, 10, 30, 60):
             for offset_s in (3.03, 7.58):
                 for parts in (1, 3):
                     clock.now_s = START + offset_s
-                    meter = measure.Meter(device)
+                    meter = Meter(device)
                     for part in range(parts):
-                        with meter.stretch():
+                        with meter.window():
                             clock.sleep(window_s / parts)
                             meter.mark(part + 1)
                         clock.sleep(1.7)  # a validation
                     meter.trace = polled(clock, START + offset_s - 2.04, clock.now_s)
-                    walls = [(s.begin_wall_s, s.end_wall_s) for s in meter.stretches]
+                    walls = [(s.begin_wall_s, s.end_wall_s) for s in meter.windows]
                     true_j = sum(pynvml.true_joules(*wall, shape, START) for wall in walls)
                     rows.append(
                         {
@@ -115,7 +115,7 @@ def replay():
                             "window_s": window_s,
                             "parts": parts,
                             "true_j": true_j,
-                            "counter_j": sum(meter.gpu_counter.stretches_j),
+                            "counter_j": sum(meter.gpu_counter.windows_j),
                             "trace_j": meter.trace_j,
                             "reading": meter.energy(),
                             "log": meter.log(),
@@ -129,9 +129,10 @@ def faults():
     """What becomes of a minute's window when something fails: joules, reason, and the checks."""
     import pynvml
 
-    from lib import measure, selfcheck
+    from lib.measure import selfcheck
+    from lib.measure.meter import Meter
 
-    device, clock, found = on_the_card(), on_a_replayed_clock(), {}
+    device, clock, found = on_the_gpu(), on_a_replayed_clock(), {}
 
     def measured(name, trace=True, seconds=(20, 20, 20), during=None, idle_s=0, before=None, visible=None, **facts):
         clock.now_s, clock.ahead_s = START + 5.0, 0.0
@@ -139,14 +140,14 @@ def faults():
         stage(**ordinary | facts)
         if visible is not None:
             os.environ["CUDA_VISIBLE_DEVICES"] = visible
-        meter = measure.Meter(device)
+        meter = Meter(device)
         assert os.environ.pop("CUDA_VISIBLE_DEVICES", None) == visible
         meter.rest(idle_s)
         if before is not None:
             before(meter)
-        for part, stretch_s in enumerate(seconds):
-            with meter.stretch():
-                clock.sleep(stretch_s)
+        for part, window_s in enumerate(seconds):
+            with meter.window():
+                clock.sleep(window_s)
                 meter.mark(part + 1)
                 if during is not None and part == 1:
                     during(ordinary | facts)
@@ -154,8 +155,8 @@ def faults():
         if trace and meter.gpu_counter.monitor is not None:
             meter.trace = polled(clock, START + 4, clock.now_s)
         values, reasons = meter.metrics()
-        values |= {"gpu_busy_share": None, "mfu": None}
-        reasons |= {"gpu_busy_share": "not_asked_for", "mfu": "peak_unknown"}
+        values |= {"gpu_busy_fraction": None, "mfu": None}
+        reasons |= {"gpu_busy_fraction": "not_asked_for", "mfu": "peak_unknown"}
         checks = {check.check: check.verdict for check in selfcheck.checks(meter, values, reasons, 0.0)}
         found[name] = {"energy_j": values["energy_j"], "reason": reasons.get("energy_j"), "checks": checks}
         found[name] |= {"idle_w": values["idle_power_w"], "net_j": values["net_energy_j"]}
@@ -163,7 +164,7 @@ def faults():
         found[name] |= {"log": [point["energy_j"] for point in meter.log()], "others": meter.foreign_processes}
 
     def crash(meter):
-        with contextlib.suppress(ZeroDivisionError), meter.stretch():
+        with contextlib.suppress(ZeroDivisionError), meter.window():
             clock.sleep(30)
             raise ZeroDivisionError
 
@@ -180,7 +181,7 @@ def faults():
     measured("reset and counted on", seconds=(10, 250), reset_at=60.0)
     measured("stuck", stuck_at=0.0)
     measured("stuck later", stuck_at=40.0)
-    measured("stuck in a stretch", seconds=(20, 60), stuck_at=40.0)
+    measured("stuck in a window", seconds=(20, 60), stuck_at=40.0)
     measured("unsupported", errors=unsupported)
     measured("too old", architecture=pynvml.NVML_DEVICE_ARCH_PASCAL)
     measured("lost before", errors=lost)
@@ -208,19 +209,21 @@ def faults():
 
 
 def train(steps, report, folder):
-    """A run as the notebook does it, on the stand-in's card; the record's path."""
+    """A run as the notebook does it, on the stand-in's GPU; the record's path."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     from make import CERTIFICATE
     from test_training import make_rows
 
-    from lib import assemble, corpus, parameters, phases, record, training
+    from lib import parameters, paths, record, training
+    from lib.data import corpus
+    from lib.measure import assemble, phases
     from lib.model import build_model, gpt2_config
 
-    on_the_card()
-    cells = json.loads((record.ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
+    on_the_gpu()
+    cells = json.loads((paths.ROOT / "notebooks" / "train.ipynb").read_text())["cells"]
     (source,) = ("".join(cell["source"]) for cell in cells if "parameters" in cell["metadata"].get("tags", []))
     p = {name: line.default for name, line in parameters.declared(source).items()}
-    p |= {"layers": 1, "width": 32, "heads": 2, "positions": 32, "context": 16, "validation_rows": 4, "epochs": 2}
+    p |= {"layers": 1, "width": 32, "heads": 2, "positions": 32, "context": 16, "validation_sequences": 4, "epochs": 2}
     p = SimpleNamespace(**p | {"steps_per_epoch": steps, "device": "cpu", "precision": "fp32"})
     model = build_model("sdpa", gpt2_config(1, 32, 2, 32, 30), p.seed)
     trainer = training.Trainer(model, corpus.Corpus(make_rows(), make_rows(9), 30), p)
@@ -239,13 +242,13 @@ def live(folder):
     start = time.time() - 10
     stage(start=start, shape="real")
     meter, path = train(11, lambda *_: time.sleep(0.5), folder)
-    walls = [(stretch.begin_wall_s, stretch.end_wall_s) for stretch in meter.stretches]
+    walls = [(window.begin_wall_s, window.end_wall_s) for window in meter.windows]
     true_j = [pynvml.true_joules(*wall, "real", start) for wall in walls]
     return {"record": str(path), "true_j": true_j, "trace_j": meter.trace_j}
 
 
 def lost(folder):
-    """The card stops answering in the middle of a run."""
+    """The GPU stops answering in the middle of a run."""
     import pynvml
 
     facts = {"start": time.time() - 10, "shape": "real"}

@@ -1,0 +1,38 @@
+"""What was predicted, beside what was measured."""
+
+import pandas as pd
+
+from lib.record.prediction import Prediction
+
+
+def residuals(runs: pd.DataFrame, predictions: list[Prediction]) -> pd.DataFrame:
+    """A row per variant that was predicted before any run was measured: both, and how far the measured one is above it.
+
+    `runs` are those of one group of `lib.compare`, so of one setting and device; their mean is taken. Of a variant the
+    newest prediction counts; one whose file has changed since has no row.
+    """
+    columns = ["variant", *(f"{unit}, {what}" for unit in "sJ" for what in ("predicted", "measured", "above"))]
+    here = runs["setting"].iloc[0], runs["device_name"].iloc[0]
+    begun = (runs["finished_at"] - pd.to_timedelta(runs["time_s"], unit="s")).min()
+    usable = [one for one in predictions if (one.setting, one.device_name) == here and one.made_at < begun]
+    newest = {said.label: said for one in sorted(usable, key=lambda one: one.made_at) for said in one.variants}
+    rows = []
+    for said in newest.values():
+        mine = runs[(runs["label"] == said.label) & (runs["attention_sha256"] == said.attention_sha256)]
+        row = [said.label]
+        for predicted, measured in ((said.time_s, mine["time_s"]), (said.energy_j, mine["energy_j"])):
+            seen = measured.mean() if measured.notna().all() else None  # never the mean of a part
+            row += [predicted, seen, seen / predicted - 1 if predicted and seen else None]
+        if len(mine):
+            rows.append([*row, said.bound])
+    return pd.DataFrame(rows, columns=[*columns, "most of it predicted to go into"])
+
+
+def table(found: pd.DataFrame) -> pd.DataFrame:
+    """`residuals` as text: rounded, a dash where nothing was predicted or measured."""
+    formats = {"predicted": "{:,.4g}", "measured": "{:,.4g}", "above": "{:+.0%}"}
+    shown = found.astype(object)
+    for column in shown.columns:
+        form = formats.get(column.rpartition(", ")[2], "{}")
+        shown[column] = ["–" if pd.isna(value) else form.format(value) for value in shown[column]]
+    return shown

@@ -1,0 +1,1 @@
+"""What models are trained on: conversations, and rows of tokens made of them."""

@@ -1,0 +1,229 @@
+"""Conversations to rows of tokens.
+
+Roles are kept as `<|role|>` lines, empty turns are dropped and counted, every conversation ends with the end-of-text
+token. Tokens are made once, kept in a cache on disk, and read from there without holding them all in memory.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from lib.data.cache import forget, made_once
+from lib.data.conversations import as_text, builtin, first_line, local, source
+from lib.errors import UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+BUILTIN_VOCABULARY = 4096
+IGNORED = -100  # the label that cross-entropy leaves out
+PARTS = ("train", "validation")
+FORM = 2  # of the cached tokens; another number makes them anew
+CHUNK = 1 << 22  # tokens looked at together, where all at once would fill the memory
+
+
+@dataclass
+class Rows:
+    """Rows of at most `context` tokens in one flat array; padding exists only in the batches made from it."""
+
+    tokens: np.ndarray  # (total,) uint16 or uint32, on disk
+    starts: np.ndarray  # (rows,)
+    lengths: np.ndarray  # (rows,) at most `context`
+    context: int
+    padding_id: int
+    train_on_padding: bool = False
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and labels of some rows, (B, T) int64 each, padded on the right.
+
+        Padding is labelled -100, or with its own token where it is trained on.
+        """
+        ids = np.full((len(rows), self.context), self.padding_id, dtype=np.int64)
+        labels = np.full_like(ids, self.padding_id if self.train_on_padding else IGNORED)
+        for line, row in enumerate(rows):
+            start, length = self.starts[row], self.lengths[row]
+            ids[line, :length] = labels[line, :length] = self.tokens[start : start + length]
+        return torch.from_numpy(ids), torch.from_numpy(labels)
+
+    def order(self, count: int, seed: int) -> np.ndarray:
+        """The first `count` rows of an endless stream: every row once in a shuffled order, then again, reshuffled."""
+        generator = np.random.default_rng(seed)
+        rounds = -(-count // len(self))
+        return np.concatenate([generator.permutation(len(self)) for _ in range(rounds)])[:count]
+
+
+@dataclass
+class Corpus:
+    """Rows to train on, rows to validate on, and what is known about them."""
+
+    train: Rows
+    validation: Rows
+    vocabulary: int
+    facts: dict = field(default_factory=dict)
+
+
+def load(p) -> Corpus:
+    """Conversations as token rows, by the parameters `p` (`lib.parameters.resolve`).
+
+    A hash of each conversation's text says whether it is for validation. `packing` False: a conversation a row, cut at
+    `context`. True: conversations one after the other in full rows. Raises UsageError for data that cannot be had, has
+    no conversations, or is too small to split.
+    """
+    talks, encoder = source(p.dataset, p.dataset_revision), load_tokenizer(p.tokenizer)
+    end = encoder.convert_tokens_to_ids(encoder.eos_token)
+    what = {
+        "form": FORM, "source": talks.identity, "tokenizer": _identity(encoder), "turns": p.turns,
+        "validation_share": p.validation_share,
+    }  # fmt: skip
+    folder = made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch))
+    try:
+        counts, parts = _read(folder)
+    except (OSError, ValueError, KeyError):  # cut short by a full disk, or by somebody
+        forget(folder)
+        counts, parts = _read(made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch)))
+    rows = {name: _rows(*parts[name], p.context, p.packing, end) for name in PARTS}
+    for name, part in rows.items():
+        if not len(part):
+            raise UsageError(
+                f"{p.dataset} leaves no row of {p.context} tokens for {name}; give more data, a shorter context "
+                "or another validation_share"
+            )
+    if len(rows["train"]) < p.batch_size * p.accumulation:
+        raise UsageError(
+            f"{p.dataset} makes {len(rows['train'])} rows of {p.context} tokens to train on, fewer than the "
+            f"{p.batch_size * p.accumulation} of one step; lower batch_size or accumulation, or give more data"
+        )
+    rows["train"].train_on_padding = p.train_on_padding
+    facts = {
+        **talks.facts,
+        **counts,
+        "cut_conversations": 0 if p.packing else int(sum((lengths > p.context).sum() for _, lengths in parts.values())),
+        "train_sequences": len(rows["train"]),
+        "validation_sequences": len(rows["validation"]),
+        "train_tokens": int(rows["train"].lengths.sum()),
+        "padding_share": 1 - float(rows["train"].lengths.mean()) / p.context,
+        "token_sha256": fingerprint(rows),
+    }
+    return Corpus(rows["train"], rows["validation"], len(encoder), facts)
+
+
+def load_tokenizer(name: str):
+    """`builtin`, a hub id or a local folder, as a transformers tokenizer with an end-of-text token."""
+    if name == "builtin":
+        return builtin_tokenizer()
+    try:
+        encoder = AutoTokenizer.from_pretrained(str(local(name)))
+    except (Exception, RecursionError) as error:
+        raise UsageError(
+            f"cannot load the tokenizer {name!r}: {first_line(error)}. Known: 'builtin', a hub id, a local folder."
+        ) from error
+    if encoder.eos_token is None:
+        raise UsageError(f"the tokenizer {name!r} has no end-of-text token to end a conversation with")
+    return encoder
+
+
+def builtin_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE (Sennrich et al. 2016, arXiv 1508.07909) of 4,096 tokens, trained here on the builtin corpus."""
+    what = {"form": FORM, "source": source("builtin").identity, "tokenizers": version("tokenizers")}
+    # Written by Python, whose errors say that a disk is full; the tokenizer's own is of no kind.
+    folder = made_once(what, lambda scratch: (scratch / "tokenizer.json").write_text(_trained(), encoding="utf-8"))
+    return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token=END_OF_TEXT)
+
+
+def _trained() -> str:
+    trained = ByteLevelBPETokenizer()
+    texts = (as_text(messages)[0] for messages in builtin())
+    trained.train_from_iterator(texts, BUILTIN_VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False)
+    return trained.to_str()
+
+
+def _identity(encoder) -> str:
+    """Changes with anything that changes the tokens."""
+    content = encoder.backend_tokenizer.to_str() if encoder.is_fast else json.dumps(encoder.get_vocab(), sort_keys=True)
+    return hashlib.sha256(f"{type(encoder).__name__} {encoder.eos_token} {content}".encode()).hexdigest()
+
+
+def _tokenize(talks, encoder, end: int, p, folder: Path) -> None:
+    """Writes the tokens of each part one conversation after the other, their lengths, and what was counted."""
+    kind = np.dtype("<u2" if len(encoder) <= 1 << 16 else "<u4")
+    lengths = {name: [] for name in PARTS}
+    counts = {"conversations": 0, "empty_turns": 0, "empty_conversations": 0}
+    bar = tqdm(total=talks.count, unit=" conversations", delay=2, leave=False, disable=p.dataset == "builtin")
+    with bar, open(folder / "train.tokens", "wb") as train, open(folder / "validation.tokens", "wb") as validation:
+        files = dict(zip(PARTS, (train, validation), strict=True))
+        for batch in talks.batches():
+            found = [as_text(messages, p.turns) for messages in batch]
+            texts = [text for text, _ in found if text]
+            counts["conversations"] += len(texts)
+            counts["empty_turns"] += sum(empty for _, empty in found)
+            counts["empty_conversations"] += len(found) - len(texts)
+            for text, ids in zip(texts, _encode(encoder, texts), strict=True):
+                part = "validation" if _fraction(text) < p.validation_share else "train"
+                ids = np.array([*ids, end], dtype=np.int64)
+                if ids.max() >= len(encoder):
+                    raise UsageError(
+                        f"the tokenizer {p.tokenizer!r} gives token {ids.max()}, beyond its vocabulary of "
+                        f"{len(encoder)}; it is damaged, or its added tokens are not its own"
+                    )
+                files[part].write(ids.astype(kind).tobytes())
+                lengths[part].append(len(ids))
+            bar.update(len(batch))
+    if not counts["conversations"]:
+        raise UsageError(f"{p.dataset} holds no conversation with a word in it")
+    for name in PARTS:
+        np.save(folder / f"{name}.lengths.npy", np.array(lengths[name], dtype=np.int64))
+    (folder / "facts.json").write_text(json.dumps({"dtype": kind.str, "counts": counts}))
+
+
+def _encode(encoder, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return encoder(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+
+
+def _read(folder: Path) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The counts, and each part's tokens and lengths. Raises ValueError where they are not whole."""
+    facts = json.loads((folder / "facts.json").read_text())
+    parts = {}
+    for name in PARTS:
+        lengths, path = np.load(folder / f"{name}.lengths.npy"), folder / f"{name}.tokens"
+        kind = np.dtype(facts["dtype"])
+        if path.stat().st_size != lengths.sum() * kind.itemsize:
+            raise ValueError(f"{path.name} is not whole")
+        tokens = np.memmap(path, dtype=kind, mode="r") if len(lengths) else np.empty(0, kind)
+        parts[name] = (tokens, lengths)
+    return facts["counts"], parts
+
+
+def _rows(tokens: np.ndarray, sizes: np.ndarray, context: int, packing: bool, padding_id: int) -> Rows:
+    if packing:  # the last tokens that fill no row are left out
+        starts = np.arange(len(tokens) // context) * context
+        lengths = np.full(len(starts), context)
+    else:
+        starts, lengths = np.cumsum(sizes) - sizes, np.minimum(sizes, context)
+    return Rows(tokens, starts, lengths, context, padding_id)
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone, so that a copy of a conversation falls on the same side."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def fingerprint(rows: dict[str, Rows]) -> str:
+    """SHA-256 of the tokens and row borders of both parts."""
+    digest = hashlib.sha256()
+    for name in PARTS:
+        part = rows[name]
+        for array, kind in ((part.tokens, "<u4"), (part.starts, "<i8"), (part.lengths, "<i8")):
+            for first in range(0, len(array), CHUNK):
+                digest.update(array[first : first + CHUNK].astype(kind).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""What explore.ipynb shows."""

@@ -1,0 +1,1 @@
+"""What a run costs: energy, time, memory, FLOPs, kernels, inference; and whether the run can be believed."""

@@ -1,0 +1,163 @@
+"""One run's measurements put together: the table of what an attention costs, and the record."""
+
+import statistics
+import tempfile
+from pathlib import Path
+
+import pandas as pd
+
+from lib import attention, parameters, record
+from lib.errors import one_sentence_when_out_of_memory
+from lib.measure import energy, environment, flops, kernels, selfcheck
+from lib.model import meta_model
+
+
+def costs(model, p) -> pd.DataFrame:
+    """What the model's attention costs on paper, beside GPT-2's own: a row per quantity, one sequence of `context`."""
+    baseline = meta_model("baseline", model.config)
+    columns = {}
+    for name, subject in ((parameters.display_name(vars(p)), model), ("GPT-2's own", baseline)):
+        counted = flops.analytic(subject, p.context)
+        attention_weights = sum(w.numel() for block in subject.transformer.h for w in block.attn.parameters())
+        cache = sum(block.attn.cache_bytes(p.context, 2) for block in subject.transformer.h)
+        columns[name] = {
+            "parameters": f"{sum(w.numel() for w in subject.parameters()):,}",
+            "of these in attention": f"{attention_weights:,}",
+            "forward GFLOPs, useful": f"{counted['forward_flops_causal'] / 1e9:,.3f}",
+            "forward GFLOPs, every score computed": f"{counted['forward_flops_full'] / 1e9:,.3f}",
+            "share of attention core": f"{counted['attention_core_share']:.1%}",
+            "cache in bf16, KiB": f"{cache / 1024:,.0f}",
+        }
+    return pd.DataFrame(columns)
+
+
+@one_sentence_when_out_of_memory()
+def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dict) -> record.Record:
+    """The record of a finished run: `latencies` by `inference.measured`, `parts` by `phases.measured`.
+
+    Raises ValueError where something that must be there is not.
+    """
+    values = vars(p)
+    model, device = trainer.model, trainer.device
+    metrics, reasons = trainer.meter.metrics()
+    seen = trainer.non_padding_tokens.cumsum().tolist()
+    losses = trainer.losses.cpu().double().tolist()
+    on_paper = flops.analytic(model, p.context)
+    step_flops = 3 * on_paper["forward_flops_causal"] * p.batch_size * p.accumulation  # backward costs two forwards
+    window_s, energy_j = metrics["time_s"], metrics["energy_j"]
+    causal_flops_per_s = step_flops * trainer.steps / window_s
+    surroundings = environment.describe(device)
+    mfu = flops.mfu(causal_flops_per_s, surroundings["device_name"], trainer.precision)
+    at_context = next((row for row in latencies if row["context"] == p.context), None)
+
+    def at_training_context(name):
+        return None if at_context is None else at_context[name]
+
+    metrics |= {
+        "time_per_epoch_s": window_s / p.epochs,
+        "non_padding_tokens_per_s": seen[-1] / window_s,
+        "energy_per_non_padding_token_j": None if energy_j is None else energy_j / seen[-1],
+        "gpu_busy_fraction": trainer.busy.joules,
+        **on_paper,
+        "forward_flops_counted": flops.counted(model, p.context, trainer.autocast),
+        "causal_flops_per_s": causal_flops_per_s,
+        "mfu": mfu.joules,
+        "train_loss": statistics.fmean(losses[-p.steps_per_epoch :]),
+        "validation_loss": trainer.validation[-1]["loss"],
+        "prefill_latency_s": at_training_context("prefill_latency_s"),
+        "decode_latency_s_per_token": at_training_context("decode_latency_s_per_token"),
+        "cache_bytes": at_training_context("cache_bytes"),
+        "parameters": sum(w.numel() for w in model.parameters()),
+        "checkpoint_bytes": checkpoint_bytes(model),
+    }
+    if energy_j is None:
+        reasons["energy_per_non_padding_token_j"] = reasons["energy_j"]
+    for name, reading in (("gpu_busy_fraction", trainer.busy), ("mfu", mfu)):
+        if reading.joules is None:
+            reasons[name] = reading.reason
+    if at_context is None:
+        reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
+    padding_share = 1 - seen[-1] / (trainer.steps * trainer.rows_per_step * p.context)
+    power_time_s, power_w = trainer.meter.power()
+    checks = selfcheck.checks(trainer.meter, metrics, reasons, padding_share)
+    return record.Record(
+        name=parameters.run_name(values),
+        provenance=energy.provenance(),
+        finished_at=record.now(),
+        label=parameters.display_name(values),
+        title=parameters.title(values, model.transformer.h[0].attn),
+        attention=p.attention,
+        attention_sha256=attention.source_sha256(p.attention),
+        paper=attention.load(p.attention).paper,
+        setting=parameters.setting(values),
+        parameters=values,
+        study=record.study_position(),
+        environment=surroundings,
+        data=trainer.corpus.facts,
+        certificate=record.Certificate(**certificate),
+        kernels=kernels.names(model, p.context, trainer.autocast),
+        metrics=record.Metrics(**metrics),
+        series=record.Series(
+            train_loss=losses,
+            non_padding_tokens=seen,
+            validation=trainer.validation,
+            epoch_time_s=trainer.meter.windows_s,
+            epoch_energy_j=[] if energy_j is None else trainer.meter.gpu_counter.windows_j,
+            log=trainer.meter.log(),
+            power_time_s=power_time_s,
+            power_w=power_w,
+            inference=latencies,
+            **parts,
+        ),
+        null_reasons=reasons,
+        gpu_states=trainer.meter.states,
+        checks=checks,
+        flags=[check.check for check in checks if check.verdict == "flagged"],
+    )
+
+
+SHOWN = (
+    "time_s", "non_padding_tokens_per_s", "energy_j", "mean_power_w", "peak_memory_bytes", "peak_resident_bytes",
+    "cpu_cores_used", "causal_flops_per_s", "train_loss", "validation_loss",
+)  # fmt: skip
+
+
+def measured(result: record.Record) -> pd.DataFrame:
+    """The record's main numbers as a reader sees them, or why one is missing."""
+    rows = {name: getattr(result.metrics, name) for name in SHOWN}
+    texts = {
+        name: f"not measured: {record.REASONS[result.null_reasons[name]]}" if value is None else f"{value:,.4g}"
+        for name, value in rows.items()
+    }
+    return pd.DataFrame({"measured": texts})
+
+
+def inference_table(latencies: list[dict]) -> pd.DataFrame:
+    """What `inference.measured` found, as a reader sees it."""
+    rows = []
+    for row in latencies:
+        joules = {"prefill, J": row["prefill_energy_j"], "J per new token": row["decode_energy_j_per_token"]}
+        rows.append(
+            {
+                "context": f"{row['context']:,}",
+                "prefill, ms": f"{row['prefill_latency_s'] * 1e3:.2f}",
+                "ms per new token": f"{row['decode_latency_s_per_token'] * 1e3:.2f}",
+                "cache, KiB": f"{row['cache_bytes'] / 1024:,.1f}",
+                "cache by formula, KiB": f"{row['cache_bytes_analytic'] / 1024:,.1f}",
+                **{name: "–" if value is None else f"{value:.3f}" for name, value in joules.items()},
+                "without joules, because": record.REASONS.get(row["energy_null_reason"], ""),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def self_check(result: record.Record) -> pd.DataFrame:
+    """The record's checks as a reader sees them."""
+    return pd.DataFrame([{"check": c.check, "verdict": c.verdict, "says": c.says} for c in result.checks])
+
+
+def checkpoint_bytes(model) -> int:
+    """Bytes on disk of the model as `save_pretrained` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

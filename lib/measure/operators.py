@@ -1,0 +1,109 @@
+"""What a training step asks of a device, counted without one: every operator's FLOPs and bytes, on fake tensors.
+
+Fake tensors (`torch._subclasses.fake_tensor`) have shapes and no content: a step of GPT-2 124M is counted in seconds.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lib.errors import UsageError
+from lib.model import devices, gpt2_config, meta_model
+
+FUSED = {  # attention kernels: how often the products of queries' width and those of values' width are made
+    "_scaled_dot_product_flash_attention_for_cpu": (1, 1),  # scores; their mix of values
+    "_scaled_dot_product_flash_attention_for_cpu_backward": (3, 2),  # scores again, queries', keys'; weights', values'
+}
+LOOK_UPS = {"embedding", "gather", "index", "index_select"}  # of a table they read only what they return
+# No kernel: memory is only taken.
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+
+
+class Operator(NamedTuple):
+    """One launch: its FLOPs by the unit that does them (bf16, fp32, or attention, a fused kernel), and its bytes."""
+
+    unit: str
+    flops: float
+    bytes: float
+
+
+class Operators(TorchDispatchMode):
+    """Collects what runs inside it, views and mere allocations left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[Operator] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        name = func._overloadpacket.__name__
+        read = list({id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}.values())
+        written = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        there = {x.untyped_storage()._cdata for x in read}
+        view = all(x.untyped_storage()._cdata in there for x in written) and not func._schema.is_mutable
+        if view or name in ALLOCATIONS:
+            return out
+        if func._schema.is_mutable and not written:  # lists that are changed in place, as an optimizer's
+            written = read
+        sizes = [_bytes(x) for x in read]
+        if name in LOOK_UPS:
+            sizes[0] = min(sizes[0], sum(map(_bytes, written)))
+        self.found.append(Operator(*_flops(func, name, args, kwargs, out), sum(sizes) + sum(map(_bytes, written))))
+        return out
+
+
+def _bytes(x: torch.Tensor) -> int:
+    """Of memory that is touched: what is expanded lies there once."""
+    return min(x.numel() * x.element_size(), x.untyped_storage().nbytes())
+
+
+def _flops(func, name: str, args, kwargs, out) -> tuple[str, float]:
+    if name in FUSED:
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        query, key, value = (given[which] for which in ("query", "key", "value"))
+        by_query, by_value = FUSED[name]
+        pairs = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+        half = 2 if given.get("is_causal") else 1  # the kernels skip what causality hides
+        return "attention", 2 * pairs * (by_query * query.shape[3] + by_value * value.shape[3]) / half
+    formula = flop_registry.get(func._overloadpacket)
+    if formula is None:
+        return "fp32", 0.0
+    unit = "bf16" if tree_leaves(out)[0].dtype == torch.bfloat16 else "fp32"
+    return unit, float(formula(*args, **kwargs, out_val=out))
+
+
+def step(values: dict, vocabulary: int, precision: str) -> list[Operator]:
+    """The operators of one optimizer step of a run: forward and backward over its batches, clipping, fused AdamW.
+
+    `values` are the parameters of train.ipynb, `precision` is bf16 or fp32. They are those of the CPU's path.
+    Raises UsageError where what runs, or its shape, depends on what tensors hold: that cannot be counted beforehand.
+    """
+    sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
+    model = meta_model(values["attention"], gpt2_config(*sizes, vocabulary), **values["options"]).train()
+    with FakeTensorMode():
+        held = [*model.named_parameters(), *model.named_buffers()]
+        weights = {n: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad) for n, x in held}
+        trained = [weight for weight in weights.values() if weight.requires_grad]
+        ids = torch.empty(values["batch_size"], values["context"], dtype=torch.long)
+        with Operators() as forward_backward:
+            try:
+                with devices.autocast(precision, torch.device("cpu"))():
+                    loss = functional_call(model, weights, (ids,), {"labels": ids, "use_cache": False}).loss
+                loss.backward()
+            except (DataDependentOutputException, DynamicOutputShapeException) as error:
+                raise UsageError(
+                    f"{values['attention']} cannot be predicted: {error.func} depends on what its tensors hold; "
+                    "leave it out by --variants"
+                ) from None
+        optimizer = torch.optim.AdamW(trained, fused=True)
+        with Operators() as update:
+            if values["clip_norm"]:
+                torch.nn.utils.clip_grad_norm_(trained, values["clip_norm"], foreach=True)
+            optimizer.step()
+    return values["accumulation"] * forward_backward.found + update.found

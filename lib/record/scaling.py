@@ -1,0 +1,168 @@
+"""Records of cost by context length: one JSON file per variant, written by `lib.study.scaling`."""
+
+import math
+import statistics
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pandas as pd
+from pydantic import Field, model_validator
+
+from lib.errors import UsageError
+from lib.record.files import read_checked, write_checked
+from lib.record.schema import DEVICES, PRECISIONS, REASONS, Strict, now
+
+METRICS = {
+    "layer": ("forward_backward_s", "peak_activation_bytes", "forward_backward_energy_j"),
+    "model": ("prefill_s", "decode_s_per_token", "cache_bytes", "prefill_energy_j", "decode_energy_j_per_token"),
+}
+ENERGY = {part: tuple(name for name in metrics if "energy" in name) for part, metrics in METRICS.items()}
+PART = {metric: part for part, metrics in METRICS.items() for metric in metrics}
+OUTCOMES = {"measured": "measured", "out_of_memory": "out of memory", "over_time": "over the time limit"}
+
+Count = Annotated[int, Field(ge=1)]
+Sample = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Setting(Strict):
+    """What all points of a folder have in common."""
+
+    layers: Count  # of the model; the layer is one of them
+    width: Count
+    heads: Count
+    vocabulary: Annotated[int, Field(ge=2)]
+    new_tokens: Count
+    repeats: Count  # timed in each process, after a warm-up
+    energy_window_s: Seconds
+    device: Literal[DEVICES]
+    precision: Literal[PRECISIONS]
+
+
+class Point(Strict):
+    """Samples of one part at one length, from `rounds` processes; or why there are none."""
+
+    part: Literal[tuple(METRICS)]
+    context: Annotated[int, Field(ge=2)]
+    outcome: Literal[tuple(OUTCOMES)]
+    says: str = ""
+    rounds: Annotated[int, Field(ge=0)] = 0
+    samples: dict[str, Annotated[list[Sample], Field(min_length=1)]] = Field(default_factory=dict)
+    null_reasons: dict[str, Literal[tuple(REASONS)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def all_or_nothing(self):
+        named = sorted([*self.samples, *self.null_reasons])
+        if self.outcome == "measured":
+            if named != sorted(METRICS[self.part]) or not self.rounds:
+                raise ValueError(f"each metric of a {self.part} has samples or a reason, and no other has")
+        elif named or self.rounds or not self.says:
+            raise ValueError("a point that was not measured says why, and holds nothing else")
+        return self
+
+    def lacks(self, turn: int) -> bool:
+        """Whether the round `turn`, from 0, is still to be measured; what ran out is not tried again."""
+        return self.outcome == "measured" and self.rounds <= turn
+
+    def joined(self, other: "Point") -> "Point":
+        """Both points' samples; a metric that either lacks, both lack. What ran out once is a point that ran out."""
+        if other.outcome != "measured":
+            return other
+        reasons = self.null_reasons | other.null_reasons
+        shared = [metric for metric in METRICS[self.part] if metric not in reasons]
+        both = {metric: self.samples[metric] + other.samples[metric] for metric in shared}
+        return self.model_copy(update={"rounds": self.rounds + other.rounds, "samples": both, "null_reasons": reasons})
+
+
+class Scaling(Strict):
+    """One variant's points: the content of a file."""
+
+    schema_version: Literal[2] = 2
+    kind: Literal["scaling"] = "scaling"
+    provenance: Literal["measured", "synthetic"]
+    finished_at: datetime
+    label: str
+    title: str  # what figures and tables call it
+    attention: str
+    attention_sha256: str
+    options: dict
+    setting: Setting
+    environment: dict
+    points: list[Point]
+    content_sha256: str = ""  # of all the rest; filled on writing
+
+    @model_validator(mode="after")
+    def each_point_once_and_in_order(self):
+        places = [(point.part, point.context) for point in self.points]
+        if sorted(set(places)) != places:
+            raise ValueError("points stand by part and context, each once")
+        return self
+
+    def point(self, part: str, context: int) -> Point | None:
+        return next((point for point in self.points if (point.part, point.context) == (part, context)), None)
+
+    def with_point(self, point: Point) -> "Scaling":
+        before = self.point(point.part, point.context)
+        others = [other for other in self.points if other is not before]
+        points = sorted([*others, before.joined(point) if before else point], key=lambda p: (p.part, p.context))
+        return self.model_copy(update={"points": points, "finished_at": now()})
+
+
+def write(found: Scaling, folder: Path) -> Path:
+    """Writes a variant's file, whole or not at all; returns its path. Raises UsageError where it cannot be written."""
+    return write_checked(found, folder / f"{found.label}.json")
+
+
+def load(path: Path) -> Scaling:
+    """One variant's file. Raises UsageError, in one line, where it is none or was changed."""
+    return read_checked(Scaling, path)
+
+
+def load_all(folder: Path) -> list[Scaling]:
+    """The variants of a folder. Raises UsageError where there is none, or they are not of one setting and machine."""
+    found = [load(path) for path in sorted(Path(folder).glob("*.json"))]
+    found = [one for one in found if one.provenance == "measured"]
+    if not found:
+        raise UsageError(f"there is no record in {Path(folder).name}/; `python -m lib.study.scaling --write` makes")
+    if any(machine(one) != machine(found[0]) for one in found):
+        raise UsageError(f"the records in {Path(folder).name}/ differ in setting or machine; keep them in two folders")
+    return found
+
+
+def machine(found: Scaling) -> tuple:
+    uuid = (found.environment.get("gpu") or {}).get("uuid")
+    return found.setting, found.environment["device_name"], found.environment["torch_threads"], uuid
+
+
+def title(found: list[Scaling]) -> str:
+    """Of what and where the points are, in one line."""
+    setting, facts = found[0].setting, found[0].environment
+    size = f"{setting.layers} layers x {setting.width}, {setting.heads} heads, {setting.precision}, batch 1"
+    where = f"{facts['torch_threads']} threads" if facts["device"] == "cpu" else f"torch {facts['packages']['torch']}"
+    return f"{size}, on {facts['device_name']} ({where})"
+
+
+def frame(found: list[Scaling]) -> pd.DataFrame:
+    """A row per variant, metric and length: `samples`, their `median` and `minimum`, their number `n`; None and NaN
+    where the point was not measured (`outcome`, `says`) or the metric was not (`reason`)."""
+    rows = [
+        {
+            "label": one.label,
+            "title": one.title,
+            "metric": metric,
+            "context": point.context,
+            "outcome": point.outcome,
+            "says": point.says,
+            "reason": point.null_reasons.get(metric),
+            "samples": samples,
+            "median": statistics.median(samples) if samples else math.nan,
+            "minimum": min(samples, default=math.nan),
+            "n": len(samples),
+        }
+        for one in found
+        for point in one.points
+        for metric in METRICS[point.part]
+        for samples in [point.samples.get(metric, [])]
+    ]
+    return pd.DataFrame(rows)

@@ -1,0 +1,1 @@
+"""Many runs: what is planned, in which order, one after the other or on a cluster, and what they will take."""

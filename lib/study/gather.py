@@ -1,0 +1,85 @@
+"""`python -m lib.study.gather INTO FROM [FROM ...]`: records of several machines and people in one folder.
+
+Names of runs are the same on every device, so INTO has a folder per device, and `lib.record.read(INTO)` reads them all;
+`lib.compare` keeps the devices apart. Nothing is overwritten: what is there already is left out, and what has the same
+device and name but other content is named, for a person to choose.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from lib import paths, record
+from lib.errors import UsageError
+
+
+class Gathered(NamedTuple):
+    """Files by what became of them: copied, there already by content, in conflict with what is there, no record."""
+
+    copied: list[Path]
+    doubled: list[Path]
+    conflicts: list[Path]
+    damaged: list[tuple[Path, str]]
+
+
+def device_folder(one: record.Record) -> str:
+    """The folder of the device that a record is from: the device's name, and of a GPU the begin of its UUID."""
+    uuid = (one.environment["gpu"] or {}).get("uuid") or ""
+    name = f"{one.environment['device_name']} {uuid.removeprefix('GPU-')[:8]}"
+    return record.DEVICE_FOLDER + re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+
+
+def gather(into: Path, sources: list[Path]) -> Gathered:
+    """Copies the records in and below `sources` to `into`. Raises UsageError where a source is no folder, or `into`
+    cannot be written."""
+    for source in sources:
+        if not source.is_dir():
+            raise UsageError(f"there is no folder {source}")
+    there = {(device_folder(one), one.name): one for one in record.load_all(into)}
+    found = Gathered([], [], [], [])
+    for path in [path for source in sources for path in sorted(source.rglob("*.json"))]:
+        if path.name.endswith(record.FAILED) or record.INCOMPLETE in path.parts:
+            continue
+        try:
+            one = record.load(path)
+        except (ValueError, OSError) as error:
+            found.damaged.append((path, str(error)))
+            continue
+        known = there.setdefault((device_folder(one), one.name), one)
+        if known is one:
+            try:
+                paths.write_whole(into / device_folder(one) / path.name, path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise UsageError(f"{into} cannot be written: {error.strerror}; name another folder") from None
+            found.copied.append(path)
+        elif known.content_sha256 == one.content_sha256:
+            found.doubled.append(path)
+        else:
+            found.conflicts.append(path)
+    return found
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lib.study.gather", description=__doc__.split("\n\n")[0])
+    parser.add_argument("into", type=Path, help="the folder to bring them together in; made where it is missing")
+    parser.add_argument("sources", type=Path, nargs="+", metavar="FROM", help="a folder of records, or of such folders")
+    options = parser.parse_args(words)
+    try:
+        found = gather(options.into, options.sources)
+    except UsageError as error:
+        print(f"python -m lib.study.gather: {error}", file=sys.stderr)
+        return 2
+    print(f"{len(found.copied)} records copied, {len(found.doubled)} were there already")
+    for path in found.conflicts:
+        print(
+            f"CONFLICT {path}: another record of the same run on the same device is there, and stays", file=sys.stderr
+        )
+    for path, reason in found.damaged:
+        print(f"LEFT OUT {path}: {reason}", file=sys.stderr)
+    return 1 if found.conflicts or found.damaged else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,103 @@
+"""What a study runs: profiles, variants and blocks, in a balanced order, all checked before anything runs."""
+
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from lib import attention, parameters, paths
+from lib.errors import UsageError
+
+NOTEBOOKS = paths.ROOT / "notebooks"
+CONTROL_RUN = {"attention": attention.REFERENCE, "label": attention.CONTROL}
+STUDY_KEYS = {"variants": list, "blocks": int}
+
+
+def known_parameters(notebook: str = "train.ipynb") -> dict[str, parameters.Declared]:
+    """The parameters that a notebook declares, with their defaults."""
+    cells = nbformat.read(NOTEBOOKS / notebook, as_version=4).cells
+    (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    return parameters.declared(source)
+
+
+def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict, dict]:
+    """A profile's overrides of the notebook's defaults, and its `study` part. Raises UsageError with the way out."""
+    if path is None:
+        return {}, {}
+    try:
+        profile = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        there = ", ".join(f"params/{file.name}" for file in sorted((paths.ROOT / "params").glob("*.yaml")))
+        raise UsageError(f"there is no profile {path}; there are: {there}, or none for the quick one") from None
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"the profile {path} cannot be read as YAML: {reason}") from None
+    if not isinstance(profile, dict):
+        raise UsageError(f"the profile {path} must be lines of `name: value`")
+    about_study = profile.pop("study", {})
+    if not isinstance(about_study, dict):
+        raise UsageError(f"`study` in {path} must hold {' and '.join(STUDY_KEYS)}")
+    parameters.check_names(about_study, STUDY_KEYS)
+    for name, value in about_study.items():
+        if type(value) is not STUDY_KEYS[name]:
+            raise UsageError(f"{name} in {path} must be {STUDY_KEYS[name].__name__}, not {value!r}")
+    known = known_parameters(notebook)
+    parameters.check_names(profile, known)
+    for name in ("attention", "options", "label", "seed"):
+        if name in profile:
+            raise UsageError(f"{name} belongs to a run, not to a profile; list it under study: variants in {path}")
+    return parameters.check_types(profile, known), about_study
+
+
+def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) -> list[dict]:
+    """The parameters of every run, in order, all checked. A variant is a name, a path, or a mapping of parameters.
+
+    Without `check` their values are not looked at, which takes seconds: for a process of a study that has begun.
+    """
+    known = known_parameters()
+    entries = [entry if isinstance(entry, dict) else {"attention": str(entry)} for entry in variants]
+    runs = []
+    nulls = [index for index, entry in enumerate(entries) if entry.get("label") == attention.CONTROL]
+    others = [index for index in range(len(entries)) if index not in nulls]
+    for block, square in enumerate(orders(len(others), blocks)):
+        order = [others[which] for which in square]
+        for null in nulls:  # it wanders through all places, and leaves the balance of the others as it is
+            order.insert(block % len(entries), null)
+        for position, which in enumerate(order):
+            given = overrides | entries[which] | {"seed": block}
+            parameters.check_names(given, known)
+            values = parameters.check_types({name: line.default for name, line in known.items()} | given, known)
+            values = parameters.portable(values)
+            given = {name: values[name] for name in given}
+            runs.append({"values": values, "given": given, "block": block, "position": position})
+    for run in runs[: len(entries)] if check else ():
+        parameters.check_values(run["values"])
+    names = [parameters.display_name(run["values"]) for run in runs[: len(entries)]]
+    doubled = sorted({name for name in names if names.count(name) > 1})
+    if doubled:
+        raise UsageError(f"two variants are called {doubled[0]!r}; give one of them another label")
+    return runs
+
+
+def chosen(
+    path: str | None, variants: list | None = None, blocks: int | None = None, check: bool = True
+) -> tuple[list[dict], str]:
+    """The plan of a profile's file, other variants or blocks than its own where given, and the profile's name."""
+    overrides, about_study = read_profile(path)
+    variants = variants or about_study.get("variants") or [*attention.variants(), CONTROL_RUN]
+    blocks = blocks if blocks is not None else about_study.get("blocks", 1)
+    if type(blocks) is not int or blocks < 1:
+        raise UsageError(f"blocks must be a whole number, at least 1, not {blocks!r}")
+    return runs_of(overrides, variants, blocks, check), Path(path).stem if path else "quick"
+
+
+def orders(variants: int, blocks: int) -> list[list[int]]:
+    """Orders of `variants` runs for each block, from a Williams square (Williams 1949): over a whole square every
+    variant stands in every position, and follows every other, equally often."""
+    zigzag = [0]
+    for step in range(1, variants):
+        zigzag.append((zigzag[-1] + (step if step % 2 else -step)) % variants)
+    square = [[(place + shift) % variants for place in zigzag] for shift in range(variants)]
+    if variants % 2:
+        square += [row[::-1] for row in square]
+    return [square[block % len(square)] for block in range(blocks)]
