@@ -2,8 +2,9 @@
 
 Two parts for each length T: one attention `layer` forward and backward, with the most memory that it takes on top of
 its weights and input, and a whole small `model` that reads T tokens (prefill) and writes some (decode). Every sample
-comes from a process of its own, so that its memory is nobody else's and running out of it ends nothing else; rounds
-go through all variants at a length before the next. Memory or time that ran out is a point as well.
+comes from a process of its own, so that its memory is nobody else's and running out of it ends nothing else; a round
+goes through all variants at a length before the next, each round in another order. Memory or time that ran out is a
+point as well.
 
 One JSON file per variant, written after each sample; what it holds is not measured again.
 """
@@ -88,6 +89,18 @@ def _entries(made: Plan) -> list[SimpleNamespace]:
     return entries
 
 
+def orders(variants: int, rounds: int) -> list[list[int]]:
+    """The order of the variants in each round: a row of a Williams square, in the next round the same row reversed.
+
+    After every second round all variants have had the same mean place, so a steady drift favours none; after the whole
+    square every variant has stood in every place and followed every other equally often (Williams 1949).
+    """
+    square = plan.orders(variants, variants * (1 + variants % 2))
+    once = [row for index, row in enumerate(square) if row[::-1] not in square[:index]]
+    both = [order for row in once for order in ((row, row[::-1]) if variants > 1 else (row,))]
+    return [both[turn % len(both)] for turn in range(rounds)]
+
+
 def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
     """Measures what `folder` lacks of the plan, telling `say` of each sample; returns what ended in an error.
 
@@ -103,10 +116,9 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
             points=[], **facts,
         )  # fmt: skip
         found[entry.label] = _resumed(new, folder)
-    failed = []
-    for turn in range(made.rounds):
-        order = _entries(made)[:: 1 if turn % 2 == 0 else -1]
-        for context, part, entry in ((c, p, e) for c in made.contexts for p in METRICS for e in order):
+    failed, entries, session = [], _entries(made), runner.new_session()
+    for turn, order in enumerate(orders(len(entries), made.rounds)):
+        for context, part, entry in ((c, p, entries[e]) for c in made.contexts for p in METRICS for e in order):
             done = found[entry.label].point(part, context)
             what = f"{entry.label}, {part}, {context} tokens"
             if (done and not done.lacks(turn)) or what in failed:
@@ -118,7 +130,8 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
                     failed.append(what)
                     say(f"FAILED {what}: {answer['says']}")
                     continue
-                point = Point(part=part, context=context, **answer)
+                sessions = [session] if answer["outcome"] == "measured" else []
+                point = Point(part=part, context=context, sessions=sessions, **answer)
             found[entry.label] = found[entry.label].with_point(point)
             scaling.write(found[entry.label], folder)
             say(f"round {turn + 1}: {what}: {_short(point)}")
@@ -251,6 +264,7 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
         work(*given)  # the warm-up at this length
     values, reasons = meter.metrics()
     peak = "peak_memory_bytes" if device.type == "cuda" else "peak_resident_bytes"
+    grown_bytes = None if values[peak] is None else values[peak] - held
     watch = Stopwatch(device)
     for _ in range(setting.repeats):
         with watch:
@@ -260,10 +274,12 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
         joules = energy_of(lambda: work(*given), device, setting.energy_window_s)
     found = {
         "forward_backward_s": watch.seconds,
-        "peak_activation_bytes": [(values[peak] or 0) - held],
+        "peak_activation_bytes": [grown_bytes],
         "forward_backward_energy_j": [joules.joules],
     }
-    nulls = {"peak_activation_bytes": reasons.get(peak), "forward_backward_energy_j": joules.reason}
+    # What the warm-up freed is still the process's: few tokens may need no more than that.
+    hidden = None if grown_bytes is None or grown_bytes > 0 else "peak_not_above"
+    nulls = {"peak_activation_bytes": reasons.get(peak, hidden), "forward_backward_energy_j": joules.reason}
     return found, {metric: reason for metric, reason in nulls.items() if reason}
 
 

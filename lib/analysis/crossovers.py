@@ -1,0 +1,264 @@
+"""Which of two variants is cheaper, from which length on, and which of all: crossovers and the decision map.
+
+A sign is sure at a length where 95 % of the resamples (two-sided) agree on it. Signs are only looked at where both
+variants were measured; where a crossover lies between two lengths, a curve through the points says.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from lib.analysis.growth import (
+    DEGREE,
+    DRAWS,
+    FEWEST_POINTS,
+    FEWEST_PROCESSES,
+    Costs,
+    costs_of,
+    interval,
+    labels,
+    lack_of_fit,
+    powers,
+    resamples,
+)
+from lib.errors import UsageError
+
+GRID = 33  # lengths at which a curve is looked at between two that have a sure sign
+COLUMNS = ["label", "against", "becomes", "context", "low", "high", "between", "first", "until"]
+COLUMNS += ["ratio", "ratio_low", "ratio_high", "n"]
+
+
+def crossovers(points: pd.DataFrame, metric: str, references: list[str], draws: int = DRAWS) -> pd.DataFrame:
+    """What may be said of each variant against each reference over the lengths that both were measured at.
+
+    A row per crossover: `becomes` "cheaper" or "more expensive" from `context` tokens on. There is one only where the
+    signs at two lengths differ in at least 95 % of the resamples, of three processes or more; each of the two signs
+    has half of the 5 %, so that curves that are alike seldom cross. Where it lies is read off two curves through the
+    resampled points, from which `low` and `high` come too; where the repeats contradict all such curves
+    (`between`: True), `context` is on the straight line in logarithms, and low and high are the two measured lengths.
+    `until` is the last length up to which the sign stays sure, `first` the shortest that was looked at.
+
+    Without a crossover, one row: `context` is the shortest length from which on the sign is sure at every length up to
+    the longest, `ratio` the cost over the reference's there, with its interval. Where not even the longest has a sure
+    sign, `becomes` is "inconclusive", `context` NaN, and `ratio` that at the longest; for one process "n = 1".
+    """
+    rows = []
+    for reference in references:
+        other = costs_of(points, metric, reference)
+        for label in labels(points):
+            one = costs_of(points, metric, label)
+            shared = set(one.contexts.tolist()) & set(other.contexts.tolist())
+            if label != reference and shared:
+                pair = one.among(shared), other.among(shared)
+                found = _crossings(*pair, DEGREE.get(metric, 2), draws) or [_sure_from(*pair, draws)]
+                said = {"label": label, "against": reference, "n": min(costs.n for costs in pair)}
+                rows += [said | row for row in found]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def difference(one: Costs, other: Costs, draws: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Logarithm of the ratio at each length, and its resamples (draws, lengths)."""
+    mine, theirs = resamples([one, other], draws, level)
+    return one.logs.mean(axis=0) - other.logs.mean(axis=0), mine - theirs
+
+
+def sure_signs(mean: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+    """-1, 1, or 0 where fewer than 97.5 % of the draws have the mean's sign."""
+    signs = np.sign(mean)
+    return np.where((np.sign(drawn) == signs).mean(axis=0) >= 0.975, signs, 0).astype(int)
+
+
+def _sure_from(one: Costs, other: Costs, draws: int) -> dict:
+    mean, drawn = difference(one, other, draws)
+    signs = sure_signs(mean, drawn)
+    first = len(signs)
+    while first and signs[first - 1] and signs[first - 1] == signs[-1]:
+        first -= 1
+    place = min(first, len(signs) - 1)
+    low, high = interval(drawn[:, place])
+    row = {"ratio": np.exp(mean[place]), "ratio_low": np.exp(low), "ratio_high": np.exp(high), "between": False}
+    row |= {"first": one.contexts[0], "until": one.contexts[-1]}
+    if first < len(signs):
+        return row | {"becomes": _word(signs[-1]), "context": one.contexts[first]}
+    return row | {"becomes": "n = 1" if np.isnan(low) else "inconclusive"}
+
+
+def _word(sign: int) -> str:
+    return "cheaper" if sign < 0 else "more expensive"
+
+
+def _crossings(one: Costs, other: Costs, degree: int, draws: int) -> list[dict]:
+    if min(one.n, other.n) < FEWEST_PROCESSES:
+        return []
+    # Two signs are claimed, so each at 97.5 %: among nine lengths of two curves that are alike there are 36 pairs.
+    signs = sure_signs(*difference(one, other, draws, level=0.975))
+    sure = np.flatnonzero(signs)
+    turns = [(i, j) for i, j in pairwise(sure) if signs[i] != signs[j]]
+    ends = [j + np.argmin([*(signs[j:] == signs[j]), False]) - 1 for _, j in turns]
+    return [
+        _crossing(one, other, i, j, signs[j], degree, draws) | {"first": one.contexts[0], "until": one.contexts[end]}
+        for (i, j), end in zip(turns, ends, strict=True)
+    ]
+
+
+def _crossing(one: Costs, other: Costs, i: int, j: int, sign: int, degree: int, draws: int) -> dict:
+    """The crossover between the lengths `i` and `j`, after which the difference has this sign."""
+    row = {"becomes": _word(sign), "between": False}
+    x = np.log(one.contexts[i : j + 1])
+    grid = np.unique(np.concatenate([x, np.linspace(x[0], x[-1], GRID)]))
+    pair = zip((one, other), resamples([one, other], draws), strict=True)
+    curves = [_curve(costs, drawn, degree) for costs, drawn in pair]
+    if all(curves):
+        mine, theirs = (curve(np.exp(grid)) for curve in curves)
+        at, *places = _turns(grid, np.log(mine / theirs), sign)
+        if x[0] < at < x[-1]:
+            return row | dict(zip(("context", "low", "high"), np.exp([at, *interval(np.array(places))]), strict=True))
+    mean = one.logs.mean(axis=0) - other.logs.mean(axis=0)
+    (at,) = _turns(x, mean[None, i : j + 1], sign)
+    return row | {"context": np.exp(at), "low": one.contexts[i], "high": one.contexts[j], "between": True}
+
+
+def _turns(x: np.ndarray, values: np.ndarray, sign: int) -> np.ndarray:
+    """Where each row of `values` (rows, lengths) turns to this sign, on the line between two lengths.
+
+    Of several places the middle of the first and the last; the end of `x` on the side where it must lie, for none.
+    """
+    changes = np.sign(values[:, 1:]) != np.sign(values[:, :-1])
+    before, after = np.abs(values[:, :-1]), np.abs(values[:, 1:])
+    places = x[:-1] + np.diff(x) * before / np.maximum(before + after, 1e-300)
+    first = np.where(changes, places, x[-1]).min(axis=1)
+    last = np.where(changes, places, x[0]).max(axis=1)
+    without = np.where(np.sign(values[:, 0]) == sign, x[0], x[-1])
+    return np.where(changes.any(axis=1), (first + last) / 2, without)
+
+
+def _curve(costs: Costs, drawn: np.ndarray, degree: int):
+    """A curve through the points and one through each draw (draws, lengths): a function of lengths that gives
+    (1 + draws, lengths) costs.
+
+    Of a + bK + cK² and, for what has a floor below some length, max(f, bK + cK²), the first that the repeats do not
+    contradict; None where they contradict both. Only inside the measured lengths, so no coefficient has to be positive.
+    """
+    if len(costs.contexts) < FEWEST_POINTS:
+        return None
+    mean = costs.logs.mean(axis=0)
+    relative = np.exp(np.concatenate([mean[None], drawn]) - mean)
+    for through in (_polynomial, _floored):
+        (fitted,) = through(costs.contexts, np.exp(mean), relative[:1], degree)(costs.contexts)
+        p = lack_of_fit(costs.logs, np.log(fitted), degree + 1)
+        if p is not None and p >= 0.05:
+            return through(costs.contexts, np.exp(mean), relative, degree)
+    return None
+
+
+def _polynomial(contexts, means, relative, degree: int, first: int = 0):
+    """a + bK + cK² by least squares of relative errors through each row of `relative` (rows, lengths), costs over
+    their `means` (lengths,). With `first` 1 without a."""
+    coefficients = relative @ np.linalg.pinv(powers(contexts, degree)[:, first:] / means[:, None]).T  # (rows, powers)
+    least = means.min() / 1e3  # the curve of a draw may dip below nothing
+    return lambda where: np.maximum(coefficients @ powers(where, degree)[:, first:].T, least)
+
+
+def _floored(contexts, means, relative, degree: int):
+    """max(f, bK + cK²) in the same way; of all lengths at which the floor may end, the one that fits each row best."""
+    ends = range(1, len(contexts) - 1)  # two lengths at least rise
+    floors = [(relative[:, :end] / means[:end]).sum(axis=1) / (means[:end] ** -2.0).sum() for end in ends]
+    rising = [_polynomial(contexts[end:], means[end:], relative[:, end:], degree, first=1) for end in ends]
+
+    def all_at(where):  # (ends, rows, lengths)
+        return np.stack([np.maximum(f[:, None], curve(where)) for f, curve in zip(floors, rising, strict=True)])
+
+    best = ((all_at(contexts) / means - relative) ** 2).sum(axis=2).argmin(axis=0)
+    return lambda where: all_at(where)[best, np.arange(len(relative))]
+
+
+class Map(NamedTuple):
+    """The cheapest of `labels` over lengths T (contexts,) and shares of decoded tokens (shares,), on a grid (S, T).
+
+    `cheapest` (S, T) are places in `labels`; `tied` (labels, S, T), which others are not surely more expensive than the
+    cheapest; `over` (labels, S, T), each one's cost over the cheapest's, infinite where it was not measured; `n`, the
+    processes of the variant that has fewest.
+    """
+
+    labels: list[str]
+    contexts: np.ndarray
+    shares: np.ndarray
+    cheapest: np.ndarray
+    tied: np.ndarray
+    over: np.ndarray
+    n: int
+
+    @property
+    def open(self) -> np.ndarray:
+        """(S, T): where the cheapest and another tie."""
+        return self.tied.any(axis=0)
+
+
+def decision_map(
+    points: pd.DataFrame, prefill: str, decode: str, lengths: int = 97, shares: int = 41, draws: int = 500
+) -> Map:
+    """The cheapest variant over context length T and share s of tokens that are decoded, the others being prefilled.
+
+    The cost of a token is (1 - s) x prefill(T) / T + s x decode(T), with straight lines in logarithms between measured
+    lengths. The cheapest is compared with **all** others: one that is not more expensive in at least 97.5 % of the
+    resamples ties with it. A variant takes part at the lengths that it was measured at, two or more.
+    """
+    every = {name: [costs_of(points, metric, name) for metric in (prefill, decode)] for name in labels(points)}
+    parts = {name: pair for name, pair in every.items() if min(len(costs.contexts) for costs in pair) > 1}
+    if not parts:
+        raise UsageError(
+            "a decision map needs a variant that prefills and decodes at two lengths; measure more lengths"
+        )
+    names, reads, writes = list(parts), *map(list, zip(*parts.values(), strict=True))
+    measured = np.concatenate([costs.contexts for costs in reads])
+    contexts, share = np.geomspace(measured.min(), measured.max(), lengths), np.linspace(0, 1, shares)[:, None]
+    read, written = (_between(several, contexts, draws) for several in (reads, writes))  # (labels, 1 + draws, T)
+    costs = ((1 - share) * read[:, :, None] / contexts + share * written[:, :, None]).astype(np.float32)
+    cheapest = costs[:, 0].argmin(axis=0)
+    best = np.take_along_axis(costs, cheapest[None, None], axis=0)  # (1, 1 + draws, S, T)
+    # Where all draws of one process are NaN nothing is more expensive, so that everything ties.
+    tied = np.stack([(own[1:] > best[0, 1:]).mean(axis=0) < 0.975 for own in costs])
+    tied[cheapest, *np.indices(cheapest.shape)] = False
+    tied &= np.isfinite(costs[:, 0])
+    n = min(costs.n for costs in (*reads, *writes))
+    return Map(names, contexts, share[:, 0], cheapest, tied, costs[:, 0] / best[0, 0], n)
+
+
+def _between(several: list[Costs], contexts: np.ndarray, draws: int) -> np.ndarray:
+    """(variants, 1 + draws, lengths): costs at these lengths by the points and by each draw, on straight lines in
+    logarithms; infinite beyond what was measured."""
+    found = []
+    for costs, drawn in zip(several, resamples(several, draws), strict=True):
+        at, x = np.log(contexts), np.log(costs.contexts)
+        weights = np.array([np.interp(at, x, one) for one in np.eye(len(x))])  # (measured, lengths)
+        values = np.exp(np.vstack([costs.logs.mean(axis=0), drawn]) @ weights)
+        # Ends of a range of powers are met but for rounding.
+        inside = (contexts > costs.contexts[0] * 0.999) & (contexts < costs.contexts[-1] * 1.001)
+        found.append(np.where(inside, values, np.inf))
+    return np.array(found)
+
+
+def regions(found: Map) -> pd.DataFrame:
+    """What the map says, a row per set of variants that tie as the cheapest, the largest region first.
+
+    `labels`, `share` of the map; of the rest, which is `next` most often, and its cost over the cheapest's: `low`,
+    `middle` and `high` over the region; None and NaN where there is no rest.
+    """
+    ties = found.tied.copy()
+    ties[found.cheapest, *np.indices(found.cheapest.shape)] = True
+    sets, which = np.unique(ties.reshape(len(found.labels), -1), axis=1, return_inverse=True)
+    rest = np.where(ties, np.inf, found.over).reshape(len(found.labels), -1)
+    rows = []
+    for number, together in enumerate(sets.T):
+        cells = rest[:, which.ravel() == number]
+        behind = cells.min(axis=0)
+        behind, nearest = behind[np.isfinite(behind)], cells.argmin(axis=0)[np.isfinite(behind)]
+        row = {"labels": [label for label, tie in zip(found.labels, together, strict=True) if tie]}
+        row |= {"share": cells.shape[1] / which.size, "next": None, "low": np.nan, "middle": np.nan, "high": np.nan}
+        if len(behind):
+            row["next"] = found.labels[np.bincount(nearest).argmax()]
+            row |= dict(zip(("low", "middle", "high"), np.quantile(behind, [0, 0.5, 1]), strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("share", ascending=False, kind="stable", ignore_index=True)
