@@ -4,7 +4,7 @@ A sign is sure at a length where 95 % of the resamples (two-sided) agree on it. 
 variants were measured; where a crossover lies between two lengths, a curve through the points says.
 """
 
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from lib.analysis.growth import (
     lack_of_fit,
     powers,
     resamples,
+    together,
 )
 from lib.errors import UsageError
 
@@ -31,31 +32,36 @@ COLUMNS += ["ratio", "ratio_low", "ratio_high", "n"]
 
 
 def crossovers(points: pd.DataFrame, metric: str, references: list[str], draws: int = DRAWS) -> pd.DataFrame:
-    """What may be said of each variant against each reference over the lengths that both were measured at.
-
-    A row per crossover: `becomes` "cheaper" or "more expensive" from `context` tokens on. There is one only where the
-    signs at two lengths differ in at least 95 % of the resamples, of three processes or more; each of the two signs
-    has half of the 5 %, so that curves that are alike seldom cross. Where it lies is read off two curves through the
-    resampled points, from which `low` and `high` come too; where the repeats contradict all such curves
-    (`between`: True), `context` is on the straight line in logarithms, and low and high are the two measured lengths.
-    `until` is the last length up to which the sign stays sure, `first` the shortest that was looked at.
-
-    Without a crossover, one row: `context` is the shortest length from which on the sign is sure at every length up to
-    the longest, `ratio` the cost over the reference's there, with its interval. Where not even the longest has a sure
-    sign, `becomes` is "inconclusive", `context` NaN, and `ratio` that at the longest; for one process "n = 1".
-    """
+    """What may be said of each variant against each reference: the rows of `compared`, with `label` and `against`."""
     rows = []
     for reference in references:
         other = costs_of(points, metric, reference)
         for label in labels(points):
-            one = costs_of(points, metric, label)
-            shared = set(one.contexts.tolist()) & set(other.contexts.tolist())
-            if label != reference and shared:
-                pair = one.among(shared), other.among(shared)
-                found = _crossings(*pair, DEGREE.get(metric, 2), draws) or [_sure_from(*pair, draws)]
-                said = {"label": label, "against": reference, "n": min(costs.n for costs in pair)}
-                rows += [said | row for row in found]
+            found = compared(costs_of(points, metric, label), other, DEGREE.get(metric, 2), draws)
+            rows += [{"label": label, "against": reference} | row for row in found if label != reference]
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def compared(one: Costs, other: Costs, degree: int = 2, draws: int = DRAWS) -> list[dict]:
+    """What may be said of one variant's cost against another's over the lengths that both were measured at.
+
+    A row per crossover: `becomes` "cheaper" or "more expensive" from `context` tokens on. There is one only where the
+    signs at two lengths differ in at least 95 % of the resamples, of three processes or more, all lengths taken
+    together: curves that are alike seldom cross. Where it lies is read off two curves through the resampled points,
+    from which `low` and `high` come too; where the repeats contradict all such curves (`between`: True), `context` is
+    on the straight line in logarithms, and low and high are the two measured lengths.
+    `until` is the last length up to which the sign stays sure, `first` the shortest that was looked at.
+
+    Without a crossover, one row: `context` is the shortest length from which on the sign is sure at every length up to
+    the longest, `ratio` the cost over the reference's there, with its interval. Where not even the longest has a sure
+    sign, `becomes` is "inconclusive", `context` missing, and `ratio` that at the longest; for one process "n = 1".
+    """
+    shared = set(one.contexts.tolist()) & set(other.contexts.tolist())
+    if not shared:
+        return []
+    one, other = one.among(shared), other.among(shared)
+    found = _crossings(one, other, degree, draws) or [_sure_from(one, other, draws)]
+    return [{"n": min(one.n, other.n)} | row for row in found]
 
 
 def difference(one: Costs, other: Costs, draws: int, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
@@ -64,15 +70,16 @@ def difference(one: Costs, other: Costs, draws: int, level: float = 0.95) -> tup
     return one.logs.mean(axis=0) - other.logs.mean(axis=0), mine - theirs
 
 
-def sure_signs(mean: np.ndarray, drawn: np.ndarray) -> np.ndarray:
-    """-1, 1, or 0 where fewer than 97.5 % of the draws have the mean's sign."""
+def sure_signs(one: Costs, other: Costs, draws: int, level: float = 0.95) -> np.ndarray:
+    """The sign of the difference at each length: -1, 1, or 0 where too few draws agree, two-sided at this level."""
+    mean, drawn = difference(one, other, draws, level)
     signs = np.sign(mean)
-    return np.where((np.sign(drawn) == signs).mean(axis=0) >= 0.975, signs, 0).astype(int)
+    return np.where((np.sign(drawn) == signs).mean(axis=0) >= (1 + level) / 2, signs, 0).astype(int)
 
 
 def _sure_from(one: Costs, other: Costs, draws: int) -> dict:
     mean, drawn = difference(one, other, draws)
-    signs = sure_signs(mean, drawn)
+    signs = sure_signs(one, other, draws)
     first = len(signs)
     while first and signs[first - 1] and signs[first - 1] == signs[-1]:
         first -= 1
@@ -92,8 +99,8 @@ def _word(sign: int) -> str:
 def _crossings(one: Costs, other: Costs, degree: int, draws: int) -> list[dict]:
     if min(one.n, other.n) < FEWEST_PROCESSES:
         return []
-    # Two signs are claimed, so each at 97.5 %: among nine lengths of two curves that are alike there are 36 pairs.
-    signs = sure_signs(*difference(one, other, draws, level=0.975))
+    # A crossover needs two signs, looked for at all lengths: each has its part of the 5 % (Bonferroni).
+    signs = sure_signs(one, other, draws, level=1 - 0.05 / len(one.contexts))
     sure = np.flatnonzero(signs)
     turns = [(i, j) for i, j in pairwise(sure) if signs[i] != signs[j]]
     ends = [j + np.argmin([*(signs[j:] == signs[j]), False]) - 1 for _, j in turns]
@@ -108,9 +115,8 @@ def _crossing(one: Costs, other: Costs, i: int, j: int, sign: int, degree: int, 
     row = {"becomes": _word(sign), "between": False}
     x = np.log(one.contexts[i : j + 1])
     grid = np.unique(np.concatenate([x, np.linspace(x[0], x[-1], GRID)]))
-    pair = zip((one, other), resamples([one, other], draws), strict=True)
-    curves = [_curve(costs, drawn, degree) for costs, drawn in pair]
-    if all(curves):
+    curves = _curves(one, other, degree, draws)
+    if curves:
         mine, theirs = (curve(np.exp(grid)) for curve in curves)
         at, *places = _turns(grid, np.log(mine / theirs), sign)
         if x[0] < at < x[-1]:
@@ -134,22 +140,32 @@ def _turns(x: np.ndarray, values: np.ndarray, sign: int) -> np.ndarray:
     return np.where(changes.any(axis=1), (first + last) / 2, without)
 
 
-def _curve(costs: Costs, drawn: np.ndarray, degree: int):
-    """A curve through the points and one through each draw (draws, lengths): a function of lengths that gives
-    (1 + draws, lengths) costs.
+def _curves(one: Costs, other: Costs, degree: int, draws: int):
+    """A curve through each variant's points and one through each of its draws: two functions of lengths that give
+    (1 + draws, lengths) costs; None where there are none.
 
-    Of a + bK + cK² and, for what has a floor below some length, max(f, bK + cK²), the first that the repeats do not
-    contradict; None where they contradict both. Only inside the measured lengths, so no coefficient has to be positive.
+    Each is a + bK + cK² or, for what has a floor below some length, max(f, bK + cK²): the first pair that the repeats
+    contradict neither in a variant's costs nor, where rounds are paired, in their ratio, which may scatter less. They
+    are only looked at inside the measured lengths, so no coefficient has to be positive.
     """
-    if len(costs.contexts) < FEWEST_POINTS:
+    if len(one.contexts) < FEWEST_POINTS:
         return None
-    mean = costs.logs.mean(axis=0)
-    relative = np.exp(np.concatenate([mean[None], drawn]) - mean)
-    for through in (_polynomial, _floored):
-        (fitted,) = through(costs.contexts, np.exp(mean), relative[:1], degree)(costs.contexts)
-        p = lack_of_fit(costs.logs, np.log(fitted), degree + 1)
-        if p is not None and p >= 0.05:
-            return through(costs.contexts, np.exp(mean), relative, degree)
+    pair, paired = (one, other), len(set(together([one, other]))) == 1
+    means = [costs.logs.mean(axis=0) for costs in pair]
+
+    def through(shapes, relative):
+        every = zip(shapes, means, relative, strict=True)
+        return [shape(one.contexts, np.exp(mean), values, degree) for shape, mean, values in every]
+
+    for shapes in product((_polynomial, _floored), repeat=2):
+        points = through(shapes, np.ones((2, 1, len(one.contexts))))
+        mine, theirs = (np.log(curve(one.contexts)[0]) for curve in points)
+        tests = [(one.logs, mine), (other.logs, theirs)]
+        tests += [(one.logs - other.logs, mine - theirs)] if paired else []
+        ps = [lack_of_fit(logs, fitted, degree + 1) for logs, fitted in tests]
+        if all(p is not None and p >= 0.05 for p in ps):
+            drawn = zip(means, resamples(list(pair), draws), strict=True)
+            return through(shapes, [np.exp(np.vstack([0 * mean, moved - mean])) for mean, moved in drawn])
     return None
 
 
@@ -215,7 +231,9 @@ def decision_map(
     measured = np.concatenate([costs.contexts for costs in reads])
     contexts, share = np.geomspace(measured.min(), measured.max(), lengths), np.linspace(0, 1, shares)[:, None]
     read, written = (_between(several, contexts, draws) for several in (reads, writes))  # (labels, 1 + draws, T)
-    costs = ((1 - share) * read[:, :, None] / contexts + share * written[:, :, None]).astype(np.float32)
+    with np.errstate(invalid="ignore"):  # no share of something that was not measured
+        costs = (1 - share) * read[:, :, None] / contexts + share * written[:, :, None]
+    costs = np.where(np.isinf(read + written)[:, :, None], np.inf, costs).astype(np.float32)
     cheapest = costs[:, 0].argmin(axis=0)
     best = np.take_along_axis(costs, cheapest[None, None], axis=0)  # (1, 1 + draws, S, T)
     # Where all draws of one process are NaN nothing is more expensive, so that everything ties.
@@ -251,11 +269,11 @@ def regions(found: Map) -> pd.DataFrame:
     sets, which = np.unique(ties.reshape(len(found.labels), -1), axis=1, return_inverse=True)
     rest = np.where(ties, np.inf, found.over).reshape(len(found.labels), -1)
     rows = []
-    for number, together in enumerate(sets.T):
+    for number, tie_here in enumerate(sets.T):
         cells = rest[:, which.ravel() == number]
         behind = cells.min(axis=0)
         behind, nearest = behind[np.isfinite(behind)], cells.argmin(axis=0)[np.isfinite(behind)]
-        row = {"labels": [label for label, tie in zip(found.labels, together, strict=True) if tie]}
+        row = {"labels": [label for label, tie in zip(found.labels, tie_here, strict=True) if tie]}
         row |= {"share": cells.shape[1] / which.size, "next": None, "low": np.nan, "middle": np.nan, "high": np.nan}
         if len(behind):
             row["next"] = found.labels[np.bincount(nearest).argmax()]

@@ -246,11 +246,15 @@ def fits(points: pd.DataFrame, metric: str, draws: int = DRAWS) -> dict[str, Fit
 
 def lack_of_fit(logs: np.ndarray, fitted: np.ndarray, parameters: int) -> float | None:
     """p of the F test that a curve's distance from the means (lengths,) of `logs` (rounds, lengths) is what the
-    rounds scatter (Fisher 1922); None for one round, and where the curve has as many parameters as lengths."""
+    rounds scatter (Fisher 1922); None for one round, and where the curve has as many parameters as lengths.
+
+    A round that is slower at all lengths alike moves the whole curve, and is no scatter about it.
+    """
     n, lengths = logs.shape
     if n < 2 or lengths <= parameters:
         return None
     mean = logs.mean(axis=0)
-    freedom = lengths - parameters, lengths * (n - 1)
-    scatter = max(((logs - mean) ** 2).sum() / freedom[1], 1e-18)  # rounds that agree to the last digit
+    scattered = logs - mean - logs.mean(axis=1, keepdims=True) + logs.mean()
+    freedom = lengths - parameters, (lengths - 1) * (n - 1)
+    scatter = max((scattered**2).sum() / freedom[1], 1e-18)  # rounds that agree to the last digit
     return float(stats.f.sf(n * ((fitted - mean) ** 2).sum() / freedom[0] / scatter, *freedom))

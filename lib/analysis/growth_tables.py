@@ -37,7 +37,13 @@ def conclusion(points: pd.DataFrame, metrics: list[str], reference: str) -> list
     """The page's answer: by each metric, what costs less and more than `reference` at the longest length, a sentence
     each; last, what the number of processes allows."""
     _known(points, [reference])
-    return [_standing(points, metric, reference) for metric in metrics] + [allowed(points)]
+    in_turns = all(ratios(points, metric, reference)["paired"].all() for metric in metrics)
+    pairing = (
+        "Rounds went through the variants in turns, so the ratios are of rounds."
+        if in_turns
+        else "That the rounds went through the variants in turns is not recorded: they count as independent."
+    )
+    return [_standing(points, metric, reference) for metric in metrics] + [f"{allowed(points)} {pairing}"]
 
 
 def _standing(points: pd.DataFrame, metric: str, reference: str) -> str:
