@@ -108,6 +108,17 @@ def test_rounds_that_are_not_there_at_every_length_are_left_out_of_claims_and_sa
     )
 
 
+def test_joules_are_fitted_only_where_every_point_has_them():
+    seconds = points({"sdpa": polynomial(1, 1)})
+    energies = ("forward_backward_energy_j", "prefill_energy_j", "decode_energy_j_per_token")
+    joules = pd.concat([seconds, *(points({"sdpa": polynomial(1, 1)}, metric) for metric in energies)])
+    assert growth.cost_metrics(joules)["prefill"] == "prefill_energy_j"
+    assert growth.basis("prefill_energy_j", joules) == "joules"
+    joules.loc[(joules["metric"] == energies[0]) & (joules["context"] == 256), ["value", "reason"]] = np.nan, "no_gpu"
+    assert growth.cost_metrics(joules)["prefill"] == "prefill_s"
+    assert growth.basis("prefill_s", joules) == "seconds; joules not measured: the run used no GPU"
+
+
 # Resamples and ratios.
 
 
@@ -280,7 +291,9 @@ CROSSING = {
 def test_a_crossover_s_interval_holds_the_true_one(curves, noise):
     pair, true = CROSSING[curves]
     held = []
-    for one, other in simulated(pair, 5, noise, drift=0.1):  # a slow round must not hide that a curve does not fit
+    for one, other in simulated(
+        pair, 5, noise, seeds=200, drift=0.1
+    ):  # a slow round must not hide that a curve does not fit
         (row,) = crossovers.compared(one, other, draws=400)
         held.append(row["low"] <= true <= row["high"])
         assert row["becomes"] == "more expensive" and row["until"] == 8192

@@ -151,22 +151,30 @@ def _curves(one: Costs, other: Costs, degree: int, draws: int):
     if len(one.contexts) < FEWEST_POINTS:
         return None
     pair, paired = (one, other), len(set(together([one, other]))) == 1
-    means = [costs.logs.mean(axis=0) for costs in pair]
-
-    def through(shapes, relative):
-        every = zip(shapes, means, relative, strict=True)
-        return [shape(one.contexts, np.exp(mean), values, degree) for shape, mean, values in every]
-
-    for shapes in product((_polynomial, _floored), repeat=2):
-        points = through(shapes, np.ones((2, 1, len(one.contexts))))
-        mine, theirs = (np.log(curve(one.contexts)[0]) for curve in points)
-        tests = [(one.logs, mine), (other.logs, theirs)]
-        tests += [(one.logs - other.logs, mine - theirs)] if paired else []
-        ps = [lack_of_fit(logs, fitted, degree + 1) for logs, fitted in tests]
-        if all(p is not None and p >= 0.05 for p in ps):
-            drawn = zip(means, resamples(list(pair), draws), strict=True)
-            return through(shapes, [np.exp(np.vstack([0 * mean, moved - mean])) for mean, moved in drawn])
+    choices = [_shapes(costs, degree) for costs in pair]
+    for (shape, mine), (other_shape, theirs) in product(*choices):
+        if not paired or _allowed(one.logs - other.logs, mine - theirs, degree):
+            found = []
+            for costs, through, moved in zip(pair, (shape, other_shape), resamples(list(pair), draws), strict=True):
+                mean = costs.logs.mean(axis=0)
+                relative = np.exp(np.vstack([np.zeros_like(mean), moved - mean]))
+                found.append(through(costs.contexts, np.exp(mean), relative, degree))
+            return found
     return None
+
+
+def _shapes(costs: Costs, degree: int) -> list[tuple]:
+    """The curves that the repeats do not contradict, each with its logarithms at the measured lengths."""
+    found, means = [], np.exp(costs.logs.mean(axis=0))
+    for shape in (_polynomial, _floored):
+        (fitted,) = np.log(shape(costs.contexts, means, np.ones((1, len(means))), degree)(costs.contexts))
+        found += [(shape, fitted)] if _allowed(costs.logs, fitted, degree) else []
+    return found
+
+
+def _allowed(logs, fitted, degree: int) -> bool:
+    p = lack_of_fit(logs, fitted, degree + 1)
+    return p is not None and p >= 0.05
 
 
 def _polynomial(contexts, means, relative, degree: int, first: int = 0):

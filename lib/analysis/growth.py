@@ -7,6 +7,7 @@ intervals of fits as well.
 """
 
 import zlib
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +133,7 @@ def resamples(several: list[Costs], draws: int = DRAWS, level: float = 0.95) -> 
     return found
 
 
+@lru_cache
 def _widening(n: int, freedom: int, level: float) -> float:
     """By how much the mean of `n` drawn deviations has to be moved further, for its interval to be Student's.
 

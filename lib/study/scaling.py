@@ -37,6 +37,8 @@ from lib.record.scaling import ENERGY, METRICS, Count, Point, Scaling, Setting
 from lib.study import plan, runner
 
 WARM_UP = 16  # tokens that start threads and libraries, before memory is looked at
+PRELOADED = ["lib.study.scaling"]  # by its name, since it may run as __main__
+LONGEST_WAIT_S = 7 * 24 * 3600  # for a process; poll(2) counts milliseconds in an int
 KEPT_FREE = 0.1  # of the free memory, for everything else that runs on a CPU's machine
 
 
@@ -46,7 +48,7 @@ class Plan(Setting):
     variants: list[str | dict]
     contexts: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
     rounds: Count  # processes for each point, in turns over the variants
-    time_limit_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    time_limit_s: Annotated[float, Field(gt=0, le=LONGEST_WAIT_S)]
 
     @field_validator("contexts")
     @classmethod
@@ -184,7 +186,7 @@ def _apart(work, *words, limit_s: float):
     milliseconds, and nobody's threads, memory or CUDA are inherited.
     """
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["lib.study", "lib.training"])
+    start.set_forkserver_preload(PRELOADED)
     receiving, sending = start.Pipe(duplex=False)
     killed_before = runner.killed_for_memory()
     process = start.Process(target=_answer, args=(sending, work, words), daemon=True)
