@@ -367,6 +367,23 @@ def test_what_was_not_measured_at_the_same_lengths_is_not_compared():
             ask()
 
 
+@pytest.mark.parametrize("lost", [("mla",), ("sdpa",), ("sdpa", "mla")])
+def test_a_variant_that_ran_out_at_every_length_stops_nothing_else(lost):
+    costs = dict.fromkeys(("sdpa", "mla"), polynomial(1, 1)) | dict.fromkeys(lost, lambda t: None)
+    made = every(costs, n=3)
+    for draw in (FIGURES["time"], FIGURES["cache"]):
+        draw(made)
+    said = growth_tables.conclusion(made, ["forward_backward_s"], "sdpa")
+    assert "nothing to compare" in said[0]
+    assert said[1].startswith("No point was measured" if len(lost) == 2 else "3 processes for each point")
+    assert crossovers.crossovers(made, "forward_backward_s", ["sdpa"]).empty
+    assert len(growth_tables.exponents_table(made, 256)) == len(growth_tables.fits_table(made, "prefill_s")) == 2
+    if len(lost) == 1:
+        found = crossovers.decision_map(made, "prefill_s", "decode_s_per_token")
+        assert found.labels == [label for label in ("sdpa", "mla") if label not in lost]
+        FIGURES["map"](made)
+
+
 def test_the_conclusion_puts_each_variant_on_the_side_where_its_interval_is():
     costs = {"sdpa": lambda t: t, "linear": lambda t: t / 4, "mla": lambda t: t * 2, "flash": lambda t: t}
     sentence, *_, last = growth_tables.conclusion(points(costs, n=3, noise=0.005), ["forward_backward_s"], "sdpa")

@@ -91,7 +91,7 @@ def costs_of(points: pd.DataFrame, metric: str, label: str) -> Costs:
     """`Costs` of the lengths that were measured. A round that is not there at each of them is left out."""
     rows = measured(points, metric, label)
     n = int(rows["n"].min()) if len(rows) else 0
-    logs = np.log(np.array([processes[:n] for processes in rows["processes"]], dtype=float).reshape(-1, n).T)
+    logs = np.log(np.array([processes[:n] for processes in rows["processes"]], dtype=float).reshape(len(rows), n).T)
     return Costs(label, rows["context"].to_numpy(), logs, tuple(tuple(known[:n]) for known in rows["sessions"]))
 
 

@@ -13,6 +13,7 @@ from lib.record.scaling import OUTCOMES, PART
 METRICS = ("forward_backward_s", "peak_activation_bytes", "prefill_s", "decode_s_per_token", "cache_bytes")
 LEAST_REGION = 0.01  # of the map; smaller ones are one row
 ALLOWED = {  # what so many processes of each point allow to be said
+    0: "No point was measured",
     1: "One process for each point: the numbers have no interval, and nothing is claimed. Measure more rounds",
     2: "Two processes for each point allow signs and ratios, with their scatter taken as alike at all lengths, but no "
     "crossover and no interval of a fit. Measure three rounds or more for these, five for intervals worth reading",
@@ -21,8 +22,8 @@ ENOUGH = "{n} processes for each point allow signs, ratios, crossovers and inter
 
 
 def processes(points: pd.DataFrame) -> int:
-    """How many processes each measured point has, at the least."""
-    return int(points.loc[points["outcome"] == "measured", "n"].replace(0, np.nan).min())
+    """How many processes each measured point has, at the least; 0 where none was measured."""
+    return int(points.loc[points["n"] > 0, "n"].min()) if points["n"].any() else 0
 
 
 def allowed(points: pd.DataFrame) -> str:
