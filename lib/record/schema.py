@@ -27,6 +27,7 @@ REASONS = {
     "permission": "this user may not read the energy counter",
     "peak_unknown": "the device's peak FLOP/s is in no table of ours",
     "peak_not_resettable": "the system keeps no peak of its own for the window",
+    "peak_not_above": "the process did not rise above what it had held before",
     "not_counted_here": "the system does not count it per process",
     "not_asked_for": "not asked for by the run's parameters",
 }
