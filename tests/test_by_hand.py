@@ -254,7 +254,7 @@ def test_every_decoding_starts_from_the_prompt_s_own_cache(metered, monkeypatch)
 
 @pytest.mark.parametrize(
     ("window_s", "others", "reason"),
-    [(0.0, 0, "not_asked_for"), (5.0, 0, "window_too_short"), (12.0, 2, "foreign_process")],
+    [(0.0, 0, "not_asked_for"), (1.0, 0, "window_too_short"), (12.0, 2, "foreign_process")],
 )
 def test_joules_that_cannot_be_had_are_null_with_the_reason(metered, monkeypatch, window_s, others, reason):
     monkeypatch.setattr(instruments.energy, "foreign_processes", lambda _: others)

@@ -74,13 +74,13 @@ def test_phases_are_loops_of_their_own_and_their_differences_are_derived(clock):
 def test_a_phase_s_joules_are_the_counter_s_where_each_round_is_long_enough(clock, monkeypatch):
     monkeypatch.setattr(meter.energy, "gpu_counter", lambda _: Counter(clock))
     monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 0)
-    rows = {row["phase"]: row for row in phases.phases(told(make_trainer(), clock, []), 4, rounds=2)}
-    assert rows["forward"]["energy_j_per_step"] is None  # rounds of 4 s
+    rows = {row["phase"]: row for row in phases.phases(told(make_trainer(), clock, [], forward=0.4), 4, rounds=2)}
+    assert rows["forward"]["energy_j_per_step"] is None  # rounds of 1.6 s
     assert rows["forward"]["energy_null_reason"] == rows["backward"]["energy_null_reason"] == "window_too_short"
-    assert rows["step"]["energy_j_per_step"] == pytest.approx(3.5 * 300)
+    assert rows["step"]["energy_j_per_step"] == pytest.approx(2.9 * 300)
     assert rows["optimizer"]["energy_j_per_step"] == pytest.approx(0.5 * 300)
     monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 1)
-    rows = phases.phases(told(make_trainer(), clock, []), 4, rounds=2)
+    rows = phases.phases(told(make_trainer(), clock, [], forward=0.4), 4, rounds=2)
     assert rows[2]["energy_j_per_step"] is None and rows[2]["energy_null_reason"] == "foreign_process"
 
 

@@ -251,7 +251,7 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
         work(*given)  # the warm-up at this length
     values, reasons = meter.metrics()
     peak = "peak_memory_bytes" if device.type == "cuda" else "peak_resident_bytes"
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, energy.no_counter())  # joules have a window of their own
     for _ in range(setting.repeats):
         with watch:
             work(*given)
