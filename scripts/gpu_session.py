@@ -84,7 +84,7 @@ FIRST = (
 STEPS_COMMAND = ("{python}", "-m", "lib.study.steps", "{profile}", "--write", "{file}", "--within-s", "{within_s}")
 STEPS = Stage("steps", STEPS_COMMAND, 120, 500)
 # Seconds of a run on an H100: the arithmetic is in the profiles' comments.
-BLOCKS = (Blocks("gpu_512", 9, 120), Blocks("gpu_4096", 9, 120), Blocks("gpu_phases", 9, 150, most=1))
+BLOCKS = (Blocks("gpu_512", 9, 120), Blocks("gpu_4096", 9, 120), Blocks("gpu_phases", 9, 180, most=1))
 BLOCK_COMMAND = (
     "{python}", "-m", "lib.study", "{profile}", "--blocks", "{number}", "--session", "{session}", "--runs", "{runs}"
 )  # fmt: skip
@@ -314,12 +314,12 @@ class Session:
         entry = self.run(stage, {"ATTENTION_STUDY_OUT": str(folder)}, **words)
         if entry is None:
             return False
-        made = self.made(profile, number - 1) - before
-        entry |= {"profile": profile, "runs": made, "came_to_end": entry["exit_code"] in (0, 1)}
-        opened["seen"] = _now()
+        there = self.made(profile, number - 1)
+        made, opened["seen"] = there - before, _now()
+        entry |= {"profile": profile, "runs": made, "came_to_end": bool(there) and entry["exit_code"] in (0, 1)}
         if made:
             self.run_s.setdefault(profile, []).append(round(entry["seconds"] / made, 1))
-        if entry["came_to_end"] or not self.made(profile, number - 1):
+        if entry["came_to_end"] or not there:
             del self.open[profile]
         self.save()
         return bool(made)

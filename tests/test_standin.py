@@ -206,6 +206,18 @@ def test_a_run_outlives_its_gpu_s_instruments(said):
     assert result.series.epoch_energy_j == [] and result.series.power_w == []
 
 
+def test_turns_of_training_steps_have_true_joules_and_the_gpu_s_clock(said):
+    found = said["stepped"]
+    turns = [turn for one in found["rounds"] for turn in one["turns"]]
+    assert found["provenance"] == "synthetic" and [one["warm"] for one in found["rounds"]] == [True, True]
+    assert sorted(turn["label"] for turn in turns) == ["linear", "linear", "sdpa", "sdpa"]
+    for turn in turns:
+        assert turn["energy_j"] == pytest.approx(300.0 * turn["time_s"], rel=0.05) and turn["time_s"] > 0.3
+        assert turn["after_w"] == pytest.approx([300.0, 300.0], rel=0.1)
+        assert turn["gpu"]["samples"] >= 1 and turn["gpu"]["sm_clock_mhz_median"] == 1980
+        assert turn["other_processes"] == 0
+
+
 def test_no_synthetic_record_reaches_a_table(said, tmp_path):
     synthetic = record.load(Path(said["live"]["record"]))
     record.write(synthetic, tmp_path)

@@ -315,6 +315,22 @@ def live(folder):
     return {"record": str(path), "true_j": true_j, "trace_j": meter.trace_j}
 
 
+def stepped(folder):
+    """Two rounds of training steps that take turns, in windows of 0.4 s, which for once are long enough."""
+    from lib.measure import energy, warmth
+    from lib.record import steps as records
+    from lib.study import steps
+
+    stage(start=time.time() - 10, shape="constant")
+    on_the_gpu()
+    warmth.STEADY_OVER_S, energy.SHORTEST_WINDOW_S = 0.5, 0.3
+    tiny = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 30, "rounds": 2, "window_s": 0.4, "device": "cpu"}
+    tiny |= {"variants": ["sdpa", "linear"], "sizes": [{"context": 8, "batch_size": 2}]}
+    folder.mkdir()
+    steps.measure(steps.Plan(**tiny), folder / "steps.json", say=lambda _: None)
+    return records.load(folder / "steps.json").model_dump(mode="json")
+
+
 def lost(folder):
     """The GPU stops answering in the middle of a run."""
     import pynvml
@@ -334,6 +350,6 @@ def lost(folder):
 
 if __name__ == "__main__":
     on_own_clock, folder = sys.argv[1] == "replayed", Path(sys.argv[2])
-    scenes = (replay, edges, faults) if on_own_clock else (lost, live)
+    scenes = (replay, edges, faults) if on_own_clock else (lost, live, stepped)
     said = {scene.__name__: scene(*() if on_own_clock else (folder / scene.__name__,)) for scene in scenes}
     (folder / f"{sys.argv[1]}.json").write_text(json.dumps(said))
