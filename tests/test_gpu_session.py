@@ -135,7 +135,9 @@ def test_blocks_alternate_whole_for_as_long_as_the_seen_time_fits(script, tmp_pa
 
 def test_a_block_that_does_not_fit_by_the_first_guess_does_not_start_and_a_shorter_one_does(script, tmp_path):
     session = timed_session(script, tmp_path, 20 + 300, {"short": 250, "long": 250})
-    session.run_blocks({script.Blocks("long", 1, 301): Path("long.yaml"), script.Blocks("short", 1, 300): Path("short.yaml")})
+    session.run_blocks(
+        {script.Blocks("long", 1, 301): Path("long.yaml"), script.Blocks("short", 1, 300): Path("short.yaml")}
+    )
     assert [stage["name"] for stage in stages(tmp_path)] == ["short block 1"]
 
 
@@ -380,7 +382,9 @@ def test_a_rehearsal_is_the_real_profile_in_tiny(script):
 def profiles():
     yaml = pytest.importorskip("yaml")
     params = SCRIPT.parent.parent / "params"
-    return {name: yaml.safe_load((params / f"{name}.yaml").read_text()) for name in ("gpu_512", "gpu_4096", "gpu_phases")}
+    return {
+        name: yaml.safe_load((params / f"{name}.yaml").read_text()) for name in ("gpu_512", "gpu_4096", "gpu_phases")
+    }
 
 
 def test_the_profiles_have_equal_tokens_a_step_and_room_for_inference(profiles):

@@ -208,7 +208,9 @@ def test_utilization_is_of_the_windows_and_of_nothing_that_may_lie_before(monkey
     assert meter.utilization() == (None, "no_gpu")
     monkeypatch.setattr(meter, "on_gpu", True)
     meter.windows = [Window(0, 4, 1000, 1004), Window(5, 9, 1005, 1009)]
-    meter.samples = [sample(1000 + t, utilization_percent=p) for t, p in ((0.5, 9), (2, 80), (4.5, 9), (5.9, 9), (7, 90))]
+    meter.samples = [
+        sample(1000 + t, utilization_percent=p) for t, p in ((0.5, 9), (2, 80), (4.5, 9), (5.9, 9), (7, 90))
+    ]
     assert meter.utilization() == (85.0, None)
     meter.samples = meter.samples[:1]
     assert meter.utilization() == (None, "no_sample")

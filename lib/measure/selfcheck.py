@@ -21,9 +21,7 @@ HIGHEST_MFU = 1.0  # above the peak something is counted wrongly
 HIGHEST_IDLE = 1.0  # of the mean power: a GPU that draws more idle was not idle
 
 
-def checks(
-    meter: Meter, metrics: dict, reasons: dict, padding_share: float, warmed: dict | None = None
-) -> list[Check]:
+def checks(meter: Meter, metrics: dict, reasons: dict, padding_share: float, warmed: dict | None = None) -> list[Check]:
     """The checks of a finished run; `metrics` and `reasons` are those of its record, `warmed` its trainer's."""
     busy, mfu = metrics["gpu_busy_fraction"], metrics["mfu"]
     return [

@@ -214,9 +214,7 @@ def load_data(runs: list[dict]) -> None:
 RUNS_LEFT = 3  # exit status of a study that was to make some of its runs and has made them
 
 
-def study(
-    runs: list[dict], profile: str, folder: Path, session: str | None = None, most: int | None = None
-) -> int:
+def study(runs: list[dict], profile: str, folder: Path, session: str | None = None, most: int | None = None) -> int:
     """All runs, then the summary; returns the exit status. Raises UsageError, before any run, for unusable data.
 
     With `most` runs at a time the summary waits for the last of them; until then the status is `RUNS_LEFT`. `session`:

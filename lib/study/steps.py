@@ -40,7 +40,9 @@ from lib.study import plan, runner
 ROWS = 64  # of random tokens, over and over
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 5e-5, 0.1, 1.0
 FIRST_STEPS, TIMED_STEPS, BEFORE_STEPS = 2, 3, 2  # never timed; to know how many fill a window; before each window
-MARGIN = 1.1  # a window is to be so much longer than asked for, so that none falls short of it
+# A window is to be so much longer than asked for, so that none falls short of it: by the few steps that were timed before
+# the first round, and by the window before.
+FIRST_MARGIN, MARGIN = 1.15, 1.05
 BUSY_STEPS = 3
 
 
@@ -149,13 +151,22 @@ class Bench:
             self.run(context, TIMED_STEPS)
         if before is not None:
             self.peak[context] = self.held_bytes() + torch.cuda.max_memory_allocated(self.device) - before
-        self.steps[context] = max(1, math.ceil(MARGIN * window_s * TIMED_STEPS / watch.seconds[0]))
+        self.plan(context, FIRST_MARGIN * window_s, TIMED_STEPS / watch.seconds[0])
 
-    def move(self, device: torch.device) -> None:
-        self.model.to(device)
+    def plan(self, context: int, window_s: float, steps_per_s: float) -> None:
+        self.steps[context] = max(1, math.ceil(window_s * steps_per_s))
+
+    def move(self, away: bool) -> None:
+        """To the host's memory, or back; pinned, so that it is a matter of a second."""
+
+        def moved(tensor):
+            if not away or self.device.type != "cuda":
+                return tensor.to(self.device, non_blocking=True)
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor)
+
+        self.model._apply(moved)
         for state in self.optimizer.state.values():
-            for name, value in state.items():
-                state[name] = value.to(device)
+            state.update({name: moved(value) for name, value in state.items()})
 
     def let_go(self) -> None:
         """Forgets what a step that failed has left."""
@@ -210,8 +221,12 @@ class Session:
             self.benches[entry.label] = bench = Bench(entry, made, self.device)
             entries.append(
                 Entry(
-                    label=entry.label, title=entry.title, attention=paths.portable(entry.attention),
-                    attention_sha256=attention.source_sha256(entry.attention), options=entry.options, certified=passed,
+                    label=entry.label,
+                    title=entry.title,
+                    attention=paths.portable(entry.attention),
+                    attention_sha256=attention.source_sha256(entry.attention),
+                    options=entry.options,
+                    certified=passed,
                     parameters=sum(weight.numel() for weight in bench.model.parameters()),
                 )  # fmt: skip
             )
@@ -231,7 +246,9 @@ class Session:
                 says = self._prepared(label, size.context)
                 if says is not None:
                     failed.setdefault(label, {})[size.context] = says
-                self.say(f"{label}, {size.context} tokens: {says or f'{self.benches[label].steps[size.context]} steps'}")
+                self.say(
+                    f"{label}, {size.context} tokens: {says or f'{self.benches[label].steps[size.context]} steps'}"
+                )
         return found.model_copy(update={"failed": failed})
 
     def _prepared(self, label: str, context: int) -> str | None:
@@ -254,14 +271,14 @@ class Session:
         others = [bench for name, bench in self.benches.items() if name != label] if alone else []
         try:
             for bench in others:
-                bench.move(torch.device("cpu"))
+                bench.move(away=True)
             self.benches[label].let_go()
             yield
         finally:
             if alone:
                 self.benches[label].let_go()
             for bench in others:
-                bench.move(self.device)
+                bench.move(away=False)
 
     def warm_up(self, found: Steps) -> None:
         """Steps until the GPU's heat and clock are steady; on a CPU, or where the GPU says nothing, none."""
@@ -292,26 +309,29 @@ class Session:
             bench.run(context, BEFORE_STEPS)
             with watch:
                 bench.run(context, bench.steps[context])
+        steps_made = bench.steps[context]
+        bench.plan(context, MARGIN * self.made.window_s, steps_made / watch.seconds[0])
         counter, others = watch.counter, energy.foreign_processes(self.device) if energy.gpu_uuid(self.device) else None
         joules = counter.last(watch.seconds[0])
         if joules.joules is not None and others:
             joules = energy.Reading(None, "foreign_process")
         samples = [one for _, one in sampler.inside(states.samples(), watch.walls)]
         return Turn(
-            label=label, context=context, position=position, steps=bench.steps[context], time_s=watch.seconds[0],
+            label=label, context=context, position=position, steps=steps_made, time_s=watch.seconds[0],
             energy_j=joules.joules, energy_null_reason=joules.reason,
             edges_j=counter.edges_j[-1] if joules.joules is not None else None,
             after_w=list(counter.after_w[-1]) if joules.joules is not None and counter.after_w else [],
             peak_memory_bytes=bench.peak.get(context), gpu=sampler.summary(samples), other_processes=others, alone=alone,
         )  # fmt: skip
 
-    def busy(self, found: Steps) -> Steps:
-        """The share of each variant's step in which the GPU computes; profiled, so behind all that is timed."""
+    def busy(self, found: Steps, until_s: float) -> Steps:
+        """The share of each variant's step in which the GPU computes; profiled, so behind all that is timed, and for as
+        long as there is time (`time.monotonic`)."""
         shares = {label: dict(lengths) for label, lengths in found.busy.items()}
         for size in self.made.sizes:
             for label, bench in self.benches.items():
                 known = size.context in shares.get(label, {}) or size.context in found.failed.get(label, {})
-                if not known and (size.context, label) not in self.alone:
+                if not known and (size.context, label) not in self.alone and time.monotonic() < until_s:
                     share = kernels.busy_fraction(self.device, lambda b=bench, s=size: b.run(s.context, BUSY_STEPS))
                     shares.setdefault(label, {})[size.context] = share.joules
         return found.model_copy(update={"busy": shares})
@@ -360,8 +380,8 @@ def measure(made: Plan, path: Path, within_s: float = math.inf, say=print) -> St
             say(f"round {number + 1} of {made.rounds}: {time.monotonic() - round_s:.0f} s")
     finally:
         states.stop()
-    if found.rounds and time.monotonic() - begin_s < within_s:
-        found = session.busy(found)
+    if found.rounds:
+        found = session.busy(found, begin_s + within_s)
     steps.write(found, path)
     return found
 
