@@ -498,7 +498,7 @@ def tiny(profile: str) -> str:
 
 
 def _here(profile: Path) -> dict:
-    """What must not have changed for a block to be gone on with: the machine since it was started, the GPU, the code."""
+    """What must not have changed for a block to be gone on with: the machine since its start, the GPU, the code."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     code = hashlib.sha256()
     for path in [*sorted((ROOT / "lib").rglob("*.py")), ROOT / "notebooks" / "train.ipynb", profile]:

@@ -44,9 +44,12 @@ def test_the_order_of_rounds_is_balanced_and_the_control_wanders():
 def test_a_round_is_every_variant_once_at_every_length_and_the_file_holds_whole_rounds(tmp_path, monkeypatch):
     path, files = tmp_path / "steps.json", []
     taken = study.Session.turn
-    monkeypatch.setattr(
-        study.Session, "turn", lambda *words: files.append(path.exists() and len(steps.load(path).rounds)) or taken(*words)
-    )  # fmt: skip
+
+    def turn(*words):
+        files.append(path.exists() and len(steps.load(path).rounds))
+        return taken(*words)
+
+    monkeypatch.setattr(study.Session, "turn", turn)
     found = measure(path)
     assert files == [False] * 6 + [1] * 6  # written when a round is whole, and not before
     assert found == steps.load(path).model_copy(update={"content_sha256": ""})
@@ -100,7 +103,8 @@ def test_what_runs_out_of_memory_beside_the_others_is_measured_alone(tmp_path, m
     moved, prepare = [], study.Bench.prepare
 
     def short_of_memory(bench, context, window_s):
-        if context == 16 and (bench.entry.label == "sdpa" or bench.entry.label == "linear" and not moved):
+        label = bench.entry.label
+        if context == 16 and (label == "sdpa" or (label == "linear" and not moved)):
             raise OutOfMemory("out of memory (no GiB left); lower batch_size")
         prepare(bench, context, window_s)
 
@@ -112,14 +116,8 @@ def test_what_runs_out_of_memory_beside_the_others_is_measured_alone(tmp_path, m
     found = measure(tmp_path / "steps.json", rounds=1)
     assert moved == []  # all are back
     assert list(found.failed) == ["sdpa"] and found.failed["sdpa"][16].startswith("out of memory")
-    alone = {(turn.label, turn.context): turn.alone for turn in found.rounds[0].turns}
-    assert alone == {
-        ("sdpa", 8): False,
-        ("linear", 8): False,
-        (CONTROL, 8): False,
-        ("linear", 16): True,
-        (CONTROL, 16): False,
-    }
+    turns = found.rounds[0].turns
+    assert len(turns) == 5 and [(turn.label, turn.context) for turn in turns if turn.alone] == [("linear", 16)]
     row = tables.table(found).set_index(["context", "variant"]).loc[("16", "SDPA")]
     assert row["ms a step"].startswith("out of memory")
     assert tables.table(found).set_index(["context", "variant"]).loc[("16", "Linear (elu+1)"), "÷ SDPA"] == "–"
@@ -159,7 +157,8 @@ def made_record(seconds: dict, joules: dict | None = None, **changes) -> steps.S
     for number in range(len(seconds["sdpa"])):
         turns = [
             {
-                "label": label, "context": 512, "position": position, "steps": 10, "time_s": 10 * seconds[label][number],
+                "label": label, "context": 512, "position": position, "steps": 10,
+                "time_s": 10 * seconds[label][number],
                 "energy_j": joules and 10 * joules[label][number], "energy_null_reason": None if joules else "no_gpu",
                 "edges_j": None, "after_w": [], "peak_memory_bytes": 2.0**30, "gpu": None, "other_processes": None,
             }

@@ -225,16 +225,14 @@ class BucketLayer(DynamicLayer):
         elsewhere = past and (not self.room or self.keys.data_ptr() != self.room[0].data_ptr())  # reordered, say
         if taken > self.reserved or elsewhere:
             keys, values = super().update(key_states, value_states)
-            self.buckets = (
-                buckets if self.buckets is None else torch.cat([self.buckets, buckets], dim=-1)
-            )  # (B, H, R, S)
+            # (B, H, R, S)
+            self.buckets = buckets if self.buckets is None else torch.cat([self.buckets, buckets], dim=-1)
             return keys, values, self.buckets
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            sizes = zip((key_states, value_states, buckets), (2, 2, 3), strict=True)
-            self.room = [
-                x.new_empty([self.reserved if d == axis else n for d, n in enumerate(x.shape)]) for x, axis in sizes
-            ]
+            heads = key_states.shape[:2]
+            self.room = [x.new_empty(*heads, self.reserved, x.shape[3]) for x in (key_states, value_states)]
+            self.room.append(buckets.new_empty(*heads, buckets.shape[2], self.reserved))
         keys, values, known = self.room
         keys[:, :, past:taken], values[:, :, past:taken], known[..., past:taken] = key_states, value_states, buckets
         self.keys, self.values, self.buckets = keys[:, :, :taken], values[:, :, :taken], known[..., :taken]

@@ -75,7 +75,8 @@ def mfu(model_flops_per_s: float, device_name: str, precision: str) -> energy.Re
     """Model FLOPs utilization (Chowdhery et al. 2022, appendix B): model FLOP/s over the device's dense peak.
 
     Model FLOPs are those of `non_padding`, three forwards to a step: what the device computes of padding, or of scores
-    that causality hides, trains nothing. `precision` is bf16 or fp32. Where the peak is not in the table, a CPU's too: None and `peak_unknown`.
+    that causality hides, trains nothing. `precision` is bf16 or fp32. Where the peak is not in the table, a CPU's too:
+    None and `peak_unknown`.
     """
     if device_name not in PEAK_FLOPS_PER_S:
         return energy.Reading(None, "peak_unknown")

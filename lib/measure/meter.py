@@ -89,11 +89,8 @@ class Meter:
             if watts[-1] is None:
                 break
             settled = len(watts) > 1 and abs(watts[-1] / watts[-2] - 1) <= SETTLED_WITHIN
-        settling_s, heat = (
-            time.perf_counter() - begin_s,
-            (environment.gpu_state(self.device) or {}).get("temperature_c"),
-        )
-        self.idle = {"settling_s": settling_s, "settled": settled, "temperature_c": heat}
+        settling_s, state = time.perf_counter() - begin_s, environment.gpu_state(self.device) or {}
+        self.idle = {"settling_s": settling_s, "settled": settled, "temperature_c": state.get("temperature_c")}
         self.idle_power = self._idle_w(idle_s)
         return self.idle_power
 

@@ -64,7 +64,7 @@ class Turn(Strict):
     energy_j: Measured
     energy_null_reason: Literal[tuple(REASONS)] | None
     edges_j: Measured  # taken off the counter's joules: what the idle GPU drew between its steps and the window
-    after_w: list[float] = []  # of the idle GPU after the window, over two steps of the counter: alike, or it was late
+    after_w: list[float]  # of the idle GPU after the window, over two steps of the counter: alike, or it was late
     peak_memory_bytes: Measured
     gpu: GpuSummary | None
     other_processes: int | None  # on the GPU, right after the window; None where there is none or it is unknown
@@ -88,9 +88,10 @@ class Steps(Strict):
     setting: Setting
     environment: dict
     entries: list[Entry]
-    rounds: list[Round] = []
-    failed: dict[str, dict[int, str]] = {}  # label: length: why it has no turn there
-    busy: dict[str, dict[int, Measured]] = {}  # label: length: share of a step in which the GPU computes
+    rounds: list[Round] = Field(default_factory=list)
+    failed: dict[str, dict[int, str]] = Field(default_factory=dict)  # label: length: why it has no turn there
+    # label: length: share of a step in which the GPU computes
+    busy: dict[str, dict[int, Measured]] = Field(default_factory=dict)
     content_sha256: str = ""  # of all the rest; filled on writing
 
     @model_validator(mode="after")

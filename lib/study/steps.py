@@ -40,24 +40,24 @@ from lib.study import plan, runner
 ROWS = 64  # of random tokens, over and over
 LEARNING_RATE, WEIGHT_DECAY, CLIP_NORM = 5e-5, 0.1, 1.0
 FIRST_STEPS, TIMED_STEPS, BEFORE_STEPS = 2, 3, 2  # never timed; to know how many fill a window; before each window
-# A window is to be so much longer than asked for, so that none falls short of it: by the few steps that were timed before
-# the first round, and by the window before.
+# A window is to be so much longer than asked for, so that none falls short of it: by the few steps that were timed
+# before the first round, and by the window before.
 FIRST_MARGIN, MARGIN = 1.15, 1.05
 BUSY_STEPS = 3
+
+
+QUICK = (Size(context=128, batch_size=4), Size(context=512, batch_size=1))
 
 
 class Plan(Strict):
     """What is to be measured; the defaults take a minute on a CPU."""
 
-    variants: list[str | dict] = []
+    variants: list[str | dict] = Field(default_factory=list)
     layers: Count = 2
     width: Count = 128
     heads: Count = 4
     vocabulary: Annotated[int, Field(ge=2)] = 4096
-    sizes: Annotated[list[Size], Field(min_length=1)] = [
-        Size(context=128, batch_size=4),
-        Size(context=512, batch_size=1),
-    ]
+    sizes: Annotated[list[Size], Field(min_length=1, default_factory=lambda: list(QUICK))]
     window_s: Seconds = 0.3
     rounds: Count = 8
     compile: bool = False
@@ -219,17 +219,10 @@ class Session:
             self.say(f"{entry.label}: certificate, weights")
             passed = bool(certificate.certify(entry.attention, entry.options)["passed"])
             self.benches[entry.label] = bench = Bench(entry, made, self.device)
-            entries.append(
-                Entry(
-                    label=entry.label,
-                    title=entry.title,
-                    attention=paths.portable(entry.attention),
-                    attention_sha256=attention.source_sha256(entry.attention),
-                    options=entry.options,
-                    certified=passed,
-                    parameters=sum(weight.numel() for weight in bench.model.parameters()),
-                )  # fmt: skip
-            )
+            facts = {name: getattr(entry, name) for name in ("label", "title", "options")}
+            facts |= {"attention": paths.portable(entry.attention), "certified": passed}
+            facts |= {"attention_sha256": attention.source_sha256(entry.attention)}
+            entries.append(Entry(**facts, parameters=sum(weight.numel() for weight in bench.model.parameters())))
         return Steps(
             provenance=energy.provenance(), finished_at=record.now(),
             setting=Setting(**shared, device=self.device.type, precision=self.precision),
@@ -246,9 +239,8 @@ class Session:
                 says = self._prepared(label, size.context)
                 if says is not None:
                     failed.setdefault(label, {})[size.context] = says
-                self.say(
-                    f"{label}, {size.context} tokens: {says or f'{self.benches[label].steps[size.context]} steps'}"
-                )
+                planned = self.benches[label].steps.get(size.context)
+                self.say(f"{label}, {size.context} tokens: {says or f'{planned} steps a window'}")
         return found.model_copy(update={"failed": failed})
 
     def _prepared(self, label: str, context: int) -> str | None:
@@ -321,7 +313,8 @@ class Session:
             energy_j=joules.joules, energy_null_reason=joules.reason,
             edges_j=counter.edges_j[-1] if joules.joules is not None else None,
             after_w=list(counter.after_w[-1]) if joules.joules is not None and counter.after_w else [],
-            peak_memory_bytes=bench.peak.get(context), gpu=sampler.summary(samples), other_processes=others, alone=alone,
+            peak_memory_bytes=bench.peak.get(context), gpu=sampler.summary(samples), other_processes=others,
+            alone=alone,
         )  # fmt: skip
 
     def busy(self, found: Steps, until_s: float) -> Steps:
@@ -355,7 +348,7 @@ def _out_of_memory(error: Exception) -> str:
 
 
 def measure(made: Plan, path: Path, within_s: float = math.inf, say=print) -> Steps:
-    """Measures the rounds of the plan that the file lacks, for as long as another is expected to end `within_s` seconds.
+    """Measures the rounds of the plan that the file lacks, for as long as one is expected to end within `within_s`.
 
     Raises UsageError where the file is of another setting, machine or definition.
     """
