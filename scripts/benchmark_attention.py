@@ -4,8 +4,8 @@
 `layer` times one attention layer of width 256 (4 heads, B = 1) by context length, each variant beside reference
 implementations, with random weights; `step` a whole training step of GPT-2 124M. All take turns, in another order each
 round, so that a busy machine is busy for all, and each variant takes a second turn, as its A/A control. A ratio is ours
-over the best of theirs, of medians and of minima: above 1, ours is slower. One that is not installed is named as absent,
-one that runs out of memory too. fp32 on a CPU, bf16 on CUDA.
+over the best of theirs, of medians and of minima: above 1, ours is slower. One that is not installed is named as
+absent, one that runs out of memory too. fp32 on a CPU, bf16 on CUDA.
 
 Implementations beyond the project's own pins, of which none is a dependency: local-attention, reformer-pytorch and
 pytorch-fast-transformers, on CUDA also fla-core and FlexAttention; for `step` nanoGPT's model.py, by its path.

@@ -28,9 +28,9 @@ def caution(found: Benchmark) -> str:
         for name in found.reference_implementations
         if name in times_ms and f"{name}{AGAIN}" in times_ms
     ]
-    noise = (
-        f"a variant beside itself: {min(again):.3f} to {max(again):.3f}" if again else "no A/A control: noise unknown"
-    )
+    noise = "no A/A control: noise unknown"
+    if again:
+        noise = f"a variant beside itself: {min(again):.3f} to {max(again):.3f}"
     return f"{n} rounds, each ratio by itself: no correction for how many there are, and no verdict; {noise}"
 
 
