@@ -81,6 +81,7 @@ def test_turns_are_paired_by_their_round():
     middle, half = math.sqrt(0.875 * 1.75), math.exp(math.log(2) / 2 * 12.7062)
     assert benchmarks.paired([7.0, 14.0], [8.0, 8.0]) == f"{middle:.2f} [{middle / half:.2f}, {middle * half:.2f}]"
     assert benchmarks.paired([7.0], [8.0]) == "0.88"
+    assert benchmarks.paired([7.0, 14.0], [8.0, 16.0]) == "0.88 [0.88, 0.88]"
 
 
 def test_a_step_s_table_begins_with_the_quickest(benchmark):

@@ -117,7 +117,8 @@ def test_a_profile_that_is_not_there_lists_those_that_are(out, capsys):
     assert "params/paper.yaml" in capsys.readouterr().err
 
 
-PROFILES = [path for path in sorted((ROOT / "params").glob("*.yaml")) if not path.stem.startswith("scaling_")]
+OTHERS = ("scaling_", "steps_")  # of other commands
+PROFILES = [path for path in sorted((ROOT / "params").glob("*.yaml")) if not path.stem.startswith(OTHERS)]
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)

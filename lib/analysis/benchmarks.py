@@ -102,7 +102,8 @@ def paired(ours_ms: list[float], theirs_ms: list[float]) -> str:
     ratio = math.exp(logs.mean())
     if len(logs) < 2:
         return f"{ratio:.2f}"
-    low, high = (math.exp(end) for end in stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
+    half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+    low, high = ratio * math.exp(-half), ratio * math.exp(half)
     return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
 
 

@@ -295,8 +295,8 @@ def train(steps, report, folder):
     p = SimpleNamespace(**p | {"steps_per_epoch": steps, "device": "cpu", "precision": "fp32"})
     model = build_model("sdpa", gpt2_config(1, 32, 2, 32, 30), p.seed)
     trainer = training.Trainer(model, corpus.Corpus(make_rows(), make_rows(9), 30), p)
-    trainer.warm_up()
     with trainer.meter.watching():
+        trainer.warm_up()
         trainer.run(report, reports=2 * steps)
     path = record.write(assemble.make_record(p, trainer, CERTIFICATE, [], phases.measured(trainer, 0)), folder)
     return trainer.meter, path
@@ -316,14 +316,14 @@ def live(folder):
 
 
 def stepped(folder):
-    """Two rounds of training steps that take turns, in windows of 0.4 s, which for once are long enough."""
+    """Two rounds of training steps that take turns, in windows of about 0.4 s, which for once are long enough."""
     from lib.measure import energy, warmth
     from lib.record import steps as records
     from lib.study import steps
 
     stage(start=time.time() - 10, shape="constant")
     on_the_gpu()
-    warmth.STEADY_OVER_S, energy.SHORTEST_WINDOW_S = 0.5, 0.3
+    warmth.STEADY_OVER_S, energy.SHORTEST_WINDOW_S = 0.5, 0.0
     tiny = {"layers": 1, "width": 16, "heads": 2, "vocabulary": 30, "rounds": 2, "window_s": 0.4, "device": "cpu"}
     tiny |= {"variants": ["sdpa", "linear"], "sizes": [{"context": 8, "batch_size": 2}]}
     folder.mkdir()
