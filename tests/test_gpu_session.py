@@ -378,24 +378,23 @@ def test_a_rehearsal_is_the_real_profile_in_tiny(script):
         assert rehearsed["packing"] == real["packing"]
 
 
+# Of a step on a GPU that is the variant's alone, by the profiles' own comments: the fastest that is thought possible.
+FASTEST_STEP_S = {"gpu_512": 0.0176, "gpu_4096": 0.023, "paper": 0.0176, "gpt2_medium": 0.1, "gpt2_large": 0.22}
+
+
 @pytest.fixture
 def profiles():
     yaml = pytest.importorskip("yaml")
     params = SCRIPT.parent.parent / "params"
-    return {
-        name: yaml.safe_load((params / f"{name}.yaml").read_text()) for name in ("gpu_512", "gpu_4096", "gpu_phases")
-    }
+    names = (*FASTEST_STEP_S, "gpu_phases")
+    return {name: yaml.safe_load((params / f"{name}.yaml").read_text()) for name in names}
 
 
-def test_the_profiles_have_equal_tokens_a_step_and_room_for_inference(profiles):
-    for profile in profiles.values():
+def test_the_profiles_have_equal_tokens_a_step_and_room_for_inference(script, profiles):
+    for profile in (profiles[blocks.profile] for blocks in script.BLOCKS):
         assert profile["batch_size"] * profile["context"] == 8192
         assert max(profile["inference_contexts"]) + profile["new_tokens"] <= profile["positions"]
         assert profile["context"] in profile["inference_contexts"]
-
-
-# Of a step on a GPU that is the variant's alone, by the profiles' own comments: the fastest that is thought possible.
-FASTEST_STEP_S = {"gpu_512": 0.0176, "gpu_4096": 0.023}
 
 
 def test_the_profiles_windows_are_not_flagged_by_their_own_limits(profiles):
@@ -403,7 +402,8 @@ def test_the_profiles_windows_are_not_flagged_by_their_own_limits(profiles):
 
     for name, step_s in FASTEST_STEP_S.items():
         assert profiles[name]["steps_per_epoch"] * step_s >= selfcheck.SHORT_WINDOW_S, name
-        assert profiles[name]["epochs"] >= 8 and profiles[name]["idle_s"] >= energy.SHORTEST_WINDOW_S
+        assert profiles[name]["epochs"] >= 8, name
+        assert profiles[name].get("idle_s", energy.SHORTEST_WINDOW_S) >= energy.SHORTEST_WINDOW_S
     phases = profiles["gpu_phases"]
     assert phases["inference_window_s"] >= energy.SHORTEST_WINDOW_S
     assert phases["steps_per_epoch"] * FASTEST_STEP_S["gpu_512"] >= selfcheck.SHORT_WINDOW_S
