@@ -6,10 +6,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from make import CERTIFICATE
+from test_training import P, make_rows
 
+from lib import training
+from lib.data import corpus
 from lib.measure import assemble, energy, environment, flops, inference, kernels, sampler, warmth
 from lib.measure.meter import Meter, Window
 from lib.model import build_model, devices, gpt2_config, meta_model
+from lib.study import plan
 
 CPU = torch.device("cpu")
 fp32 = devices.autocast("fp32", CPU)
@@ -161,6 +166,18 @@ def test_model_flops_are_those_of_the_tokens_that_are_no_padding():
     model = small()
     by_length = {tokens: flops.analytic(model, tokens)["forward_flops_causal"] for tokens in (3, 16)}
     assert flops.non_padding(model, [[3, 16], [16, 0]]) == by_length[3] + 2 * by_length[16]
+
+
+def test_a_record_s_mfu_leaves_padding_out(monkeypatch):
+    p = SimpleNamespace(**{name: line.default for name, line in plan.known_parameters().items()} | P)
+    trainer = training.Trainer(small(), corpus.Corpus(make_rows(), make_rows(9), 30), p)
+    monkeypatch.setitem(flops.PEAK_FLOPS_PER_S, environment.cpu_name(), {"fp32": 1e12})
+    trainer.run()
+    metrics = assemble.make_record(p, trainer, CERTIFICATE, [], {"phases": [], "slope": None}).metrics
+    rows = trainer.corpus.train.lengths[trainer.rows[: trainer.steps]].ravel()
+    by_hand = 3 * sum(flops.analytic(trainer.model, int(length))["forward_flops_causal"] for length in rows)
+    assert metrics.mfu == pytest.approx(by_hand / metrics.time_s / 1e12)
+    assert metrics.mfu < 0.9 * metrics.causal_flops_per_s / 1e12  # that of whole rows, a third of which is padding
 
 
 def test_the_resident_peak_is_the_window_s_own():

@@ -199,6 +199,8 @@ def test_ratios_are_taken_inside_rounds_where_drift_cancels():
         width = compare.paired_t([[0.00995033, -0.01005034, 0.0, 0.00995033, -0.01005034]])
         assert control["high"] / control["ratio"] == pytest.approx(float(width.high[0] / width.ratio[0]), rel=1e-5)
     assert rows.loc[("energy_j_per_step", "sdpa"), "median"] == pytest.approx(330.0)
+    assert rows.loc[("time_s_per_step", "sdpa"), "median"] == pytest.approx(1.1)
+    assert set(steps.frame(found)["mean_power_w"].round(6)) == {300.0}
     shown = tables.table(found)
     assert list(shown["variant"]) == ["SDPA", CONTROL.upper(), "HALF"]  # the reference, its control, the cheapest
     assert shown["peak memory, GiB"].tolist() == ["1.00"] * 3 and shown["÷ SDPA"].iloc[2].startswith("0.500 [0.4")

@@ -82,6 +82,10 @@ def test_on_a_gpu_warm_up_goes_on_until_it_rests_and_takes_the_rows_again(monkey
 def test_pinned_memory_for_batches_is_there_before_the_window(monkeypatch):
     """Without a GPU nothing can be pinned: what would be is noted instead."""
     trainer, pinned = make_trainer(accumulation=2), []
+    monkeypatch.setattr(trainer, "pin_buffers", lambda: pinned.append(trainer.meter.windows))
+    trainer.warm_up()
+    assert pinned == [[]]
+    trainer, pinned = make_trainer(accumulation=2), []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
     trainer.device = torch.device("cuda")
     trainer.pin_buffers()

@@ -224,7 +224,7 @@ def study(runs: list[dict], profile: str, folder: Path, session: str | None = No
     left = sum(not is_finished(run, folder) for run in runs) - (len(runs) if most is None else most)
     failed = run_all(runs, profile, session, most)
     if left > 0:
-        print(f"{left} runs are left; the same command goes on")
+        print(f"left to run: {left}; the same command goes on")
     else:
         problem = summarize(folder)
         if problem:
