@@ -267,7 +267,7 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
     values, reasons = meter.metrics()
     peak = "peak_memory_bytes" if device.type == "cuda" else "peak_resident_bytes"
     grown_bytes = None if values[peak] is None else values[peak] - held
-    watch = Stopwatch(device)
+    watch = Stopwatch(device, energy.no_counter())  # joules have a window of their own
     for _ in range(setting.repeats):
         with watch:
             work(*given)
