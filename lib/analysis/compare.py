@@ -85,6 +85,12 @@ def whole_blocks(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(whole) if whole else runs.iloc[:0]
 
 
+def comparable(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of what is in whole blocks the runs of those alone, so that means are of the same seeds; of others all runs."""
+    whole = whole_blocks(runs)
+    return pd.concat([whole, runs[~runs["label"].isin(whole["label"])]]) if len(whole) else runs
+
+
 def balanced(runs: pd.DataFrame) -> bool:
     """Whether over the whole blocks every label stood in every place, and right behind every other, equally often.
 

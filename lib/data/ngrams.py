@@ -10,6 +10,7 @@ the weights a and b by how often v was seen, in powers of two, chosen by expecta
 these rows with the counts of the others; validation rows choose nothing. Cost: one pass over the tokens.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lib.data.cache import forget, made_once
+from lib.data.cache import made_once
 from lib.data.corpus import IGNORED, Corpus, Rows
+from lib.errors import UsageError
 
 FORM = 1  # of what is kept in the cache; another number counts anew
 EVERY = 10  # row of the training is held out to choose the weights
@@ -56,8 +58,9 @@ def repeated_bigrams(ids: np.ndarray) -> np.ndarray:
 def losses(corpus: Corpus, trained: np.ndarray, sequences: int) -> dict:
     """What both tables of the `trained` rows lose on the tokens that a validation over `sequences` rows counts.
 
-    `unigram_loss` and `bigram_loss` in nats per token; `repeated_bigrams`, the share of these tokens that end a bigram
-    which their row has held before. Counted once for the same tokens and rows, and kept in the cache.
+    `unigram_loss` and `bigram_loss` in nats per token, each also of the tokens that end a bigram which their row has
+    held before (`..._repeated_bigram_loss`) and of the rest (`..._other_loss`), None of no token; `repeated_bigrams`,
+    the share of the former. Counted once for the same tokens and rows, and kept in the cache.
     """
     trained, rows = np.unique(trained), min(sequences, len(corpus.validation))
     digest = hashlib.sha256(trained.astype("<i8").tobytes()).hexdigest()
@@ -69,12 +72,9 @@ def losses(corpus: Corpus, trained: np.ndarray, sequences: int) -> dict:
     def count(scratch):
         (scratch / KEPT).write_text(json.dumps(_losses(corpus, trained, rows)))
 
-    folder = made_once(what, count)
-    try:
-        return json.loads((folder / KEPT).read_text())
-    except (OSError, ValueError):  # cut short, or changed by somebody
-        forget(folder)
+    with contextlib.suppress(UsageError, OSError, ValueError):  # a full disk or a damaged cache costs time, no record
         return json.loads((made_once(what, count) / KEPT).read_text())
+    return _losses(corpus, trained, rows)
 
 
 def _losses(corpus: Corpus, trained: np.ndarray, rows: int) -> dict:
@@ -83,12 +83,12 @@ def _losses(corpus: Corpus, trained: np.ndarray, rows: int) -> dict:
     held_out = trained[:: max(EVERY, -(-len(trained) // MOST_HELD_OUT))]
     (chosen,) = _chunks(corpus.train, held_out, len(held_out))
     table = Table(corpus.train, corpus.vocabulary, trained, held_out, (asked, chosen))
-    unigram, bigram = table.probabilities(asked, chosen)
-    return {
-        "unigram_loss": float(-np.log(unigram).mean()),
-        "bigram_loss": float(-np.log(bigram).mean()),
-        "repeated_bigrams": float(repeated_bigrams(ids)[counts].mean()),
-    }
+    repeated, found = repeated_bigrams(ids)[counts], {}
+    for name, given in zip(("unigram", "bigram"), table.probabilities(asked, chosen), strict=True):
+        for kind, which in (("", slice(None)), ("_repeated_bigram", repeated), ("_other", ~repeated)):
+            lost = -np.log(given[which])
+            found[f"{name}{kind}_loss"] = float(lost.mean()) if len(lost) else None
+    return found | {"repeated_bigrams": float(repeated.mean())}
 
 
 def _counted(rows: Rows, chosen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
