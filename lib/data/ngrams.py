@@ -22,7 +22,7 @@ from lib.data.cache import made_once
 from lib.data.corpus import IGNORED, Corpus, Rows
 from lib.errors import UsageError
 
-FORM = 1  # of what is kept in the cache; another number counts anew
+FORM = 2  # of what is kept in the cache; another number counts anew
 EVERY = 10  # row of the training is held out to choose the weights
 MOST_HELD_OUT = 4096  # rows
 AT_ONCE = 2048  # rows counted together
