@@ -5,8 +5,9 @@ import hashlib
 import json
 import time
 
-from lib import record
+from lib import attention, record
 from lib.data import conversations, corpus
+from lib.study import plan
 
 METRICS = {
     "time_s": 20.0, "time_per_epoch_s": 10.0, "non_padding_tokens_per_s": 5e3,
@@ -31,7 +32,20 @@ CERTIFICATE = {
 }  # fmt: skip
 
 
-def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, **changes) -> record.Record:
+def places(labels, blocks) -> dict[tuple[str, int], int]:
+    """Where each of a study's runs stands in its block: (label, block) to position, as `lib.study.plan` orders them."""
+    others, found = [label for label in labels if label != attention.CONTROL], {}
+    for block, order in enumerate(plan.orders(len(others), blocks)):
+        names = [others[which] for which in order]
+        if attention.CONTROL in labels:
+            names.insert(block % len(labels), attention.CONTROL)
+        found |= {(name, block): position for position, name in enumerate(names)}
+    return found
+
+
+def make_record(
+    label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, position=0, **changes
+) -> record.Record:
     """A record whose metrics are `METRICS` with `changes`; what is None has a reason."""
     metrics = METRICS | {name: value for name, value in changes.items() if name in METRICS}
     others = {name: value for name, value in changes.items() if name not in METRICS}
@@ -51,7 +65,7 @@ def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0"
         "paper": "a paper",
         "setting": setting,
         "parameters": PARAMETERS | {"seed": block},
-        "study": {"session": session, "block": block, "position": 0} if session else {},
+        "study": {"session": session, "block": block, "position": position} if session else {},
         "environment": {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-1"}},
         "data": {},
         "certificate": CERTIFICATE | {"causal": certified, "passed": certified},
@@ -71,9 +85,8 @@ def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0"
 
 
 def write_blocks(folder, labels=("baseline", "sdpa", "sdpa_again"), blocks=1, **changes):
-    for block in range(blocks):
-        for label in labels:
-            record.write(make_record(label, block, **changes), folder)
+    for (label, block), position in places(labels, blocks).items():
+        record.write(make_record(label, block, position=position, **changes), folder)
 
 
 def fill(disk):

@@ -126,7 +126,7 @@ def about_blocks(runs: pd.DataFrame) -> str:
         return f"{counted}, fewer than {FEWEST_BLOCKS}: points only, no interval, no verdict, no rank."
     if balanced(runs):
         return f"{counted}, the order of runs over them balanced; the place of each run is in the model."
-    if laid_out(runs, "time_s") is None:
+    if laid_out(runs, "time_s", True) is None:
         return f"{counted}, but not in which order their runs were: points only, no interval, no verdict, no rank."
     return f"{counted}, the order of runs over them not balanced: the place of each run is in the model."
 
@@ -156,12 +156,12 @@ class Layout(NamedTuple):
     effects: PlaceEffects | None  # of the places; None where the order makes no difference
 
 
-def laid_out(runs: pd.DataFrame, metric: str) -> Layout | None:
+def laid_out(runs: pd.DataFrame, metric: str, as_ratio: bool) -> Layout | None:
     """The whole blocks of `runs`. None where there is none, or nobody knows in which order their runs were."""
     blocks = whole_blocks(runs)
     if blocks.empty:
         return None
-    values = blocks.assign(value=scaled(blocks[metric], metric)).pivot(index=BLOCK, columns="label", values="value")
+    values = blocks.assign(value=scaled(blocks[metric], as_ratio)).pivot(index=BLOCK, columns="label", values="value")
     if metric in ORDER_FREE:
         return Layout(values, None)
     if "position" not in blocks:
@@ -172,10 +172,10 @@ def laid_out(runs: pd.DataFrame, metric: str) -> Layout | None:
     return Layout(values, PlaceEffects(places, values.notna()))
 
 
-def scaled(values: pd.Series, metric: str) -> pd.Series:
-    """What is compared: nats of a loss, the logarithm of a cost where it is above 0."""
+def scaled(values: pd.Series, as_ratio: bool) -> pd.Series:
+    """Numbers as they are compared: the logarithm where it is above 0, for a ratio; as they are, for a difference."""
     values = values.astype(float)
-    return values if metric in LOSSES else np.log(values.where(values > 0))
+    return np.log(values.where(values > 0)) if as_ratio else values
 
 
 NUMBERS = ("estimate", "low", "high", "p", "level")
@@ -195,7 +195,7 @@ def ratios(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     in, it would cost the variants power, and Holm would make it slower to sound the alarm; its `p` is the raw one, so
     it is called different by chance in one table of twenty. What fails its certificate has an interval, but no p.
     """
-    found = _against_reference(runs, metric)
+    found = _against_reference(runs, metric, as_ratio=True)
     found[["estimate", "low", "high", "level"]] = np.exp(found[["estimate", "low", "high", "level"]])
     return found.rename(columns={"estimate": "ratio"})
 
@@ -206,15 +206,15 @@ def differences(runs: pd.DataFrame, metric: str = "validation_loss") -> pd.DataF
     0.02 nats are 2 % of the perplexity: the margin within which two are equivalent. The order of runs makes no
     difference to a loss, so their places are not in the model.
     """
-    return _against_reference(runs, metric).rename(columns={"estimate": "difference"})
+    return _against_reference(runs, metric, as_ratio=False).rename(columns={"estimate": "difference"})
 
 
-def _against_reference(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+def _against_reference(runs: pd.DataFrame, metric: str, as_ratio: bool) -> pd.DataFrame:
     """`ratios` and `differences`, on the scale on which they are compared."""
     columns = ["label", "n", *NUMBERS, "verdict"]
     if REFERENCE not in set(runs["label"]):
         return pd.DataFrame(columns=columns).astype(dict.fromkeys(NUMBERS, float))
-    values, paired, layout = scaled(runs[metric], metric), pairs(runs), laid_out(runs, metric)
+    values, paired, layout = scaled(runs[metric], as_ratio), pairs(runs), laid_out(runs, metric, as_ratio)
     whole = whole_blocks(runs)
     reference = values[whole.index[whole["label"] == REFERENCE]].mean()
     rows, family = [], []
@@ -238,7 +238,7 @@ def _against_reference(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
         for row, p in zip(family, holm([row[of] for row in family]), strict=True):
             row[of] = float(p)
     for row in rows:
-        row["verdict"] = row["verdict"] or verdict(row["p"], row["equivalence_p"], _margin(metric))
+        row["verdict"] = row["verdict"] or verdict(row["p"], row["equivalence_p"], "2 %" if as_ratio else "0.02 nats")
     return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))
 
 
@@ -257,10 +257,6 @@ def _verdict_or_test(label, mine: pd.DataFrame, logs, layout: Layout | None) -> 
     return (f"n = {len(logs)}, place and variant not told apart", None) if tested is None else (None, tested)
 
 
-def _margin(metric: str) -> str:
-    return "0.02 nats" if metric in LOSSES else "2 %"
-
-
 def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
     """The first and last rank that each certified variant can have, from the lowest `metric` up; the control has none.
 
@@ -268,7 +264,7 @@ def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
     all pairs: where two are not significantly different they share a rank. A variant with fewer than five whole blocks
     in common with `sdpa` has none.
     """
-    layout = laid_out(runs, metric)
+    layout = laid_out(runs, metric, metric not in LOSSES)
     if layout is None or REFERENCE not in layout.values:
         return {}
     certified = runs.groupby("label")["certified"].all()
@@ -295,15 +291,16 @@ def noise(runs: pd.DataFrame, metric: str) -> Noise | None:
     It estimates the noise of that metric and is no threshold: without any difference a variant exceeds it half the
     time. None where there is no control, or it was not measured.
     """
-    found = _against_reference(runs, metric).set_index("label")
+    as_ratio = metric not in LOSSES
+    found = _against_reference(runs, metric, as_ratio).set_index("label")
     if CONTROL not in found.index or not found.loc[CONTROL, "n"]:
         return None
-    of, shown = found.loc[CONTROL], (lambda nats: float(nats)) if metric in LOSSES else (lambda log: float(np.exp(log)))
+    of, shown = found.loc[CONTROL], lambda value: float(np.exp(value) if as_ratio else value)
     low, high, n = of["low"], of["high"], int(of["n"])
     if n == 1:
         return Noise(shown(of["estimate"]), None, None, n)
     if pd.isna(low):  # fewer blocks than a verdict needs, or no known order: noise, and what drifts
-        mine, values = pairs(runs), scaled(runs[metric], metric)
+        mine, values = pairs(runs), scaled(runs[metric], as_ratio)
         mine = mine[mine["label"] == CONTROL]
         logs = values[mine["run"]].to_numpy() - values[mine["reference"]].to_numpy()
         _, low, high, *_ = paired_t(logs[~np.isnan(logs)])

@@ -55,6 +55,6 @@ def noise_in_words(found: compare.Noise | None, metric: str) -> str:
     is_loss = metric in compare.LOSSES
     estimate = f"{found.estimate:+.3f} nats" if is_loss else f"× {found.estimate:.3f}"
     if found.low is None:
-        return f"{estimate} (n = 1: noise unknown)"
+        return f"{estimate}, n = 1: noise unknown"
     form = "+.3f" if is_loss else ".3f"
     return f"{estimate} [{found.low:{form}}, {found.high:{form}}], n = {found.n}"

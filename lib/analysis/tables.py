@@ -1,7 +1,7 @@
 """The tables of the study, from records alone."""
 
 import pandas as pd
-from IPython.display import HTML
+from IPython.display import HTML, Markdown
 
 from lib import attention
 from lib.analysis import compare, ngrams
@@ -41,7 +41,8 @@ def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
             level = found[metric].loc[label, "level"]
             row[unit] = "–" if pd.isna(level) else form.format(level / scale)
         if by != "validation_loss":
-            row |= {"ratio to SDPA": shown(cost.loc[label]), "verdict": _verdict(cost.loc[label], certified[label])}
+            row |= {"ratio to SDPA": shown(cost.loc[label]), "n": _count(cost.loc[label, "n"])}
+            row["verdict"] = _verdict(cost.loc[label], certified[label])
         row["loss − SDPA's, nats"] = shown(loss.loc[label])
         row["verdict on the loss"] = _verdict_on_loss(loss.loc[label], certified[label], above[label], above)
         row["loss − bigram table's"] = "–" if pd.isna(above[label]) else f"{above[label]:+.2f}"
@@ -60,6 +61,10 @@ def _beside_reference(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
 def _place(label: str, ranks: dict, cost: pd.DataFrame) -> tuple:
     """Where a variant stands: by rank, then by its number, then the unranked; all alike where nothing is ranked."""
     return (*ranks[label], cost.loc[label, "level"]) if label in ranks else (len(ranks) + 1, 0, 0)
+
+
+def _count(n) -> str:
+    return "–" if pd.isna(n) else f"{n:.0f}"
 
 
 def _rank(found: tuple[int, int] | None) -> str:
@@ -104,8 +109,13 @@ def noise(runs: pd.DataFrame) -> pd.DataFrame | str:
     return pd.DataFrame(rows)
 
 
-def table(frame: pd.DataFrame, align: str | None = None):
-    """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content."""
+def table(frame: pd.DataFrame | str, align: str | None = None):
+    """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content.
+
+    A sentence that stands for a table is shown as it is.
+    """
+    if isinstance(frame, str):
+        return Markdown(frame)
     content = pd.util.hash_pandas_object(frame.astype(str)).sum()
     styled = frame.style.hide().set_uuid(f"{content:x}")
     if align:
