@@ -76,13 +76,11 @@ def whole_blocks(runs: pd.DataFrame) -> pd.DataFrame:
     """
     seated = runs.dropna(subset=BLOCK)
     compared = seated["session"].isin(seated.loc[seated["label"] == REFERENCE, "session"])
-    every = sorted(set(seated.loc[compared, "label"]))
-
-    def is_whole(part):
-        return sorted(part["label"]) == every and len(part[["device_name", "gpu_uuid"]].drop_duplicates()) == 1
-
-    whole = [part for _, part in seated.groupby(BLOCK) if is_whole(part)]
-    return pd.concat(whole) if whole else runs.iloc[:0]
+    every = seated.loc[compared, "label"].unique()
+    device = seated["device_name"].astype(str) + seated["gpu_uuid"].fillna("").astype(str)
+    facts = seated.assign(known=seated["label"].isin(every), device=device).groupby(BLOCK)
+    once = (facts["label"].transform("size") == len(every)) & (facts["label"].transform("nunique") == len(every))
+    return seated[once & facts["known"].transform("all") & (facts["device"].transform("nunique") == 1)]
 
 
 def comparable(runs: pd.DataFrame) -> pd.DataFrame:
@@ -126,7 +124,7 @@ def about_blocks(runs: pd.DataFrame) -> str:
         return f"{counted}, fewer than {FEWEST_BLOCKS}: points only, no interval, no verdict, no rank."
     if balanced(runs):
         return f"{counted}, the order of runs over them balanced; the place of each run is in the model."
-    if laid_out(runs, "time_s", True) is None:
+    if _places(whole) is None:
         return f"{counted}, but not in which order their runs were: points only, no interval, no verdict, no rank."
     return f"{counted}, the order of runs over them not balanced: the place of each run is in the model."
 
@@ -164,12 +162,16 @@ def laid_out(runs: pd.DataFrame, metric: str, as_ratio: bool) -> Layout | None:
     values = blocks.assign(value=scaled(blocks[metric], as_ratio)).pivot(index=BLOCK, columns="label", values="value")
     if metric in ORDER_FREE:
         return Layout(values, None)
+    places = _places(blocks)
+    return None if places is None else Layout(values, PlaceEffects(places, values.notna()))
+
+
+def _places(blocks: pd.DataFrame) -> np.ndarray | None:
+    """Which place each label has in each whole block, (blocks, labels); None where nobody knows."""
     if "position" not in blocks:
         return None
     places = blocks.pivot(index=BLOCK, columns="label", values="position").to_numpy(dtype=float)
-    if np.isnan(places).any() or any(len(set(order)) < len(order) for order in places):
-        return None
-    return Layout(values, PlaceEffects(places, values.notna()))
+    return None if np.isnan(places).any() or any(len(set(order)) < len(order) for order in places) else places
 
 
 def scaled(values: pd.Series, as_ratio: bool) -> pd.Series:

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
 FEWEST_BLOCKS = 5  # below that, points only
 EQUIVALENT_WITHIN = 0.02
@@ -133,7 +132,11 @@ def compared(values, effects: PlaceEffects | None, one: int, other: int) -> Pair
 
 def holm(p) -> np.ndarray:
     """Raw p of the comparisons of one family -> adjusted by Holm's step-down (1979)."""
-    return multipletests(p, method="holm")[1] if len(p) else np.empty(0)
+    p = np.asarray(p, dtype=float)
+    order = np.argsort(p)
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)))
+    return adjusted
 
 
 def verdict(p: float, equivalence_p: float, within: str = "2 %") -> str:
