@@ -44,7 +44,7 @@ def places(labels, blocks) -> dict[tuple[str, int], int]:
 
 
 def make_record(
-    label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, position=0, **changes
+    label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, position=0, validation=None, **changes
 ) -> record.Record:
     """A record whose metrics are `METRICS` with `changes`; what is None has a reason."""
     metrics = METRICS | {name: value for name, value in changes.items() if name in METRICS}
@@ -73,7 +73,7 @@ def make_record(
         "metrics": metrics,
         "series": {
             "train_loss": [6.0, 5.5, 5.2, 5.0], "non_padding_tokens": [64, 128, 192, 256],
-            "validation": [{"non_padding_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
+            "validation": validation or [{"non_padding_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
             "epoch_energy_j": [], "log": [{"step": 4, "time_s": 20.0, "energy_j": metrics["energy_j"]}],
             "power_time_s": [10.0], "power_w": [200.0],
             "inference": [{"context": context} | latency for context in (8, 16)], "phases": [], "slope": None,
@@ -87,6 +87,15 @@ def make_record(
 def write_blocks(folder, labels=("baseline", "sdpa", "sdpa_again"), blocks=1, **changes):
     for (label, block), position in places(labels, blocks).items():
         record.write(make_record(label, block, position=position, **changes), folder)
+
+
+def learning(end=5.0, validations=8, tokens=256):
+    """Validations that fall from 8 to `end`, of repeated bigrams too."""
+    points = [(tokens * n // validations, end + (8 - end) * (1 - n / validations) ** 2) for n in range(validations + 1)]
+    return [
+        {"non_padding_tokens": seen, "loss": loss, "repeated_bigram_loss": loss - 1, "other_loss": loss + 0.5}
+        for seen, loss in points
+    ]
 
 
 def fill(disk):
