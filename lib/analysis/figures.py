@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lib.analysis import compare
 from lib.analysis.loss_figures import cost_to_target, loss_against_cost, loss_by_recall, loss_curves
-from lib.analysis.notes import SMALL, note, why
+from lib.analysis.notes import SMALL, absent, note, why
 from lib.analysis.style import BESIDE, GIB, MIB, colours, labels, markers, name_rows, titles, use_style
 from lib.analysis.tables import interval
 from lib.paths import ROOT
@@ -65,9 +65,9 @@ def _bar_figure(runs: pd.DataFrame, panels: list[tuple[str, str, float, str]], f
     """Panels side by side, each (title, metric, scale, unit); one without a single value is a sentence instead."""
     use_style()
     drawn = [panel for panel in panels if runs[panel[1]].notna().any()]
-    absent = [f"{title}: {why(runs, metric)}." for title, metric, *_ in panels if runs[metric].isna().all()]
+    missing = absent({title: why(runs, metric) for title, metric, *_ in panels if runs[metric].isna().all()})
     if not drawn:
-        return " ".join(absent)
+        return " ".join(missing)
     height, width = 1.1 + 0.42 * runs["label"].nunique(), 5.4
     if compare.ratios(runs, drawn[0][1])["low"].notna().any():
         width = 7.2  # intervals need room
@@ -76,7 +76,7 @@ def _bar_figure(runs: pd.DataFrame, panels: list[tuple[str, str, float, str]], f
         _bars(axes, runs, metric, scale, unit, form)
         axes.set_title(title, loc="left")
     figure.tight_layout()
-    note(figure, runs, {title: metric for title, metric, *_ in drawn}, absent)
+    note(figure, runs, {title: metric for title, metric, *_ in drawn}, missing)
     return figure
 
 
@@ -186,9 +186,7 @@ def power_over_time(runs):
     title = titles(runs)
     traces_of = {name: _power_traces(runs[runs["label"] == name]) for name in labels(runs)}
     names = [name for name, traces in traces_of.items() if traces]
-    absent = [
-        f"{title[name]}: {_why_no_trace(runs[runs['label'] == name])}." for name in traces_of if name not in names
-    ]
+    missing = {title[name]: _why_no_trace(runs[runs["label"] == name]) for name in traces_of if name not in names}
     if not names:
         return f"GPU power over time: {_why_no_trace(runs)}."
     colour, certified = colours(names), runs.groupby("label")["certified"].all()
@@ -206,7 +204,7 @@ def power_over_time(runs):
     axes.set_xlabel("seconds of the measured window")
     all_axes[0, 0].set_title("GPU power, W (dashed: mean by the energy counter)", loc="left")
     figure.tight_layout()
-    note(figure, runs, {"mean GPU power": "mean_power_w"}, absent)
+    note(figure, runs, {"mean GPU power": "mean_power_w"}, absent(missing))
     return figure
 
 

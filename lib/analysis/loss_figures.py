@@ -9,7 +9,7 @@ import pandas as pd
 
 from lib import attention
 from lib.analysis import compare, ngrams, target
-from lib.analysis.notes import SMALL, about_noise, beneath, note, why
+from lib.analysis.notes import SMALL, about_noise, absent, beneath, note, why
 from lib.analysis.style import BESIDE, colours, labels, markers, name_rows, titles, use_style
 from lib.analysis.tables import interval
 from lib.record import REASONS
@@ -183,11 +183,11 @@ def cost_to_target(runs):
     """
     use_style()
     found, summary = target.to_target(runs), target.summary(runs).set_index("label")
-    absent = [f"{title}: {_why_no_target(runs, summary, cost)}." for title, cost, *_ in TARGET_PANELS
-              if summary[cost].isna().all()]  # fmt: skip
+    reasons = {title: _why_no_target(runs, summary, cost) for title, cost, *_ in TARGET_PANELS}
+    missing = absent({title: reasons[title] for title, cost, *_ in TARGET_PANELS if summary[cost].isna().all()})
     drawn = [panel for panel in TARGET_PANELS if summary[panel[1]].notna().any()]
     if not drawn:
-        return " ".join(dict.fromkeys(absent))
+        return " ".join(missing)
     height = 1.1 + 0.42 * runs["label"].nunique()
     figure, all_axes = plt.subplots(1, len(drawn), figsize=(7 * len(drawn), height), squeeze=False)
     for axes, (title, cost, scale, unit) in zip(all_axes[0], drawn, strict=True):
@@ -196,7 +196,7 @@ def cost_to_target(runs):
         axes.set_xlabel(f"{unit} (×: ratio to SDPA's)")
     figure.tight_layout()
     lines = about_noise(runs, {title: (target.noise(runs, cost), cost) for title, cost, *_ in drawn})
-    lines += [target.rule(runs), ngrams.sentence(runs), *absent]
+    lines += [target.rule(runs), ngrams.sentence(runs), *missing]
     beneath(figure, lines)
     return figure
 

@@ -59,4 +59,5 @@ def sentence(runs: pd.DataFrame) -> str:
     if not worse:
         return f"A table of token pairs {lost}; every model here is below it."
     who = "Every model here" if len(worse) == len(called) else ", ".join(worse)
-    return f"{who} is worse than a table of token pairs, which {lost}: that loss says nothing about attention."
+    verb = "is" if len(worse) in (1, len(called)) else "are"
+    return f"{who} {verb} worse than a table of token pairs, which {lost}: that loss says nothing about attention."

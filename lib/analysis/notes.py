@@ -21,6 +21,14 @@ def why(own: pd.DataFrame, metric: str) -> str:
     return f"not measured: {'; '.join(sorted(REASONS.get(reason, reason) for reason in reasons)) or 'no reason given'}"
 
 
+def absent(reasons: dict[str, str]) -> list[str]:
+    """A sentence per reason, of the panels (by title) that are not drawn."""
+    titles_of: dict[str, list[str]] = {}
+    for title, reason in reasons.items():
+        titles_of.setdefault(reason, []).append(title)
+    return [f"{', '.join(them)}: {reason}." for reason, them in titles_of.items()]
+
+
 def beneath(figure: Figure, lines: list[str]) -> None:
     """Writes sentences under a figure, no wider than it is."""
     width = int(CHARACTERS_PER_INCH * figure.get_figwidth())

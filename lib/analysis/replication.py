@@ -124,13 +124,14 @@ def loss_curves(found: pd.DataFrame) -> plt.Figure:
     style.use_style()
     figure, all_axes = plt.subplots(2, 4, figsize=(12, 5.6), sharex=True, sharey=True)
     colour, marker = (choose(list(attention.STUDY_ORDER)) for choose in (style.colours, style.markers))
+    called = style.titles(found)
     for axes, name in zip(all_axes.flat, attention.STUDY_ORDER, strict=True):
         for (said, label), line in zip(LABELS.items(), ("-", "--", ":"), strict=True):
             for points in found[found["label"] == label.format(name)]["series_validation"]:
                 x, y = ([point[key] for point in points] for key in ("non_padding_tokens", "loss"))
                 axes.plot(x, y, line, color=colour[name], marker=marker[name], markersize=4, label=said)
         loss_figures.draw_tables(axes, found)
-        axes.set_title(name, loc="left")
+        axes.set_title(called.get(name, name), loc="left")
         axes.legend(frameon=False, fontsize=7, loc="upper right")
         axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # shared; room for the legends
