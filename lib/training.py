@@ -7,8 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from lib.data import corpus
+from lib import record
+from lib.data import corpus, ngrams
 from lib.errors import LossNotFinite, UsageError, one_sentence_when_out_of_memory
 from lib.measure import kernels
 from lib.measure.energy import Reading
@@ -36,6 +38,7 @@ class Trainer:
     """Trains one model by parameters `p` (`lib.parameters.resolve`) on the rows of a corpus."""
 
     def __init__(self, model, corpus: corpus.Corpus, p):
+        self.started_at = record.now()  # what is predicted from now on is no prediction of this run
         self.p, self.corpus = p, corpus
         self.device = devices.choose(p.device)
         self.model = model.to(self.device)
@@ -184,18 +187,29 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, non_padding_tokens: int) -> dict:
-        """Mean loss in nats per token over the first `validation_sequences` rows of the validation part."""
+        """Mean loss in nats per token over the first `validation_sequences` rows of the validation part.
+
+        `loss` of all tokens; `repeated_bigram_loss` of those that end a bigram which their row has held before
+        (`lib.data.ngrams.repeated_bigrams`), which a model can recall, and `other_loss` of the rest. None of no token.
+        """
         self.model.eval()
         count = min(self.p.validation_sequences, len(self.corpus.validation))
-        total, predicted = torch.zeros((), device=self.device), 0
+        totals, tokens = torch.zeros(2, device=self.device), np.zeros(2, dtype=np.int64)  # repeated bigrams, others
         for first in range(0, count, self.p.batch_size):
             ids, labels = self.corpus.validation.batch(np.arange(first, min(first + self.p.batch_size, count)))
-            tokens = _labelled(labels[:, 1:])
+            counts = labels[:, 1:] != corpus.IGNORED  # (B, T - 1)
+            repeated = counts & torch.from_numpy(ngrams.repeated_bigrams(ids.numpy()))
+            kinds = torch.stack([repeated, counts & ~repeated])  # (2, B, T - 1)
             with self.autocast():
-                loss = self.model(self._to_device(ids), labels=self._to_device(labels), use_cache=False).loss
-            total += loss.float() * tokens
-            predicted += tokens
-        return {"non_padding_tokens": non_padding_tokens, "loss": total.item() / predicted}
+                logits = self.model(self._to_device(ids), use_cache=False).logits  # (B, T, V)
+            logits, wanted = logits[:, :-1].float().flatten(0, 1), self._to_device(labels)[:, 1:].flatten()
+            losses = F.cross_entropy(logits, wanted, ignore_index=corpus.IGNORED, reduction="none")  # (B (T - 1))
+            totals += (self._to_device(kinds).flatten(1) * losses).sum(1)
+            tokens += kinds.sum((1, 2)).numpy()
+        again, others = (total / n if n else None for total, n in zip(totals.tolist(), tokens.tolist(), strict=True))
+        loss = totals.sum().item() / tokens.sum().item()
+        found = {"non_padding_tokens": non_padding_tokens, "loss": loss}
+        return found | {"repeated_bigram_loss": again, "other_loss": others}
 
 
 def _labelled(labels: torch.Tensor) -> int:

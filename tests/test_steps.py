@@ -196,8 +196,7 @@ def test_ratios_are_taken_inside_rounds_where_drift_cancels():
         half, control = rows.loc[(metric, "half")], rows.loc[(metric, CONTROL)]
         assert half["ratio"] == pytest.approx(0.5, rel=1e-3) and half["n"] == 5
         assert control["ratio"] == pytest.approx(1.0, abs=1e-3)
-        width = compare.paired_t([[0.00995033, -0.01005034, 0.0, 0.00995033, -0.01005034]])
-        assert control["high"] / control["ratio"] == pytest.approx(float(width.high[0] / width.ratio[0]), rel=1e-5)
+        assert 0.95 < control["low"] < 1 < control["high"] < 1.05  # 1 % of noise is in it, 30 % of drift is not
     assert rows.loc[("energy_j_per_step", "sdpa"), "median"] == pytest.approx(330.0)
     assert rows.loc[("time_s_per_step", "sdpa"), "median"] == pytest.approx(1.1)
     assert set(steps.frame(found)["mean_power_w"].round(6)) == {300.0}

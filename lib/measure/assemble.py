@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from lib import attention, parameters, record
+from lib.data import ngrams
 from lib.errors import one_sentence_when_out_of_memory
 from lib.measure import energy, environment, flops, kernels, sampler, selfcheck
 from lib.model import meta_model
@@ -81,12 +82,14 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
         reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
     padding_share = 1 - seen[-1] / (trainer.steps * trainer.rows_per_step * p.context)
     power_time_s, power_w = trainer.meter.power()
+    tables = ngrams.losses(trainer.corpus, trainer.rows[: trainer.steps], p.validation_sequences)
     meter = trainer.meter
     checks = selfcheck.checks(meter, metrics, reasons, padding_share, trainer.warmed)
     ran = kernels.names(model, p.context, trainer.autocast, compiled=p.compile)
     return record.Record(
         name=parameters.run_name(values),
         provenance=energy.provenance(),
+        started_at=trainer.started_at,
         finished_at=record.now(),
         label=parameters.display_name(values),
         title=parameters.title(values, model.transformer.h[0].attn),
@@ -97,7 +100,7 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
         parameters=values,
         study=record.study_position(),
         environment=surroundings,
-        data=trainer.corpus.facts,
+        data=trainer.corpus.facts | tables,
         certificate=record.Certificate(**certificate),
         kernels=ran,
         kernels_null_reason="empty_profile" if None in ran.values() else None,

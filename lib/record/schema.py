@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 2
 DEVICES = ("auto", "cpu", "cuda")
@@ -76,10 +76,16 @@ class Metrics(Strict):
 
 
 class Point(Strict):
-    """A validation: after how many non-padding tokens, at what loss (nats per token)."""
+    """A validation: after how many non-padding tokens, at what loss (nats per token).
+
+    Also the loss of the tokens that end a bigram which their row has held before, and of the rest; None where there is
+    no such token, or in a record from before the two were told apart.
+    """
 
     non_padding_tokens: int
     loss: Measured
+    repeated_bigram_loss: Measured = None
+    other_loss: Measured = None
 
 
 class Latency(Strict):
@@ -240,6 +246,7 @@ class Record(Strict):
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     provenance: Literal["measured", "synthetic"] = "measured"
+    started_at: AwareDatetime | None = None  # before warm-up; None in a record from before that was noted
     finished_at: datetime
     label: str  # the key by which runs are told apart
     title: str  # what figures and tables call it
@@ -277,6 +284,12 @@ class Record(Strict):
     def unknown_kernels_have_a_reason(self):
         if (None in self.kernels.values()) != (self.kernels_null_reason is not None):
             raise ValueError("kernels are null exactly where kernels_null_reason says why")
+        return self
+
+    @model_validator(mode="after")
+    def it_began_before_it_ended(self):
+        if self.started_at is not None and not self.started_at <= self.finished_at:
+            raise ValueError("a run cannot have ended before it began")
         return self
 
     @model_validator(mode="after")

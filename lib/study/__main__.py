@@ -1,8 +1,8 @@
 """`python -m lib.study [params/PROFILE.yaml]`: train.ipynb by papermill for every variant and seed, then summary.ipynb.
 
-Runs come in blocks: every variant once, and `sdpa` a second time as the A/A control, whose difference from itself is
-the smallest difference that means anything. The seed is the block's number; the order within blocks is balanced by a
-Williams square. What has a record is not run again; what fails is reported at the end and stops nothing else.
+Runs come in blocks: every variant once, and `sdpa` a second time as the A/A control, whose difference from itself
+estimates the noise. The seed is the block's number; the order within blocks is balanced by a Williams square. What has
+a record is not run again; what fails is reported at the end and stops nothing else.
 """
 
 import argparse
@@ -36,6 +36,7 @@ def main(words: list[str] | None = None) -> int:
                 print(
                     f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})"
                 )
+            print(plan.about_order(runs))
             todo = [run for run, state in zip(runs, states, strict=True) if state == "to run"]
             print("\n".join(forecast.lines(todo, forecast.earlier(options.records))))
             return 0
