@@ -24,6 +24,11 @@ TINY = DEFAULTS | {
 }
 
 
+@pytest.fixture(autouse=True)
+def few_tests(monkeypatch):
+    monkeypatch.setattr(probes, "TEST_SEQUENCES", 8)
+
+
 def net_of(name, task="induction", **options):
     torch.manual_seed(0)
     return ProbeNet([(name, options)], 16, 32, 2, 64, True, True, False)
