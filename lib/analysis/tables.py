@@ -1,5 +1,7 @@
 """The tables of the study, from records alone."""
 
+import html
+
 import pandas as pd
 from IPython.display import HTML, Markdown
 
@@ -121,6 +123,11 @@ def table(frame: pd.DataFrame | str, align: str | None = None):
     if align:
         styled = styled.set_table_styles([{"selector": "th, td", "props": [("text-align", align)]}])
     return HTML(styled.to_html())
+
+
+def lines(sentences: list[str]):
+    """Sentences as a notebook shows them, a paragraph each."""
+    return HTML("".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences))
 
 
 def interval(found: pd.Series, of: str = "") -> str:
