@@ -186,7 +186,7 @@ class StateLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove):
         if tokens_to_remove and not tokens_to_remove >= self.tokens:
-            raise RuntimeError(
+            raise ValueError(
                 "a linear-attention cache is a sum, from which no token can be taken back; read the shorter text anew"
             )
 

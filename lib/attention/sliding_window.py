@@ -169,7 +169,7 @@ class WindowLayer(DynamicLayer):
         remove, held = min(remove, self.seen), 0 if self.keys is None else self.keys.shape[2]
         left = max(0, held - remove)
         if remove and left < min(self.window - 1, self.seen - remove):
-            raise RuntimeError(
+            raise ValueError(
                 f"the window of {self.window} has let go of keys that the shorter text needs; call "
                 "cache.activate_past_recording() before the tokens that may be taken back"
             )

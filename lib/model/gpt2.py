@@ -265,8 +265,10 @@ def mean_loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=
         counted = labels[..., 1:] if shift_labels is None else shift_labels
         num_items_in_batch = (counted != ignore_index).sum()
     if isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.clamp(min=1)
-    return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch or 1, ignore_index, shift_labels)
+        num_items_in_batch = num_items_in_batch.clamp(min=1)  # without a look at it, which would wait for the device
+    else:
+        num_items_in_batch = max(1, num_items_in_batch)
+    return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels)
 
 
 AutoConfig.register(VariantConfig.model_type, VariantConfig, exist_ok=True)
