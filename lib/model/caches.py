@@ -24,15 +24,18 @@ class VariantCache(Cache):
     def reset(self):
         for layer in self.layers:
             layer.reset()
-            if layer.get_seq_length():  # transformers' DynamicLayer zeroes what it holds, and goes on behind it
+            if isinstance(layer, DynamicLayer):  # transformers' own zeroes what it holds, and goes on behind it
                 layer.keys = layer.values = None
                 layer.is_initialized = False
         self.read = None
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
-        if self.read is not None:
-            self.read = self.read[:, : self.get_seq_length()]
+        length = self.get_seq_length()
+        if not length:
+            self.reset()  # or an empty tensor would remember how many rows there were
+        elif self.read is not None:
+            self.read = self.read[:, :length]
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)

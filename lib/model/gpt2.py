@@ -220,11 +220,11 @@ class GPT2(GPT2LMHeadModel):
     def _new_layers(self):
         return [block.attn.new_cache() for block in self.transformer.h]
 
-    def generate(self, *args, **kwargs):
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
         """transformers' own. Raises Unsupported, before anything runs, for a cache that is not the variant's."""
-        for source in (kwargs, vars(kwargs.get("generation_config") or self.generation_config)):
+        for source in (kwargs, vars(generation_config or self.generation_config)):
             _check_cache(source.get("cache_implementation"))
-        return super().generate(*args, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Raises Unsupported: the cache would be cut into pages of keys and values."""
