@@ -261,7 +261,7 @@ CELLS = {
 
 
 def outcome(name: str, cell: str) -> str:
-    """What came of it: "yes" where it gives the right value, "refused" where one sentence says that it does not; else an error."""
+    """What came of it: "yes" and the right value, or "refused" in one sentence; anything else is raised."""
     try:
         CELLS[cell](lively(name))
     except ValueError as error:
