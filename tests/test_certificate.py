@@ -23,10 +23,10 @@ ORDERS = {  # where the heads are joined, and the same without turning heads and
     "mask).reshape(B, T, C)": "mask).transpose(1, 2).reshape(B, T, C)",
 }
 FUSED = {  # for sdpa, gqa and flash
-    "no mask": ("is_causal=mask is None and T > 1", "is_causal=False", "causal"),
+    "no mask": ("is_causal=T > 1 and mask is None", "is_causal=False", "causal"),
     "heads and tokens swapped": ("out.transpose(1, 2).reshape(B, T, C)", "out.reshape(B, T, C)", "causal"),
     "no output projection": NO_PROJECTION,
-    "mask aligned at the upper left": ("is_causal=mask is None and T > 1", "is_causal=mask is None", "cached_equal"),
+    "mask aligned at the upper left": ("is_causal=T > 1 and mask is None", "is_causal=mask is None", "cached_equal"),
 }
 
 
