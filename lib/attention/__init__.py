@@ -17,12 +17,14 @@ windows and buckets honoured; `dense=True`: as if every score were computed |
 | `reference(hidden_states)` | the same output from an independent slow form with the same weights |
 
 Parameters named `c_attn` and `c_proj` start as GPT-2's do; matrices of any other name start as N(0, 0.02), vectors as
-the constructor leaves them (`lib.model`). Three more members may be left out:
+the constructor leaves them (`lib.model`). Four more members may be left out:
 
 | member | promise |
 | --- | --- |
 | `title` | what figures and tables call it, with the option that matters: "Window 128"; without one the file's name |
 | `own_initialisation` | True: all weights stay as the constructor leaves them |
+| `as_gpt2(config)` | a static method: options with which it is GPT-2's own attention, with weights of the same names, \
+so that the certificate can hold `reference` against that |
 | `projection_flops(context)` | FLOPs of the weights in one forward, where they are not two per token and weight of \
 every matrix |
 """
