@@ -44,6 +44,7 @@ COUNTED_OVER_DENSE = 1.75
 USEFUL_OVER_COUNTED = 1.05
 GROWTH_APART = 0.4  # between the exponents of T, of the formula and of what is counted
 BYTES = 0.01  # relative; what the formula for the cache may be off
+MOVED = 0.9  # share of a weight's numbers with a gradient that a step has to move
 COUNTED_AT = 1024  # tokens, where what does not grow with T no longer counts
 
 
@@ -76,7 +77,8 @@ def by_value(twins: Twins):
         full, out = tokens(long), tokens(several)
         cut = prefix_difference(tokens, long, full, s.prefixes)
         yield within("prefix_equal", f"{len(s.prefixes)} prefixes of {s.longest:,} tokens, float64", cut, TOLERANCE)
-        for x, y, shifts in ((long, full, (0, 30)), (several, out, (3,))):
+        power = long[:, : 2 ** (s.longest.bit_length() - 1)]
+        for x, y, shifts in ((long, full, (0, 30)), (power, tokens(power), (2,)), (several, out, (3,))):
             moved = max(changed_tails(tokens, x, y, shift) for shift in shifts)
             where = f"{x.shape[0]} x {x.shape[1]:,} tokens, float64"
             yield within("causal", f"all later tokens drawn anew, {where}", moved, TOLERANCE)
@@ -397,7 +399,7 @@ def of_weights(twins: Twins):
     stuck = []
     for name, weight in _named(layers):
         live = None if weight.grad is None else weight.grad != 0
-        if live is None or (live.any() and (weight.detach() != before[name])[live].double().mean() < 0.5):
+        if live is None or (live.any() and (weight.detach() != before[name])[live].double().mean() < MOVED):
             stuck.append(name)
     yield _none("a step moves every weight", stuck)
     yield within("weights_trained", "form and decoding follow changed weights", _left_behind(twins), TOLERANCE)
@@ -539,15 +541,15 @@ def of_cache_bytes(twins: Twins):
     model, tokens = twins.plain, twins.tokens_of(twins.plain)
     off, kept = 0.0, 0.0
     for n in sorted({max(1, twins.setting.decoded // 3), twins.setting.decoded}):
-        cache, ids = model.new_cache(), tokens.draw(1, n)
-        with torch.no_grad(), twins.autocast():
-            for piece in _prefill_and_tokens(ids, 3):
+        cache, ids, length = model.new_cache(), tokens.draw(1, n), 0
+        for piece in _prefill_and_tokens(ids, 3):
+            with torch.no_grad(), twins.autocast():
                 model(piece, past_key_values=cache, use_cache=True)
-        held = counts.held(cache)
-        size = max(tensor.element_size() for tensor in held)
-        formula = sum(layer.cache_bytes(n, size) for layer in attentions(model))
-        off = max(off, abs(counts.bytes_of(held) - formula) / max(1, formula))
-        kept = max(kept, counts.storage_bytes(held) / max(1, counts.bytes_of(held)) - 1)
+            length, held = length + piece.shape[1], counts.held(cache)
+            size = max(tensor.element_size() for tensor in held)
+            formula = sum(layer.cache_bytes(length, size) for layer in attentions(model))
+            off = max(off, abs(counts.bytes_of(held) - formula) / max(1, formula))
+            kept = max(kept, counts.storage_bytes(held) / max(1, counts.bytes_of(held)) - 1)
     yield within("cache_bytes", "the formula off what the cache holds", off, BYTES)
     yield within("cache_bytes", "memory kept alive beyond that", kept, BYTES)
 

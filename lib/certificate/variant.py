@@ -49,10 +49,10 @@ def examined(name: str, options: dict, setting: Setting, checks=tuple(CLAIMS), s
     for examination, about in EXAMINATIONS.items():
         if not set(about) & set(checks):
             continue
-        measures = _measured(examination, about, twins)
+        measures = measured(examination, about, twins)
         if any(one.is_close_call for one in measures) and not any(_fails(one) for one in found + measures):
             again = again or Twins(name, options, setting, seed + 1)
-            measures = _measured(examination, about, again)
+            measures = measured(examination, about, again)
         found += measures
     return found
 
@@ -62,7 +62,8 @@ def _fails(measure: Measure) -> bool:
     return measure.passed is False and not measure.is_close_call
 
 
-def _measured(examination, about, twins: Twins) -> list[Measure]:
+def measured(examination, about, twins: Twins) -> list[Measure]:
+    """What one examination says, on random numbers of its own: the caller's are left alone."""
     with torch.random.fork_rng(devices=[twins.device] if twins.device.type == "cuda" else []):
         torch.manual_seed(twins.seed)
         return collected(about, lambda: examination(twins))
@@ -71,8 +72,8 @@ def _measured(examination, about, twins: Twins) -> list[Measure]:
 SMALL = Setting()
 
 
-def certify(name: str, options: dict, setting: Setting = SMALL) -> dict:
-    """The certificate of a variant, by name or path, in the model that `setting` builds; made once and then kept.
+def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
+    """The certificate of a variant, by name or path, in the model that `setting` builds; without one, in a small model.
 
     A bool per check of `CLAIMS` that was there from the first, with `passed` for all of them, numbers, and
 
@@ -82,9 +83,12 @@ def certify(name: str, options: dict, setting: Setting = SMALL) -> dict:
     - `parameters_vs_baseline`: weights of the attention over those of GPT-2's own
     - `memory_growth`, `flops_growth`: exponents of T, of what is kept for the backward pass and of the analytic count
 
-    Kept by content: the variant's file and those it inherits from, options, setting, versions and this code. Raises
-    OutOfMemory where there is too little, UsageError where the cache folder cannot be written.
+    That of a run is made once and then kept, by content: the variant's file and those it inherits from, options,
+    setting, versions and this code. Raises OutOfMemory where there is too little, UsageError where the cache folder
+    cannot be written.
     """
+    if setting is None:
+        return _certificate(name, options, SMALL)
     what = {
         "certificate": _digest([*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(meta_model))]),
         "variant": attention.source_sha256(name),
