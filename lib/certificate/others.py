@@ -72,7 +72,7 @@ def _prefixes(length: int) -> list[int]:
 
 def examine_module(module, width: int, length: int, rows: int, dtype, device) -> list[Measure]:
     """The measurements of a module (B, T, C) -> (B, T, C), for the command: of `length` tokens at the most."""
-    module = module.to(device, dtype)
+    module = module.to(device, dtype) if isinstance(module, nn.Module) else module
     subject = Floats(module, width, torch.empty(0, dtype=dtype, device=device))
     return _confirmed(lambda: _asked(module, subject, length, rows, _tolerance(dtype)))
 
@@ -82,12 +82,12 @@ def examine_language_model(model: nn.Module, length: int, rows: int, dtype, devi
 
     Of `length` tokens at the most, or as many as its configuration has positions for.
     """
-    model, config = model.to(device, dtype), getattr(model, "config", None)
+    model = model.to(device, dtype) if isinstance(model, nn.Module) else model
+    config = getattr(model, "config", None)
     names = ("max_position_embeddings", "n_positions")
     length = min([length, *(getattr(config, name) for name in names if getattr(config, name, None))])
     options = {"use_cache": False} if hasattr(config, "use_cache") else {}
-    with torch.no_grad():
-        vocabulary = logits_of(model(torch.zeros(1, 2, dtype=torch.long, device=device), **options)).shape[-1]
+    vocabulary = _vocabulary(model, options, device)
     subject = Tokens(model, min(vocabulary, getattr(config, "vocab_size", vocabulary)), device, **options)
 
     def ask():
@@ -95,6 +95,22 @@ def examine_language_model(model: nn.Module, length: int, rows: int, dtype, devi
         return _asked(model, subject, length, rows, _tolerance(dtype)) + decoding
 
     return _confirmed(ask)
+
+
+class NoLogits(Exception):
+    """What is no causal language model."""
+
+
+@torch.no_grad()
+def _vocabulary(model, options: dict, device) -> int:
+    """How many logits there are for a token. Raises NoLogits where there are none."""
+    try:
+        logits = logits_of(model(torch.zeros(1, 2, dtype=torch.long, device=device), **options))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise NoLogits(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
+    if not isinstance(logits, torch.Tensor) or logits.shape[:2] != (1, 2) or logits.dim() != 3:
+        raise NoLogits(f"it gives {getattr(logits, 'shape', type(logits).__name__)} for (1, 2) ids")
+    return logits.shape[-1]
 
 
 def _confirmed(ask) -> list[Measure]:

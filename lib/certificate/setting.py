@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from lib.model import devices
+from lib.model import devices, gpt2_config
 
 REFERENCE_COST = {"cpu": 2e9, "cuda": 2e10}  # layers x width x T² that references may cost: seconds on either
 LONGEST_REFERENCE = 1024  # some hold T x T numbers per head and round
@@ -38,6 +38,10 @@ class Setting:
     def values(self) -> dict:
         """As JSON holds it."""
         return dataclasses.asdict(self) | {"inference_contexts": list(self.inference_contexts)}
+
+    def config(self, vocabulary: int, dropout: float = 0.0):
+        """The configuration of the run's model."""
+        return gpt2_config(self.layers, self.width, self.heads, self.positions, vocabulary, dropout)
 
     @property
     def rows(self) -> int:
@@ -82,3 +86,9 @@ class Setting:
     def gradient_length(self) -> int:
         """Tokens for which gradients of the references are: past a usual window, a multiple of no chunk."""
         return min(self.context, 150)
+
+
+QUICK = Setting(  # the defaults of notebooks/train.ipynb
+    layers=4, width=128, heads=8, positions=512, context=256, batch_size=4, learning_rate=2e-3,
+    inference_contexts=(64, 256), new_tokens=32,
+)  # fmt: skip

@@ -77,6 +77,40 @@ def numbers(said: dict) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def page(said: dict) -> str:
+    """What the command prints: a row per check with its worst measurement, what was tested, and the outcome."""
+    rows = []
+    for check in dict.fromkeys(one["check"] for one in said["measures"]):
+        measures = [one for one in said["measures"] if one["check"] == check]
+        worst = max(measures, key=_badness)
+        rows.append(
+            {
+                "check": check,
+                "passed": yes(_verdict(said, check)),
+                "largest": "" if worst["largest"] is None else f"{worst['largest']:.1e}",
+                "allowed": "" if worst["allowed"] is None else f"{worst['allowed']:.1e}",
+                "measured, at the worst": worst["what"] + (f": {worst['says']}" if worst["says"] else ""),
+            }
+        )
+    texts = pd.DataFrame(rows).to_string(index=False, justify="left", formatters=_left(rows))
+    tested = ", ".join(f"{name} {value}" for name, value in said["tested"].items())
+    return (
+        f"{texts}\n\ntested: {tested}\n{said['what']}: {'passed' if said['passed'] else 'FAILED'}, {said['seconds']} s"
+    )
+
+
+def _badness(one: dict) -> tuple:
+    """What failed before what passed, then by how near it is to its limit."""
+    ratio = -1.0 if one["largest"] is None else one["largest"] / one["allowed"] if one["allowed"] else one["largest"]
+    return one["passed"] is False, one["passed"] is not None, ratio
+
+
+def _left(rows: list[dict]):
+    """pandas aligns text to the right."""
+    widths = {name: max(len(str(row[name])) for row in rows) for name in rows[0]}
+    return {name: lambda text, width=width: f"{text:<{width}}" for name, width in widths.items()}
+
+
 def scope(said: dict) -> str:
     """What a certificate was examined at and what it cannot say, in sentences."""
     at = said["tested"]

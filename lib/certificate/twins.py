@@ -26,8 +26,7 @@ class Twins:
         self.autocast = devices.autocast(setting.precision, self.device)
 
     def config(self, dropout: float = 0.0):
-        s = self.setting
-        return gpt2_config(s.layers, s.width, s.heads, s.positions, VOCABULARY, dropout)
+        return self.setting.config(VOCABULARY, dropout)
 
     def build(self, dropout: float = 0.0) -> torch.nn.Module:
         """The model as a run begins with it, on the run's device."""
