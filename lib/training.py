@@ -13,9 +13,11 @@ from lib.errors import LossNotFinite, UsageError, one_sentence_when_out_of_memor
 from lib.measure import kernels
 from lib.measure.energy import Reading
 from lib.measure.meter import Meter
+from lib.measure.warmth import Warmth
 from lib.model import devices
 
 BETAS = (0.9, 0.95)  # GPT-3's (Brown et al. 2020, appendix B)
+AHEAD_STEPS = 4  # that the host may be ahead of a GPU: a thousand launches fit its queue, a step of GPT-2 has more
 FINAL_RATE = 0.1  # where the cosine ends, as a share of the peak rate (Hoffmann et al. 2022, section 3)
 Report = Callable[[int, np.ndarray], None]  # (steps finished so far, their losses)
 
@@ -46,6 +48,7 @@ class Trainer:
         self.non_padding_tokens = np.zeros(self.steps, dtype=np.int64)
         self.validation: list[dict] = []
         self.busy = Reading(None, "not_asked_for" if self.device.type == "cuda" else "no_gpu")
+        self.warmed: dict | None = None  # how warm-up ended
 
         decayed = [w for w in model.parameters() if w.dim() >= 2]
         others = [w for w in model.parameters() if w.dim() < 2]
@@ -57,19 +60,33 @@ class Trainer:
 
     @one_sentence_when_out_of_memory()
     def warm_up(self) -> list[float]:
-        """Some steps that leave no trace but compiled kernels and allocated memory; returns the seconds of each.
+        """Some steps that leave no trace but compiled kernels, allocated memory and heat; returns the seconds of each.
 
-        Weights, optimizer and random state are as before when it returns, so the window begins at token 0 of training.
+        `warmup_steps`, and on a GPU as many more as its heat and clock need to come to rest, within the limits of
+        `lib.measure.warmth`; `warmed` says how that ended. Weights, optimizer and random state are as before when it
+        returns, so the window begins at token 0 of training.
         """
         seconds = []
         with self.snapshot_and_restore():
             self.model.train()
-            for step in range(self.p.warmup_steps):
+            warmth = Warmth(self.device)
+            while len(seconds) < self.p.warmup_steps or warmth.rising():
                 begin = time.perf_counter()
-                self.take_step(step)
+                self.take_step(len(seconds) % len(self.rows))
+                warmth.look()  # while the GPU works
                 devices.synchronize(self.device)
                 seconds.append(time.perf_counter() - begin)
+        self.pin_buffers()
+        self.warmed = {"steps": len(seconds), "seconds": sum(seconds)}
+        self.warmed |= {"steady": warmth.steady, "temperature_c": warmth.temperature_c}
         return seconds
+
+    def pin_buffers(self) -> None:
+        """Lets PyTorch's cache of pinned memory hold what the batches of `AHEAD_STEPS` steps need, and lets go of it:
+        warm-up waits for each step and so never has more than one there, and pinning memory stops the GPU."""
+        batches = [(*self.corpus.train.batch(rows), torch.tensor(0)) for rows in self.rows[0]] * AHEAD_STEPS
+        held = [tensor.pin_memory() for batch in batches for tensor in batch if self.device.type == "cuda"]
+        del held
 
     def busy_fraction(self, steps: int = 5) -> Reading:
         """Share of the time of some steps, of which no trace is left, in which the GPU computes; None on a CPU."""

@@ -284,11 +284,11 @@ def test_gathered_records_are_browsed_and_notes_of_failures_are_not_in_the_way(t
 
 def test_cost_by_length_can_be_browsed():
     screen = records.lengths()
-    assert 'alt="The cheapest variant, by the fits' in screen.page.value
+    assert 'alt="SDPA&#x27;s cost over the best variant' in screen.page.value
     screen.controls["variants"].value = ("sdpa", "mla")
     assert "Linear" not in screen.page.value and "MLA" in screen.page.value
     screen.controls["figure"].value = records.LENGTH_FIGURES["peak memory"]
-    assert 'alt="Memory on top' in screen.page.value
+    assert 'alt="Activation memory of one layer' in screen.page.value
     screen.controls["variants"].value = ()
     assert "pick at least one variant" in screen.page.value
 
