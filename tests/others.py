@@ -1,4 +1,4 @@
-"""Other people's causal language models, tiny and with random weights, for `python -m lib.certificate tests/others.py:NAME`.
+"""Other people's causal language models, tiny, with random weights: `python -m lib.certificate tests/others.py:NAME`.
 
 Each is transformers' own class as it is. Weights are drawn large enough that attention is far from uniform.
 """
@@ -66,13 +66,20 @@ def deepseek_v32():
 
 def mamba2():
     return built(
-        "Mamba2", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=16, n_groups=1,
-        chunk_size=64, initializer_range=0.2,
+        "Mamba2", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=16,
+        n_groups=1, chunk_size=64, initializer_range=0.2,
     )  # fmt: skip
 
 
 def minimax():
     return built("MiniMax", **COMMON, head_dim=8, num_local_experts=4, num_experts_per_tok=2, block_size=64)
+
+
+def minimax_linear_first():
+    return built(
+        "MiniMax", **COMMON, head_dim=8, num_local_experts=4, num_experts_per_tok=2, block_size=64,
+        layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
 
 
 def reformer():

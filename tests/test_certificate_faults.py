@@ -1,5 +1,4 @@
-"""Every kind of mistake that a variant's file can hold, planted in every variant that can hold it, fails the check that
-is about it: in the model, precision, mode and lengths in which it is timed."""
+"""Every kind of mistake that a variant's file can hold, planted in every variant that can, fails the check about it."""
 
 import textwrap
 from dataclasses import dataclass, field
@@ -11,7 +10,8 @@ from lib.certificate import CLAIMS, Setting, variant
 from lib.certificate.twins import Twins
 
 SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows, two layers, past chunks and windows
-    "layers": 2, "width": 16, "heads": 2, "positions": 290, "context": 150, "batch_size": 3, "inference_contexts": (30,),
+    "layers": 2, "width": 16, "heads": 2, "positions": 290, "context": 150, "batch_size": 3,
+    "inference_contexts": (30,),
 }  # fmt: skip
 BF16 = {"precision": "bf16"}
 ALL = attention.variants()
@@ -42,7 +42,8 @@ def but(*names):
 
 
 def formula(name, returns):
-    return f"def {name}(self, context, {'dense=False' if name == 'core_flops' else 'element_bytes'}):\n    return {returns}"
+    second = "dense=False" if name == "core_flops" else "element_bytes"
+    return f"def {name}(self, context, {second}):\n    return {returns}"
 
 
 def slow(returns):
@@ -92,7 +93,8 @@ FAULTS = {
     "repeatable": {
         "noise": Fault("out = out + 0.01 * torch.randn_like(out)"),
         "a running mean, moved in training": Fault(
-            "self.mean = self.mean + 0.1 * out.detach().mean() * self.training; out = out * (1 + self.mean)", "self.mean = 0.0"
+            "self.mean = self.mean + 0.1 * out.detach().mean() * self.training; out = out * (1 + self.mean)",
+            "self.mean = 0.0"
         ),
     },
     "training_equal": {
@@ -103,11 +105,15 @@ FAULTS = {
     "precision": {
         "rounded to bfloat16 in float32": Fault("if x.dtype == torch.float32: out = out.bfloat16().float()"),
         "another scale in float32": Fault("if x.dtype == torch.float32: out = 0.999 * out"),
-        "another scale in bfloat16": Fault("if out.dtype == torch.bfloat16: out = 0.5 * out", sizes=BF16, where=but("lsh")),
+        "another scale in bfloat16": Fault(
+            "if out.dtype == torch.bfloat16: out = 0.5 * out", sizes=BF16, where=but("lsh")
+        ),
     },
     "cached_equal": {
         "a decoded token": Fault("if past is not None and T == 1: out = 0.99 * out"),
-        "a token decoded behind 128": Fault("if T == 1 and seen > 128: out = 0.99 * out", sizes={"inference_contexts": (140,)}),
+        "a token decoded behind 128": Fault(
+            "if T == 1 and seen > 128: out = 0.99 * out", sizes={"inference_contexts": (140,)}
+        ),
         "decoded in bfloat16": Fault("if past is not None and T == 1: out = out.bfloat16().type_as(out)"),
         "a token decoded in float32": Fault("if seen and T == 1 and x.dtype == torch.float32: out = 0.9 * out"),
         "a token decoded above the first layer": Fault("if seen and T == 1 and self.layer_idx > 0: out = 0.99 * out"),
@@ -153,13 +159,17 @@ FAULTS = {
         ),
     },
     "gradients": {
-        "halved in form and reference": Fault("", "self.c_proj.register_forward_hook(lambda *given: Half.apply(given[2]))"),
+        "halved in form and reference": Fault(
+            "", "self.c_proj.register_forward_hook(lambda *given: Half.apply(given[2]))"
+        ),
         "cut in form and reference": Fault("", "self.c_proj.register_forward_pre_hook(cut_half)"),
     },
     "reference": {
         "a gradient halved": Fault("out = Half.apply(out)"),
         "another scale above the first layer": Fault("if self.layer_idx > 0: out = 0.9 * out"),
-        "another scale where a head is not 8 wide": Fault("if C // self.heads != 8: out = 0.9 * out", sizes={"width": 24}),
+        "another scale where a head is not 8 wide": Fault(
+            "if C // self.heads != 8: out = 0.9 * out", sizes={"width": 24}
+        ),
         "what the layer before read": Fault(
             "before, Attention.read = (Attention.read if self.layer_idx else x), x; out = out + 0.1 * before",
             members="read = None",
@@ -167,7 +177,8 @@ FAULTS = {
     },
     "reach": {
         "a window beyond 256 tokens": Fault(
-            "if T > 256: out = torch.cat([out[:, :-1], super().forward(x[:, -100:].contiguous())[0][:, -1:]], 1)", where=FULL
+            "if T > 256: out = torch.cat([out[:, :-1], super().forward(x[:, -100:].contiguous())[0][:, -1:]], 1)",
+            where=FULL,
         ),
     },
     "reference_causal": {
@@ -191,7 +202,9 @@ FAULTS = {
     },
     "core_flops": {
         "none": Fault(members=formula("core_flops", "0")),
-        "half of them": Fault(members=formula("core_flops", "super().core_flops(context, dense) // 2"), where=but("linear")),
+        "half of them": Fault(
+            members=formula("core_flops", "super().core_flops(context, dense) // 2"), where=but("linear")
+        ),
         "ten times as many": Fault(members=formula("core_flops", "10 * super().core_flops(context, dense)")),
         "linear in the length": Fault(
             members=formula("core_flops", "super().core_flops(1024, dense) * context // 1024"),
@@ -199,7 +212,9 @@ FAULTS = {
         ),
     },
     "gpt2_projection": {"none": Fault("out = x")},
-    "gpt2_initialisation": {"another": Fault("", "self.c_proj.weight.data.normal_(0.0, 0.1)", "own_initialisation = True")},
+    "gpt2_initialisation": {
+        "another": Fault("", "self.c_proj.weight.data.normal_(0.0, 0.1)", "own_initialisation = True"),
+    },
 }  # fmt: skip
 KINDS = [(check, name, one) for check, kinds in FAULTS.items() for name, one in kinds.items()]
 FILE = """
@@ -301,7 +316,7 @@ MASKS = {  # where a variant hides the future by an added number, or could; the 
     "gqa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "flash": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "mla": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
-    "sliding_window": ("out = self._attend(q, k, v, attn_mask=mask)", "out = self._attend(q, k, v, attn_mask=soft(q, mask))"),
+    "sliding_window": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
     "lsh": (".masked_fill(~visible, torch.finfo(scores.dtype).min)", ".masked_fill(~visible, LOW)"),
 }  # fmt: skip
 ADDED = """

@@ -86,7 +86,8 @@ def _examined(given) -> dict:
             ) from error
     passed = all(one.passed is not False for one in measures)
     tested = sizes | {"dtype": given.dtype, "device": device.type}
-    return {"passed": passed, "measures": [vars(one) for one in measures], "tested": tested}
+    said = {"passed": passed, "measures": [vars(one) for one in measures], "tested": tested}
+    return said | {"scope": list(show.CANNOT)}
 
 
 def _variant(given) -> dict:

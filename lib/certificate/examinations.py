@@ -29,6 +29,7 @@ from lib.certificate.probes import (
     row_difference,
 )
 from lib.certificate.twins import Twins, as_reference, attentions, cache_of, loud
+from lib.errors import is_out_of_memory
 
 FLOOR = {"fp32": 1e-5, "bf16": 0.03}  # root mean square that rounding alone may cost a layer, relative
 WORSE = 2.0  # how much further than its own reference, rounded alike, a layer may be
@@ -56,16 +57,29 @@ def by_gradient(twins: Twins):
     if (s.batch_size, s.context) != (s.rows, s.length):
         passes.insert(1, ("training", s.batch_size, s.context))
     for mode, rows, length in passes:
-        x, rounds = tokens.draw(rows, length), 1 if rows > 2 else 2
-        for volume, turned in (("", contextlib.nullcontext()), (", loud", loud(model))):
+        for volume, turned in (("", contextlib.nullcontext), (", loud", lambda: loud(model))):
             model.train(mode == "training")
-            with turned:
-                later, other = gradient_leaks(tokens, x, rounds, shift=len(volume))
+            with turned():
+                length, (later, other) = _leaks_as_far_as_memory_goes(s, tokens, rows, length, shift=len(volume))
             model.eval()
             where = f"{mode}, {rows} x {length:,} tokens, {s.precision}{volume}"
             yield within("causal", f"gradient by a later token, {where}", later, 0.0)
             if other is not None:
                 yield within("rows_independent", f"gradient by another row, {where}", other, 0.0)
+
+
+def _leaks_as_far_as_memory_goes(s, tokens, rows: int, length: int, shift: int):
+    """The tokens, at most `length`, that there is memory for, and their `gradient_leaks`.
+
+    A run needs gradients of its context only: for no more than these must there be memory.
+    """
+    while True:
+        try:
+            return length, gradient_leaks(tokens, tokens.draw(rows, length), 1 if rows > 2 else 2, shift)
+        except (RuntimeError, MemoryError) as error:
+            if length <= s.context or not (isinstance(error, MemoryError) or is_out_of_memory(str(error))):
+                raise
+        length = max(s.context, length // 2)  # here, where the error no longer holds what was computed
 
 
 def by_value(twins: Twins):

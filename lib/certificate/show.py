@@ -7,8 +7,10 @@ from lib.certificate.measures import CLAIMS, TOLERANCE
 CANNOT = (
     "It finds mistakes, not cheats: code that asks whether it is being examined passes.",
     "It does not run torch.compile, other batches or lengths than these, nor the data of the run.",
-    "The weights are drawn, not trained; what shows only in weights of another size is not seen.",
-    "Form and reference may share a mistake, where no options make the variant GPT-2's own attention.",
+    "The weights are drawn or as they come; what shows only in weights of another size is not seen.",
+)
+CANNOT_OF_A_REFERENCE = (
+    "Form and reference may share a mistake, where no options make the variant GPT-2's own attention."
 )
 
 
@@ -61,24 +63,7 @@ def _power(exponent: float | None) -> str:
 
 
 def numbers(said: dict) -> pd.DataFrame:
-    """Every measurement of a certificate: what was found at the most, what is allowed, or why there is none."""
-    rows = []
-    for one in said["measures"]:
-        found = "–" if one["largest"] is None else f"{one['largest']:.2g}"
-        rows.append(
-            {
-                "check": one["check"],
-                "measured": one["what"],
-                "at most": one["says"] or found if one["allowed"] is None else found,
-                "allowed": "–" if one["allowed"] is None else f"{one['allowed']:.2g}",
-                "passed": yes(one["passed"]),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def page(said: dict) -> str:
-    """What the command prints: a row per check with its worst measurement, what was tested, and the outcome."""
+    """A row per check: of its measurements the one that failed or came nearest to its limit, and of how many it is."""
     rows = []
     for check in dict.fromkeys(one["check"] for one in said["measures"]):
         measures = [one for one in said["measures"] if one["check"] == check]
@@ -87,16 +72,20 @@ def page(said: dict) -> str:
             {
                 "check": check,
                 "passed": yes(_verdict(said, check)),
-                "largest": "" if worst["largest"] is None else f"{worst['largest']:.1e}",
-                "allowed": "" if worst["allowed"] is None else f"{worst['allowed']:.1e}",
+                "largest": "–" if worst["largest"] is None else f"{worst['largest']:.1e}",
+                "allowed": "–" if worst["allowed"] is None else f"{worst['allowed']:.1e}",
+                "of": len(measures),
                 "measured, at the worst": worst["what"] + (f": {worst['says']}" if worst["says"] else ""),
             }
         )
-    texts = pd.DataFrame(rows).to_string(index=False, justify="left", formatters=_left(rows))
+    return pd.DataFrame(rows)
+
+
+def page(said: dict) -> str:
+    """What the command prints: `numbers`, what was tested, what that cannot say, and the outcome."""
     tested = ", ".join(f"{name} {value}" for name, value in said["tested"].items())
-    return (
-        f"{texts}\n\ntested: {tested}\n{said['what']}: {'passed' if said['passed'] else 'FAILED'}, {said['seconds']} s"
-    )
+    outcome = f"{said['what']}: {'passed' if said['passed'] else 'FAILED'}, {said['seconds']} s"
+    return "\n".join([_left(numbers(said)), "", f"tested: {tested}", *said["scope"], outcome])
 
 
 def _badness(one: dict) -> tuple:
@@ -105,22 +94,24 @@ def _badness(one: dict) -> tuple:
     return one["passed"] is False, one["passed"] is not None, ratio
 
 
-def _left(rows: list[dict]):
+def _left(table: pd.DataFrame) -> str:
     """pandas aligns text to the right."""
-    widths = {name: max(len(str(row[name])) for row in rows) for name in rows[0]}
-    return {name: lambda text, width=width: f"{text:<{width}}" for name, width in widths.items()}
+    texts = table.astype(str)
+    widths = {name: max(len(name), *texts[name].str.len()) for name in texts}
+    rows = [dict(zip(texts, texts, strict=True)), *texts.to_dict("records")]
+    return "\n".join("  ".join(f"{row[name]:<{widths[name]}}" for name in texts).rstrip() for row in rows)
 
 
-def scope(said: dict) -> str:
+def scope(said: dict) -> list[str]:
     """What a certificate was examined at and what it cannot say, in sentences."""
     at = said["tested"]
     kept = f"{at['rows']} rows of {at['length']:,} tokens"
-    lines = [
+    return [
         f"Examined: {at['layers']} layers of width {at['width']} with {at['heads']} heads, {at['precision']} on "
         f"{at['device']}, in training and evaluation; {kept}, rows up to {at['longest']:,} tokens, decoding up to "
         f"{at['decoded']:,}.",
         f"Beside its reference in float64 on {at['exact_device']}: outputs of {at['reference_length']:,} tokens, "
         f"gradients of {at['gradient_length']:,}.",
         *CANNOT,
+        CANNOT_OF_A_REFERENCE,
     ]
-    return "\n".join(lines)

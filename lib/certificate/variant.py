@@ -1,16 +1,19 @@
 """The certificate of a variant: every examination of the model that a run builds, kept by content."""
 
+import ctypes
+import gc
 import hashlib
 import inspect
 import json
 import math
+import sys
 from pathlib import Path
 
 import torch
 import transformers
 
 from lib import attention, paths
-from lib.certificate import examinations
+from lib.certificate import examinations, show
 from lib.certificate.measures import CLAIMS, Measure, collected
 from lib.certificate.setting import Setting
 from lib.certificate.twins import Twins, attentions
@@ -79,6 +82,7 @@ def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
 
     - `measures`: what each check rests on (`measures.Measure`), with the largest difference found and allowed
     - `tested`: the sizes, lengths, precision and devices that it was examined at
+    - `scope`: the same and what a certificate cannot say, as sentences
     - `receptive_field`: how many tokens the last of `tested["context"]` depends on in one layer, itself included
     - `parameters_vs_baseline`: weights of the attention over those of GPT-2's own
     - `memory_growth`, `flops_growth`: exponents of T, of what is kept for the backward pass and of the analytic count
@@ -133,7 +137,24 @@ def _machine(setting: Setting) -> str:
 def _certificate(name: str, options: dict, setting: Setting) -> dict:
     measures = examined(name, options, setting)
     twins = Twins(name, options, setting, 0)
-    return summary(measures) | _numbers(twins) | {"tested": setting.values() | twins.where()}
+    said = summary(measures) | _numbers(twins) | {"tested": setting.values() | twins.where()}
+    del twins
+    _give_back_memory()
+    return said | {"scope": show.scope(said)}
+
+
+def _give_back_memory() -> None:
+    """What the examination had is not to be seen in the peaks of a run that goes on in this process.
+
+    Else a run that found its certificate ready would seem to need less than one that made it.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's alone
+        if trim is not None:
+            trim(0)
 
 
 def summary(measures: list[Measure]) -> dict:

@@ -238,6 +238,7 @@ class Certificate(Strict):
     passed: bool
     measures: list[CertificateMeasure] = []  # empty in records from before the whole model was examined
     tested: dict = {}  # sizes, lengths, precision and devices of the examination; empty there too
+    scope: list[str] = []  # the same, and what it cannot say, as sentences
 
 
 class StudyPosition(Strict):
