@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -72,10 +73,10 @@ def test_every_variant_passes(name, precision):
 
 @every_variant
 def test_no_false_alarm_by_another_seed(name):
-    """200 seeds passed by hand, see docs/certificate.md."""
-    for seed, precision in ((1, "fp32"), (2, "bf16")):
-        found = variant.examined(name, {}, Setting(precision=precision), seed=seed)
-        assert not [one for one in found if one.passed is False]
+    """CERTIFICATE_SEEDS=200 for as many as docs/certificate.md speaks of: too slow for every day."""
+    for seed in range(1, 1 + int(os.environ.get("CERTIFICATE_SEEDS", "2"))):
+        found = variant.examined(name, {}, Setting(precision=("fp32", "bf16")[seed % 2]), seed=seed)
+        assert not [one for one in found if one.passed is False], seed
 
 
 @pytest.mark.parametrize(

@@ -55,11 +55,17 @@ class Tokens:
             return logits_of(self.model(ids, **self.options))
 
     def traced(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """The logits, and what each embedding gave for the ids: (B, T, *) each; none where no embedding reads them."""
-        found = []
+        """The logits, and what each embedding gave for the ids: (B, T, *) each; none where no embedding reads them.
+
+        A model may pad the ids to whole chunks: then that has more than T tokens.
+        """
+        found, (rows, length) = [], ids.shape
+
+        def reads(x) -> bool:
+            return x.dim() == 2 and x.shape[0] == rows and x.shape[1] >= length and torch.equal(x[:, :length], ids)
 
         def keep(_, given, out):
-            if given and given[0].shape == ids.shape and torch.equal(given[0], ids):
+            if given and reads(given[0]):
                 out = out if out.requires_grad else out.detach().requires_grad_()
                 found.append(out)
                 return out
@@ -114,7 +120,7 @@ def gradient_leaks(subject, x: torch.Tensor, rounds: int = 1, shift: int = 0) ->
                 given = torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
                 for gradient in (g for g in given if g is not None):
                     moved = gradient.abs().amax(-1)  # (B, T)
-                    is_later = torch.arange(length, device=x.device) > at[:, None]
+                    is_later = torch.arange(moved.shape[1], device=x.device) > at[:, None]
                     is_asked = torch.zeros(rows, 1, dtype=torch.bool, device=x.device)
                     is_asked[asked] = True
                     top = max(top, largest(moved))
