@@ -72,12 +72,12 @@ def certificates(runs: pd.DataFrame) -> pd.DataFrame:
         row = {"variant": title[label], "passed": "yes" if said["passed"].all() else "NO"}
         row["failed"] = ", ".join(_failed_checks(said["measures"])) or "–"
         row |= {heading: "yes" if said[field].all() else "NO" for field, heading in yes.items()}
-        row["last token sees"] = _shown(said["receptive_field"].min(), "{:.0f}")
-        row["from its reference"] = _shown(said["reference_difference"].max(), "{:.0e}")
-        row["its gradients"] = _shown(said["reference_gradient_difference"].max(), "{:.0e}")
+        row["last token sees"] = _shown(pd.to_numeric(said["receptive_field"]).min(), "{:.0f}")
+        row["from its reference"] = _shown(pd.to_numeric(said["reference_difference"]).max(), "{:.0e}")
+        row["its gradients"] = _shown(pd.to_numeric(said["reference_gradient_difference"]).max(), "{:.0e}")
         row["weights / GPT-2's"] = f"{said['parameters_vs_baseline'].max():.3f}"
-        row["memory grows as"] = _shown(said["memory_growth"].max(), "T^{:.1f}")
-        row["FLOPs grow as"] = _shown(said["flops_growth"].max(), "T^{:.1f}")
+        row["memory grows as"] = _shown(pd.to_numeric(said["memory_growth"]).max(), "T^{:.1f}")
+        row["FLOPs grow as"] = _shown(pd.to_numeric(said["flops_growth"]).max(), "T^{:.1f}")
         rows.append(row)
     return pd.DataFrame(rows)
 
