@@ -169,7 +169,4 @@ def test_checks_that_failed_are_named_and_numbers_that_could_not_be_had_are_a_da
     record.write(make_record("sdpa"), tmp_path)
     table = tables.certificates(compare.groups(record.read(tmp_path))[0].runs).set_index("variant")
     assert list(table["failed"]) == ["–", "reach"]
-    assert (
-        list(table.loc["gqa", ["last token sees", "memory grows as"]])
-        == ["–"] * 2
-    )
+    assert list(table.loc["gqa", ["last token sees", "memory grows as"]]) == ["–"] * 2

@@ -92,7 +92,8 @@ def by_value(twins: Twins):
         cut = prefix_difference(tokens, long, full, s.prefixes)
         yield within("prefix_equal", f"{len(s.prefixes)} prefixes of {s.longest:,} tokens, float64", cut, TOLERANCE)
         power = long[:, : 2 ** (s.longest.bit_length() - 1)]
-        for x, y, shifts in ((long, full, (0, 30)), (power, tokens(power), (2,)), (several, out, (3,))):
+        of_power = full if power.shape == long.shape else tokens(power)
+        for x, y, shifts in ((long, full, (0, 30)), (power, of_power, (2,)), (several, out, (3,))):
             moved = max(changed_tails(tokens, x, y, shift) for shift in shifts)
             where = f"{x.shape[0]} x {x.shape[1]:,} tokens, float64"
             yield within("causal", f"all later tokens drawn anew, {where}", moved, TOLERANCE)
