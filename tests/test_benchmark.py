@@ -36,8 +36,8 @@ def benchmark():
     times_ms[8192]["short"] = [1.0]
     failed = {512: {"short": "no room"}, 2048: {"short": "no room"}}
     return Benchmark(
-        finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1, environment={},
-        versions={}, reference_implementations={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms,
+        finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1,
+        environment={"device": "cpu", "device_name": "a machine"}, versions={}, reference_implementations={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms,
         out_of_memory=failed, absent={},
     )  # fmt: skip
 

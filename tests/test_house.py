@@ -85,7 +85,7 @@ MAY_IMPORT = {
     "attention": GROUND,
     "model": GROUND | {"attention"},
     "published": GROUND | {"attention"},
-    "record": GROUND,
+    "record": GROUND | {"attention"},
     "data": GROUND,
     "parameters": MODEL,
     "certificate": MODEL,

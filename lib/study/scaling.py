@@ -145,7 +145,7 @@ def _short(point: Point) -> str:
 
 def _resumed(new: Scaling, folder: Path) -> Scaling:
     """What the folder holds of the same, or `new`."""
-    path = folder / f"{new.label}.json"
+    path = folder / scaling.file_name(new.label)
     if not path.exists():
         return new
     old = scaling.load(path)
