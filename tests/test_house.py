@@ -91,10 +91,13 @@ MAY_IMPORT = {
     "certificate": MODEL,
     "measure": MODEL | {"parameters", "certificate"},
     "progress": GROUND,
+    "markup": set(),
     "training": MODEL | {"parameters", "certificate", "measure"},
-    "analysis": MODEL | {"parameters", "certificate", "measure", "published"},
+    "analysis": MODEL | {"parameters", "certificate", "measure", "published", "markup"},
     "study": MODEL | {"parameters", "certificate", "measure", "training"},
-    "explore": MODEL | {"parameters", "certificate", "measure", "training", "analysis", "study", "published"},
+    "explore": MODEL
+    | {"parameters", "certificate", "measure", "training", "analysis", "study", "published"}
+    | {"markup"},
 }
 
 

@@ -1,12 +1,14 @@
 """The tables of the study, from records alone."""
 
 import pandas as pd
-from IPython.display import HTML
 
 from lib.analysis import compare
 from lib.analysis.style import GIB, MIB, labels, titles
 from lib.errors import UsageError
+from lib.markup import table
 from lib.record import REASONS
+
+__all__ = ["certificates", "interval", "ranking", "table", "unmeasured"]
 
 RANKED = {
     "time_per_epoch_s": ("s per epoch", 1, "{:,.2f}"),
@@ -43,15 +45,6 @@ def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
         row["verdict"] = verdict if values["certified"] else "fails its certificate"
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def table(frame: pd.DataFrame, align: str | None = None):
-    """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content."""
-    content = pd.util.hash_pandas_object(frame.astype(str)).sum()
-    styled = frame.style.hide().set_uuid(f"{content:x}")
-    if align:
-        styled = styled.set_table_styles([{"selector": "th, td", "props": [("text-align", align)]}])
-    return HTML(styled.to_html())
 
 
 def interval(found: pd.Series, of: str = "") -> str:

@@ -73,8 +73,8 @@ def check_name(text: str, what: str) -> str:
         raise ValueError(f"{shown} must have 1 to {LONGEST_NAME} characters, not {len(text)}")
     if not text.isprintable() or text != text.strip():
         raise ValueError(f"{shown} must be printable, on one line, and without spaces at its ends")
-    if "$" in text:
-        raise ValueError(f"{shown} must have no $, which makes a formula of it")
+    if "$" in text or "\\" in text:
+        raise ValueError(f"{shown} must have no $ and no \\, which make a formula of it")
     if text.startswith("_"):
         raise ValueError(f"{shown} must not begin with _, which a figure's legend leaves out")
     return text
