@@ -156,8 +156,9 @@ def loss_curves(runs):
         first = own.iloc[0]
         training = pd.DataFrame(own["series_train_loss"].tolist()).mean()
         axes.plot(first["series_non_padding_tokens"], training, color=colour[name], linewidth=0.9, alpha=0.5)
-        points = pd.DataFrame([[p["loss"] for p in validation] for validation in own["series_validation"]]).mean()
-        tokens = [p["non_padding_tokens"] for p in first["series_validation"]]
+        losses = [[p["loss"] for p in validation] for validation in own["series_validation"]]
+        points = pd.DataFrame(losses, dtype=float).mean()
+        tokens = [p["non_padding_tokens"] for p in max(own["series_validation"], key=len)]
         certified = "" if own["certified"].all() else ", not certified"
         style = {"color": colour[name], "marker": marker[name], "markersize": 5, "linewidth": 1.6}
         axes.plot(tokens, points, label=f"{title[name]} (n = {len(own)}{certified})", **style)

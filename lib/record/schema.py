@@ -50,6 +50,7 @@ MOST_STEPS = 10**6  # of a run, so points of a series
 MOST_CONTEXTS = 64  # at which a run times inference: each is a tick of an axis
 
 Measured = Annotated[float | None, Field(allow_inf_nan=False)]
+Amount = Annotated[float | None, Field(ge=0, allow_inf_nan=False)]  # a bar that begins at 0
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Seconds = Annotated[float, Field(ge=1e-9, le=1e9, allow_inf_nan=False)]
 Rate = Annotated[float, Field(ge=1e-9, le=1e15, allow_inf_nan=False)]
@@ -177,33 +178,33 @@ class Metrics(Strict):
     time_s: Seconds
     time_per_epoch_s: Seconds
     non_padding_tokens_per_s: Rate
-    energy_j: Measured
-    energy_per_non_padding_token_j: Measured
-    mean_power_w: Measured
-    idle_power_w: Measured
+    energy_j: Amount
+    energy_per_non_padding_token_j: Amount
+    mean_power_w: Amount
+    idle_power_w: Amount
     net_energy_j: Measured
-    gpu_utilization_percent: Measured
-    gpu_busy_fraction: Measured
-    cpu_energy_j: Measured
-    cpu_time_s: Measured
-    cpu_cores_used: Measured
-    disk_bytes: Measured
-    peak_memory_bytes: Measured
-    peak_reserved_memory_bytes: Measured
-    peak_resident_bytes: Measured
-    forward_flops_causal: Measured
-    forward_flops_full: Measured
-    forward_flops_counted: Measured
-    attention_core_share: Measured
-    causal_flops_per_s: Measured
-    mfu: Measured
-    train_loss: Measured
-    validation_loss: Measured
-    prefill_latency_s: Measured
-    decode_latency_s_per_token: Measured
-    cache_bytes: Measured
+    gpu_utilization_percent: Amount
+    gpu_busy_fraction: Amount
+    cpu_energy_j: Amount
+    cpu_time_s: Amount
+    cpu_cores_used: Amount
+    disk_bytes: Amount
+    peak_memory_bytes: Amount
+    peak_reserved_memory_bytes: Amount
+    peak_resident_bytes: Amount
+    forward_flops_causal: Amount
+    forward_flops_full: Amount
+    forward_flops_counted: Amount
+    attention_core_share: Amount
+    causal_flops_per_s: Amount
+    mfu: Amount
+    train_loss: Amount
+    validation_loss: Amount
+    prefill_latency_s: Amount
+    decode_latency_s_per_token: Amount
+    cache_bytes: Amount
     parameters: Count
-    checkpoint_bytes: Measured
+    checkpoint_bytes: Amount
 
 
 class Point(Strict):
@@ -288,7 +289,7 @@ class Series(Strict):
     non_padding_tokens: list[Count]  # seen up to the end of each step
     validation: list[Point]
     epoch_time_s: list[Seconds]
-    epoch_energy_j: list[Number]  # empty where the run has no energy
+    epoch_energy_j: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]  # empty where the run has no energy
     log: list[LogPoint]
     power_time_s: list[Number]  # middles of equal parts of the window; empty without a power trace
     power_w: list[Number]  # means over them
