@@ -16,6 +16,7 @@ from lib.analysis.tables import interval
 from lib.paths import ROOT
 from lib.record import REASONS
 
+MOST_DRAWN = 10_000  # points of a curve: of a longer one every so many-th
 PUBLISHED = ROOT / "records" / "published_figures.csv"
 
 
@@ -153,9 +154,10 @@ def loss_curves(runs):
     colour, marker, title = colours(names), markers(names), titles(runs)
     for name in names:
         own = runs[runs["label"] == name]
-        first = own.iloc[0]
-        training = pd.DataFrame(own["series_train_loss"].tolist()).mean()
-        axes.plot(first["series_non_padding_tokens"], training, color=colour[name], linewidth=0.9, alpha=0.5)
+        step = 1 + max(map(len, own["series_train_loss"])) // MOST_DRAWN
+        training = pd.DataFrame([losses[::step] for losses in own["series_train_loss"]], dtype=float).mean()
+        tokens = max(own["series_non_padding_tokens"], key=len)[::step]
+        axes.plot(tokens, training, color=colour[name], linewidth=0.9, alpha=0.5)
         losses = [[p["loss"] for p in validation] for validation in own["series_validation"]]
         points = pd.DataFrame(losses, dtype=float).mean()
         tokens = [p["non_padding_tokens"] for p in max(own["series_validation"], key=len)]
