@@ -5,7 +5,7 @@ JupyterLab sets what stands between dollar signs in HTML too, and a formula can 
 """
 
 import html
-import numbers
+from numbers import Number
 
 import pandas as pd
 from IPython.display import HTML
@@ -13,14 +13,18 @@ from IPython.display import HTML
 NO_FORMULAS = "tex2jax_ignore mathjax_ignore"  # the classes at which MathJax looks away
 
 
-def table(frame: pd.DataFrame, align: str | None = None, form: dict[str, str] | None = None) -> HTML:
+def table(frame: pd.DataFrame | str, align: str | None = None, **numbers) -> HTML:
     """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content.
 
-    `form`: how the numbers of a column are written, for example {"loss": "{:.3f}"}.
+    A sentence that stands for a table is shown as it is. `numbers`: how they are written, as `Styler.format` has it.
     """
+    if isinstance(frame, str):
+        return HTML(without_formulas(f"<p>{escaped(frame)}</p>"))
     content = pd.util.hash_pandas_object(frame.astype(str)).sum()
     shown = frame.map(_written).set_axis([str(name) for name in frame.columns], axis="columns")
-    styled = shown.style.hide().set_uuid(f"{content:x}").format(form, escape="html").format_index(escape="html", axis=1)
+    styled = (
+        shown.style.hide().set_uuid(f"{content:x}").format(**numbers, escape="html").format_index(escape="html", axis=1)
+    )
     if align:
         styled = styled.set_table_styles([{"selector": "th, td", "props": [("text-align", align)]}])
     return HTML(without_formulas(styled.to_html()))
@@ -28,7 +32,7 @@ def table(frame: pd.DataFrame, align: str | None = None, form: dict[str, str] | 
 
 def _written(value):
     """Numbers stay numbers; all else is text before it is escaped: a list or a class has a text with tags in it too."""
-    return value if isinstance(value, numbers.Number) else str(value)
+    return value if value is None or isinstance(value, Number) else str(value)
 
 
 def escaped(text) -> str:

@@ -6,6 +6,7 @@ import time
 
 from lib import attention, parameters, record
 from lib.data import conversations, corpus
+from lib.study import plan
 
 METRICS = {
     "time_s": 20.0, "time_per_epoch_s": 10.0, "non_padding_tokens_per_s": 5e3,
@@ -31,6 +32,17 @@ CERTIFICATE = {
 }  # fmt: skip
 
 
+def places(labels, blocks) -> dict[tuple[str, int], int]:
+    """Where each of a study's runs stands in its block: (label, block) to position, as `lib.study.plan` orders them."""
+    others, found = [label for label in labels if label != attention.CONTROL], {}
+    for block, order in enumerate(plan.orders(len(others), blocks)):
+        names = [others[which] for which in order]
+        if attention.CONTROL in labels:
+            names.insert(block % len(labels), attention.CONTROL)
+        found |= {(name, block): position for position, name in enumerate(names)}
+    return found
+
+
 def parameters_of(label, block=0, session="s1", setting="0" * 8, series=None) -> dict:
     """Parameters of a run that is called `label`. What is no variant of ours is a file, `mine.py`, with that label."""
     is_ours, is_control = label in attention.variants(), label == attention.CONTROL
@@ -46,7 +58,9 @@ def parameters_of(label, block=0, session="s1", setting="0" * 8, series=None) ->
     return values
 
 
-def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, **changes) -> record.Record:
+def make_record(
+    label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, position=0, validation=None, **changes
+) -> record.Record:
     """A record whose metrics are `METRICS` with `changes`; what is None has a reason.
 
     Name, label, attention and setting are those of its parameters: `run_parameters`, or those of a run called `label`,
@@ -70,7 +84,7 @@ def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0"
         "paper": "a paper",
         "setting": parameters.setting(values),
         "parameters": values,
-        "study": {"session": session, "block": block, "position": 0} if session else {},
+        "study": {"session": session, "block": block, "position": position} if session else {},
         "environment": {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-1"}},
         "data": {},
         "certificate": CERTIFICATE | {"causal": certified, "passed": certified},
@@ -78,7 +92,7 @@ def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0"
         "metrics": metrics,
         "series": {
             "train_loss": [6.0, 5.5, 5.2, 5.0], "non_padding_tokens": [64, 128, 192, 256],
-            "validation": [{"non_padding_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
+            "validation": validation or [{"non_padding_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
             "epoch_energy_j": [], "log": [{"step": 4, "time_s": 20.0, "energy_j": metrics["energy_j"]}],
             "power_time_s": [10.0], "power_w": [200.0],
             "inference": [{"context": context} | latency for context in (8, 16)], "phases": [], "slope": None,
@@ -99,9 +113,17 @@ def record_of(run, **changes) -> record.Record:
 
 
 def write_blocks(folder, labels=("baseline", "sdpa", "sdpa_again"), blocks=1, **changes):
-    for block in range(blocks):
-        for label in labels:
-            record.write(make_record(label, block, **changes), folder)
+    for (label, block), position in places(labels, blocks).items():
+        record.write(make_record(label, block, position=position, **changes), folder)
+
+
+def learning(end=5.0, validations=8, tokens=256):
+    """Validations that fall from 8 to `end`, of repeated bigrams too."""
+    points = [(tokens * n // validations, end + (8 - end) * (1 - n / validations) ** 2) for n in range(validations + 1)]
+    return [
+        {"non_padding_tokens": seen, "loss": loss, "repeated_bigram_loss": loss - 1, "other_loss": loss + 0.5}
+        for seen, loss in points
+    ]
 
 
 def fill(disk):

@@ -1,4 +1,4 @@
-"""What strangers send, in a real JupyterLab: a page shows it as text, runs nothing of it and asks nobody for anything."""
+"""What strangers send, in a real JupyterLab: shown as text; nothing of it runs, and nobody is asked for anything."""
 
 from pathlib import Path
 

@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from lib.record.schema import Count, Environment, Moment, Strict, Text
 
+AGAIN = ", again (A/A)"  # behind a variant's name: its turn taken a second time in each round
+
 Milliseconds = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
 Context = Annotated[int, Field(ge=1, le=2**27)]
 
