@@ -146,7 +146,7 @@ def check_values(values: dict) -> None:
     for option, value in p.options.items():
         if not isinstance(option, str) or not all(isinstance(one, PLAIN) for one in _listed(value)):
             raise UsageError(f"options: {_shown(option)} must be a number, text, true, false, or a list of such")
-    _pin(p.attention)
+    pin(p.attention)
     layer = check_attention(p)
     try:
         check_label(display_name(values), paths.portable(p.attention))
@@ -159,7 +159,7 @@ def _listed(value) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _pin(name: str) -> None:
+def pin(name: str) -> None:
     """From here on this process knows the variant as its file is now: certified, trained and recorded is one text."""
     try:
         attention.pin(name)

@@ -166,8 +166,8 @@ def made_record(seconds: dict, joules: dict | None = None, **changes) -> steps.S
         ]  # fmt: skip
         rounds.append({"session": "s", "begun_at": record.now(), "warm": None, "turns": turns})
     entries = [
-        {"label": label, "title": label.upper(), "attention": "sdpa" if label in ("sdpa", CONTROL) else label, "attention_sha256": "0" * 64, "options": {},
-         "certified": True, "parameters": 9}
+        {"label": label, "title": label.upper(), "attention": "sdpa" if label in ("sdpa", CONTROL) else label,
+         "attention_sha256": "0" * 64, "options": {}, "certified": True, "parameters": 9}
         for label in seconds
     ]  # fmt: skip
     fields = {

@@ -61,6 +61,10 @@ def _initialise(name: str, parameter: torch.nn.Parameter, config: GPT2Config, se
         parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(own_seed))
 
 
+# Which of several configurations `from_pretrained` reads, and so which weights.
+WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
 class GPT2(GPT2LMHeadModel):
     """GPT-2 whose blocks hold the attention that `config.attention` names, with `config.attention_options`.
 
@@ -82,13 +86,21 @@ class GPT2(GPT2LMHeadModel):
         """As transformers', for a folder that `save_pretrained` wrote.
 
         A folder whose attention is a file is loaded only where the caller names that file again,
-        `from_pretrained(folder, attention="mine.py")`: a downloaded folder must not choose what code runs here.
+        `from_pretrained(folder, attention="mine.py")`: a downloaded folder must not choose what code runs here,
+        wherever in it the configuration lies, and whatever is passed as `config`.
         """
-        if "attention" not in kwargs and "config" not in kwargs:
-            named = GPT2Config.from_pretrained(folder).attention
-            if named not in attention.variants():
-                raise ValueError(f"this model was saved with the attention file {named!r}; pass attention=<that file>")
-        return super().from_pretrained(folder, *args, **kwargs)
+        is_named, config = "attention" in kwargs, kwargs.pop("config", None)
+        where = {name: kwargs[name] for name in WHERE if name in kwargs}
+        if not isinstance(config, GPT2Config):
+            config, kwargs = GPT2Config.from_pretrained(config or folder, return_unused_kwargs=True, **kwargs)
+        elif is_named:
+            config = copy.deepcopy(config)
+            config.attention = kwargs.pop("attention")
+        if not is_named and config.attention not in attention.variants():
+            raise ValueError(
+                f"this model was saved with the attention file {config.attention!r}; pass attention=<that file>"
+            )
+        return super().from_pretrained(folder, *args, config=config, **kwargs | where)  # that very configuration
 
     def forward(
         self,

@@ -50,7 +50,7 @@ class _Plain(yaml.SafeLoader):
 _Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
 
 
-def _read_yaml(path: Path):
+def read_yaml(path: Path):
     """What a YAML file holds. Raises ValueError, in one line, where it is not plain; OSError as `open` does."""
     try:
         return yaml.load(paths.read_bounded(path, MOST_BYTES), _Plain)
@@ -74,7 +74,7 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     if path is None:
         return {}, {}
     try:
-        profile = _read_yaml(Path(path)) or {}
+        profile = read_yaml(Path(path)) or {}
     except FileNotFoundError:
         there = ", ".join(f"params/{file.name}" for file in sorted((paths.ROOT / "params").glob("*.yaml")))
         raise UsageError(f"there is no profile {path}; there are: {there}, or none for the quick one") from None
