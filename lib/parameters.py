@@ -147,12 +147,7 @@ def check_values(values: dict) -> None:
         if not isinstance(option, str) or not all(isinstance(one, PLAIN) for one in _listed(value)):
             raise UsageError(f"options: {_shown(option)} must be a number, text, true, false, or a list of such")
     pin(p.attention)
-    layer = check_attention(p)
-    try:
-        check_label(display_name(values), paths.portable(p.attention))
-        check_name(title(values, layer), "title")
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    named(values, check_attention(p))
 
 
 def _listed(value) -> list:
@@ -258,6 +253,17 @@ def _assigned(source: str) -> list[str]:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if hasattr(node, "target") else []
         names += [target.id for target in targets if isinstance(target, ast.Name)]
     return names
+
+
+def named(values: dict, layer) -> dict[str, str]:
+    """Label and title of a variant's runs. Raises UsageError where they cannot be shown, or pass for another's."""
+    found = {"label": display_name(values), "title": title(values, layer)}
+    try:
+        check_label(found["label"], paths.portable(values["attention"]))
+        check_name(found["title"], "title")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return found
 
 
 def title(values: dict, layer) -> str:

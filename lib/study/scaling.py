@@ -64,7 +64,7 @@ def checked(values: dict) -> Plan:
         made = Plan(**{name: values[name] for name in Plan.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UsageError(record.printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
     if made.width % made.heads:
         raise UsageError(f"heads must divide width: {made.heads} heads do not divide {made.width}")
     _entries(made)
@@ -85,7 +85,7 @@ def _entries(made: Plan) -> list[SimpleNamespace]:
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": made.contexts[-1]}
         parameters.pin(given["attention"])
         layer = parameters.check_attention(SimpleNamespace(**given, **sizes))
-        named = {"label": parameters.display_name(given), "title": parameters.title(given, layer)}
+        named = parameters.named(given, layer)
         named["sha256"] = attention.source_sha256(given["attention"])
         entries.append(SimpleNamespace(**given | named))
     if len({entry.label for entry in entries}) < len(entries):

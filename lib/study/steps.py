@@ -101,7 +101,7 @@ def entries_of(made: Plan) -> list[SimpleNamespace]:
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": longest}
         parameters.pin(given["attention"])
         layer = parameters.check_attention(SimpleNamespace(**given, **sizes))
-        named = {"label": parameters.display_name(given), "title": parameters.title(given, layer)}
+        named = parameters.named(given, layer)
         found.append(SimpleNamespace(**given | named))
     labels = [entry.label for entry in found]
     if len(set(labels)) < len(labels):
