@@ -88,7 +88,7 @@ def load(p) -> Corpus:
     folder = made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch))
     try:
         counts, parts = _read(folder, len(encoder))
-    except (OSError, ValueError, KeyError):  # cut short by a full disk, or changed by somebody
+    except (OSError, ValueError, KeyError, TypeError):  # cut short by a full disk, or changed by somebody
         forget(folder)
         if folder.exists():
             raise UsageError(
@@ -206,7 +206,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read(folder: Path, vocabulary: int) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The counts, and each part's tokens and lengths. Raises ValueError or KeyError where they are not as written."""
+    """The counts, and each part's tokens and lengths. Raises ValueError, KeyError or TypeError where not as written."""
     facts = json.loads(read_bounded(folder / "facts.json", 1 << 20))
     if not isinstance(facts, dict) or facts["dtype"] not in ("<u2", "<u4"):
         raise ValueError("facts.json is of another kind")
@@ -218,7 +218,7 @@ def _read(folder: Path, vocabulary: int) -> tuple[dict, dict[str, tuple[np.ndarr
         for file in (sizes, path):
             if not file.is_file() or _sha256(file) != facts["sha256"][file.name]:
                 raise ValueError(f"{file.name} is not what was written")
-        lengths = np.load(sizes, allow_pickle=False)
+        lengths = np.array(np.lib.format.open_memmap(sizes, mode="r"))  # no zip, no pickle, no size but its own
         size = path.stat().st_size
         if lengths.ndim != 1 or lengths.dtype != np.int64 or ((lengths < 1) | (lengths > size)).any():
             raise ValueError(f"{sizes.name} holds no lengths")
