@@ -19,7 +19,7 @@ def table(frame: pd.DataFrame | str, align: str | None = None, **numbers) -> HTM
     A sentence that stands for a table is shown as it is. `numbers`: how they are written, as `Styler.format` has it.
     """
     if isinstance(frame, str):
-        return HTML(without_formulas(f"<p>{escaped(frame)}</p>"))
+        return lines([frame])
     content = pd.util.hash_pandas_object(frame.astype(str)).sum()
     shown = frame.map(_written).set_axis([str(name) for name in frame.columns], axis="columns")
     styled = (
@@ -28,6 +28,11 @@ def table(frame: pd.DataFrame | str, align: str | None = None, **numbers) -> HTM
     if align:
         styled = styled.set_table_styles([{"selector": "th, td", "props": [("text-align", align)]}])
     return HTML(without_formulas(styled.to_html()))
+
+
+def lines(sentences: list[str]) -> HTML:
+    """Sentences as a notebook shows them, a paragraph each."""
+    return HTML(without_formulas("".join(f"<p>{escaped(sentence)}</p>" for sentence in sentences)))
 
 
 def _written(value):

@@ -12,10 +12,21 @@ from types import SimpleNamespace
 
 from lib import attention, paths
 from lib.errors import UsageError
-from lib.record.names import LONGEST_TEXT, check_label, check_name, display_name, printable, run_name, setting
+from lib.record.names import (
+    LONGEST_TEXT,
+    check_label,
+    check_name,
+    digest,
+    display_name,
+    printable,
+    run_name,
+    setting,
+)  # fmt: skip
+from lib.record.names import file_stem as file_name
 from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, PRECISIONS
 
-__all__ = ["display_name", "run_name", "setting"]  # of a record, which holds the parameters, and so known there
+# Names of records, which hold the parameters, and so are made there.
+__all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
 PLAIN = (bool, int, float, str, type(None))  # what a record holds an option as, alone or in a list

@@ -13,7 +13,7 @@ import pytest
 from make import make_record
 
 from lib import paths, record
-from lib.analysis import compare
+from lib.analysis import compare, paired
 from lib.errors import UsageError
 from lib.measure import energy, selfcheck
 
@@ -79,7 +79,7 @@ def test_twenty_windows_of_six_tenths_of_a_second_are_too_short(said):
 
 def test_the_limits_of_a_window_are_those_that_its_edges_ask_for():
     refused, flagged = (energy.EDGES_S / shortest for shortest in (energy.SHORTEST_WINDOW_S, selfcheck.SHORT_WINDOW_S))
-    assert [refused, flagged] == pytest.approx([compare.EQUIVALENT_WITHIN / 2, compare.EQUIVALENT_WITHIN / 4])
+    assert [refused, flagged] == pytest.approx([paired.EQUIVALENT_WITHIN / 2, paired.EQUIVALENT_WITHIN / 4])
 
 
 def test_a_window_has_energy_from_two_seconds_on_and_every_log_point_its_part(said):

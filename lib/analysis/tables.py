@@ -7,10 +7,10 @@ from lib.analysis import compare, ngrams
 from lib.analysis.notes import NO_CONTROL, noise_in_words
 from lib.analysis.style import GIB, MIB, labels, titles
 from lib.errors import UsageError
-from lib.markup import table
+from lib.markup import lines, table
 from lib.record import REASONS
 
-__all__ = ["certificates", "interval", "ranking", "table", "unmeasured"]
+__all__ = ["certificates", "interval", "lines", "ranking", "table", "unmeasured"]
 
 RANKED = {
     "time_per_epoch_s": ("s per epoch", 1, "{:,.2f}"),

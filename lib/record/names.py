@@ -28,12 +28,12 @@ ALIKE_IN_ASCII = str.maketrans("01|!5", "oliis")
 
 def setting(values: dict) -> str:
     """Eight hex digits of everything but the variant and the seed: runs are compared only where these agree."""
-    return _digest({name: value for name, value in values.items() if name not in WHO})
+    return digest({name: value for name, value in values.items() if name not in WHO})
 
 
 def run_name(values: dict) -> str:
     """The name of a run's record and notebook: variant, seed and a hash of all parameters."""
-    return f"{file_stem(display_name(values))}-seed{values['seed']}-{_digest(values)}"
+    return f"{file_stem(display_name(values))}-seed{values['seed']}-{digest(values)}"
 
 
 def display_name(values: dict) -> str:
@@ -41,7 +41,8 @@ def display_name(values: dict) -> str:
     return values["label"] or attention.stem(values["attention"])
 
 
-def _digest(values: dict) -> str:
+def digest(values: dict) -> str:
+    """Eight hex digits of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
