@@ -649,7 +649,7 @@ def read_everywhere(folder: Path, draw, by: str) -> int:
 @settings(
     suppress_health_check=list(HealthCheck),
     deadline=None,
-    max_examples=int(os.environ.get("STRANGERS", "12")),
+    max_examples=int(os.environ.get("STRANGERS", "5")),
     derandomize="STRANGERS" not in os.environ,
 )
 def test_whatever_is_sent_gives_a_table_or_a_sentence(tmp_path_factory, case):
