@@ -4,19 +4,32 @@ This module reads that cell, checks what a person gave against it, and says in o
 """
 
 import ast
-import hashlib
 import inspect
-import json
-import re
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from types import SimpleNamespace
 
 from lib import attention, paths
 from lib.errors import UsageError
-from lib.record.schema import DEVICES, PRECISIONS
+from lib.record.names import (
+    LONGEST_TEXT,
+    check_label,
+    check_name,
+    digest,
+    display_name,
+    printable,
+    run_name,
+    setting,
+)  # fmt: skip
+from lib.record.names import file_stem as file_name
+from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, PRECISIONS
+
+# Names of records, which hold the parameters, and so are made there.
+__all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+PLAIN = (bool, int, float, str, type(None))  # what a record holds an option as, alone or in a list
 CHOICES = {
     "device": DEVICES,
     "precision": PRECISIONS,
@@ -24,13 +37,6 @@ CHOICES = {
     "turns": ("roles", "joined"),
     "packing": (False, True, "documents"),
 }
-AT_LEAST = {
-    "seed": 0, "layers": 1, "width": 1, "heads": 1, "positions": 1, "context": 2, "batch_size": 1, "accumulation": 1,
-    "steps_per_epoch": 1, "epochs": 1, "warmup_steps": 1, "lr_warmup_steps": 0, "weight_decay": 0, "clip_norm": 0,
-    "validation_sequences": 1, "new_tokens": 1, "inference_repeats": 1, "inference_window_s": 0,
-    "phase_steps": 0, "idle_s": 0,
-}  # fmt: skip
-WHO = ("attention", "options", "label", "seed")  # what differs within a study; all else is its setting
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,35 @@ def check_types(values: dict, known: dict[str, Declared]) -> dict:
         others = [choice for choice in CHOICES.get(name, ()) if type(choice) is not wanted]
         if type(value) is not wanted and not (isinstance(value, str) and value in others):
             kinds = " or ".join([known[name].type, *map(repr, others)])
-            raise UsageError(f"{name} must be {kinds}, not {value!r}{_way_out(wanted, value)}")
+            raise UsageError(f"{name} must be {kinds}, not {_shown(value)}{_way_out(wanted, value)}")
+        _check_plain(name, value)
         checked[name] = value
     return checked
+
+
+def _check_plain(name: str, value) -> None:
+    """Raises UsageError for numbers that are none, and texts that no page, terminal or record can show."""
+    if isinstance(value, dict):
+        for option, one in value.items():
+            _check_plain(f"a name in {name}", option)
+            _check_plain(f"{name}: {_shown(option)}", one)
+    elif isinstance(value, list):
+        for one in value:
+            _check_plain(name, one)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} must be a finite number, not {value}")
+    elif isinstance(value, int) and abs(value) > 2**53:
+        raise UsageError(f"{name} must be a number of at most 2**53, not one of {value.bit_length()} bits")
+    elif isinstance(value, str) and not (value.isprintable() and len(value) <= LONGEST_TEXT):
+        raise UsageError(f"{name} must be a text on one line that can be printed, not {_shown(value)}")
+
+
+def _shown(value) -> str:
+    """A value as a sentence shows it: a number of thousands of digits, which Python does not write, by its size."""
+    try:
+        return printable(repr(value), 100)
+    except ValueError:
+        return f"one of {value.bit_length()} bits"
 
 
 def _way_out(wanted: type, value) -> str:
@@ -96,10 +128,15 @@ def check_values(values: dict) -> None:
     p = SimpleNamespace(**values)
     for name, choices in CHOICES.items():
         if values[name] not in choices:
-            raise UsageError(f"{name} must be one of {', '.join(choices)}, not {values[name]!r}")
-    for name, least in AT_LEAST.items():
-        if values[name] < least:
-            raise UsageError(f"{name} must be at least {least}, not {values[name]}")
+            raise UsageError(f"{name} must be one of {', '.join(choices)}, not {_shown(values[name])}")
+    for name, (least, most) in LIMITS.items():
+        if not least <= values[name] <= most:
+            bound = f"at least {least}" if values[name] < least else f"at most {most}"
+            raise UsageError(f"{name} must be {bound}, not {values[name]}")
+    if p.steps_per_epoch * p.epochs > MOST_STEPS:
+        raise UsageError(
+            f"steps_per_epoch x epochs must be at most {MOST_STEPS:,}, not {p.steps_per_epoch * p.epochs:,}"
+        )
     for name in ("dropout", "validation_share"):
         if not 0 <= values[name] < 1:
             raise UsageError(f"{name} must be at least 0 and below 1, not {values[name]}")
@@ -109,6 +146,8 @@ def check_values(values: dict) -> None:
         raise UsageError(f"heads must divide width: {p.heads} heads do not divide {p.width}")
     if p.context > p.positions:
         raise UsageError(f"context {p.context} is longer than the model's {p.positions} positions; raise positions too")
+    if len(p.inference_contexts) > MOST_CONTEXTS:
+        raise UsageError(f"inference_contexts must be at most {MOST_CONTEXTS} lengths, not {len(p.inference_contexts)}")
     for length in p.inference_contexts:
         if type(length) is not int or length < 1 or length + p.new_tokens > p.positions:
             raise UsageError(
@@ -118,7 +157,23 @@ def check_values(values: dict) -> None:
 
     if p.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
-    check_attention(p)
+    for option, value in p.options.items():
+        if not isinstance(option, str) or not all(isinstance(one, PLAIN) for one in _listed(value)):
+            raise UsageError(f"options: {_shown(option)} must be a number, text, true, false, or a list of such")
+    pin(p.attention)
+    named(values, check_attention(p))
+
+
+def _listed(value) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def pin(name: str) -> None:
+    """From here on this process knows the variant as its file is now: certified, trained and recorded is one text."""
+    try:
+        attention.pin(name)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_attention(p):
@@ -219,19 +274,15 @@ def _assigned(source: str) -> list[str]:
     return names
 
 
-def setting(values: dict) -> str:
-    """Eight hex digits of everything but the variant and the seed: runs are compared only where these agree."""
-    return digest({name: value for name, value in values.items() if name not in WHO})
-
-
-def run_name(values: dict) -> str:
-    """The name of a run's record and notebook: variant, seed and a hash of all parameters."""
-    return f"{file_name(display_name(values))}-seed{values['seed']}-{digest(values)}"
-
-
-def display_name(values: dict) -> str:
-    """What tells a run apart from others: its label, or its variant's name."""
-    return values["label"] or attention.stem(values["attention"])
+def named(values: dict, layer) -> dict[str, str]:
+    """Label and title of a variant's runs. Raises UsageError where they cannot be shown, or pass for another's."""
+    found = {"label": display_name(values), "title": title(values, layer)}
+    try:
+        check_label(found["label"], paths.portable(values["attention"]))
+        check_name(found["title"], "title")
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return found
 
 
 def title(values: dict, layer) -> str:
@@ -239,13 +290,3 @@ def title(values: dict, layer) -> str:
     if values["label"] == attention.CONTROL:
         return f"{attention.title(layer, values['attention'])}, again (A/A)"
     return values["label"] or attention.title(layer, values["attention"])
-
-
-def file_name(label: str) -> str:
-    """A label as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "_", label)
-
-
-def digest(values: dict) -> str:
-    """Eight hex digits of values that JSON can hold."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

@@ -1,6 +1,7 @@
 """Where things lie: the repository, the folder of results; and files that are written whole or not at all."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -27,6 +28,27 @@ def figures_folder(path: str) -> Path:
 def portable(path: str) -> str:
     """A path as seen from the repository's root, so that no record names a machine's folders; a name stays a name."""
     return Path(os.path.relpath(path, ROOT)).as_posix() if Path(path).is_absolute() else path
+
+
+def read_bounded(path: Path, most_bytes: int) -> str:
+    """The text of a regular file of at most so many bytes, for files that somebody else wrote.
+
+    Raises ValueError, in one line, for a FIFO, a device, what is larger, and what is no UTF-8; OSError as `open` does.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))  # else a FIFO waits for who writes into it
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file")
+        if status.st_size > most_bytes:
+            raise ValueError(f"it is larger than {most_bytes:,} bytes")
+        with open(descriptor, "rb", closefd=False) as file:
+            content = file.read(status.st_size + 1)
+    finally:
+        os.close(descriptor)
+    if len(content) > status.st_size:
+        raise ValueError("it grew while it was read")
+    return content.decode("utf-8")
 
 
 def write_whole(path: Path, text: str) -> Path:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lib import record
 from lib.data import corpus, ngrams
 from lib.errors import LossNotFinite, UsageError, one_sentence_when_out_of_memory
-from lib.measure import kernels
+from lib.measure import environment, kernels
 from lib.measure.energy import Reading
 from lib.measure.meter import Meter
 from lib.measure.warmth import Warmth
@@ -41,6 +41,8 @@ class Trainer:
         self.started_at = record.now()  # what is predicted from now on is no prediction of this run
         self.p, self.corpus = p, corpus
         self.device = devices.choose(p.device)
+        facts = environment.describe(self.device)  # the commit of the code that runs, not of what it is edited to
+        self.commit = {name: value for name, value in facts.items() if name.startswith("commit")}
         self.model = model.to(self.device)
         self.forward = torch.compile(self.model) if p.compile else self.model
         self.precision = devices.resolve_precision(p.precision, self.device)

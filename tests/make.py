@@ -1,11 +1,10 @@
 """What several tests make: records, a tiny profile, a variant of one's own, a full disk."""
 
 import contextlib
-import hashlib
 import json
 import time
 
-from lib import attention, record
+from lib import attention, parameters, record
 from lib.data import conversations, corpus
 from lib.study import plan
 
@@ -21,8 +20,9 @@ METRICS = {
     "checkpoint_bytes": 4000.0,
 }  # fmt: skip
 PARAMETERS = {
-    "layers": 2, "width": 32, "context": 16, "steps_per_epoch": 2, "epochs": 2, "batch_size": 4, "accumulation": 1,
-    "dataset": "builtin",
+    "attention": "sdpa", "options": {}, "label": "", "seed": 0, "layers": 2, "width": 32, "heads": 2, "positions": 64,
+    "context": 16, "steps_per_epoch": 2, "epochs": 2, "batch_size": 4, "accumulation": 1, "dataset": "builtin",
+    "dataset_revision": "", "tokenizer": "builtin", "precision": "auto", "compile": False,
 }  # fmt: skip
 CERTIFICATE = {
     "causal": True, "prefix_equal": True, "mixes": True, "receptive_field": 9, "cached_equal": True,
@@ -43,10 +43,29 @@ def places(labels, blocks) -> dict[tuple[str, int], int]:
     return found
 
 
+def parameters_of(label, block=0, session="s1", setting="0" * 8, series=None) -> dict:
+    """Parameters of a run that is called `label`. What is no variant of ours is a file, `mine.py`, with that label."""
+    is_ours, is_control = label in attention.variants(), label == attention.CONTROL
+    named = {"attention": label if is_ours else attention.REFERENCE if is_control else "mine.py"}
+    values = PARAMETERS | named | {"label": "" if is_ours else label, "seed": block}
+    if session not in ("s1", None):  # in one folder, where names are all that tells two sessions' runs apart
+        values["options"] = {"session": session}
+    if setting != "0" * 8:
+        values["dataset_revision"] = setting
+    if series:
+        epochs = len(series["epoch_time_s"])
+        values |= {"epochs": epochs, "steps_per_epoch": len(series["train_loss"]) // epochs}
+    return values
+
+
 def make_record(
     label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, position=0, validation=None, **changes
 ) -> record.Record:
-    """A record whose metrics are `METRICS` with `changes`; what is None has a reason."""
+    """A record whose metrics are `METRICS` with `changes`; what is None has a reason.
+
+    Name, label, attention and setting are those of its parameters: `run_parameters`, or those of a run called `label`,
+    of which runs with another `setting` have other ones.
+    """
     metrics = METRICS | {name: value for name, value in changes.items() if name in METRICS}
     others = {name: value for name, value in changes.items() if name not in METRICS}
     reasons = {"cpu_energy_j": "rapl_unavailable", "peak_resident_bytes": "gpu_run"}
@@ -54,17 +73,17 @@ def make_record(
     latency |= {"cache_bytes": 10, "cache_bytes_analytic": 10, "prefill_energy_j": None}
     latency |= {"decode_energy_j_per_token": None, "energy_null_reason": "not_asked_for"}
     end = {"non_padding_tokens": 256, "loss": metrics["validation_loss"]}
-    digest = hashlib.sha256(f"{label}{block}{session}{setting}".encode()).hexdigest()
+    values = others.pop("run_parameters", None) or parameters_of(label, block, session, setting, others.get("series"))
     fields = {
-        "name": f"{label}-seed{block}-{digest[:8]}",
+        "name": parameters.run_name(values),
         "finished_at": record.now(),
-        "label": label,
-        "title": label,
-        "attention": label,
+        "label": parameters.display_name(values),
+        "title": parameters.display_name(values),
+        "attention": values["attention"],
         "attention_sha256": "0" * 64,
         "paper": "a paper",
-        "setting": setting,
-        "parameters": PARAMETERS | {"seed": block},
+        "setting": parameters.setting(values),
+        "parameters": values,
         "study": {"session": session, "block": block, "position": position} if session else {},
         "environment": {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-1"}},
         "data": {},
@@ -82,6 +101,15 @@ def make_record(
         "gpu_states": [], "checks": [], "flags": [],
     }  # fmt: skip
     return record.Record.model_validate(fields | others)
+
+
+def record_of(run, **changes) -> record.Record:
+    """A record of a planned run, its series as long as the run would be."""
+    values = run["values"]
+    steps, epochs = values["steps_per_epoch"] * values["epochs"], values["epochs"]
+    series = make_record().series.model_dump() | {"train_loss": [5.0] * steps, "epoch_time_s": [10.0] * epochs}
+    series["non_padding_tokens"] = list(range(1, steps + 1))
+    return make_record(block=run["block"], **{"run_parameters": values, "series": series} | changes)
 
 
 def write_blocks(folder, labels=("baseline", "sdpa", "sdpa_again"), blocks=1, **changes):

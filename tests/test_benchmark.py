@@ -35,8 +35,9 @@ def benchmark():
     times_ms = {T: {"mine": [ms, 2 * ms], "theirs": [8.0, 8.0]} for T, ms in ((512, 7.0), (2048, 3.0), (8192, 48.0))}
     times_ms[8192]["short"] = [1.0]
     failed = {512: {"short": "no room"}, 2048: {"short": "no room"}}
+    where = {"device": "cpu", "device_name": "a machine"}
     return Benchmark(
-        finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1, environment={},
+        finished_at=record.now(), what="layer", batch=1, compiled=False, vocabulary=1, threads=1, environment=where,
         versions={}, reference_implementations={"mine": ["theirs", "absent"], "short": []}, times_ms=times_ms,
         out_of_memory=failed, absent={},
     )  # fmt: skip

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from make import TINY, make_record
+from make import TINY, record_of
 
-from lib import attention, parameters, paths, record
+from lib import attention, paths, record
 from lib.errors import UsageError
 from lib.study import cluster, runner
 
@@ -109,10 +109,8 @@ def seated(runs, folder, **changes):
     """Records of planned runs, as if they had been run in one session."""
     for run in runs:
         values, place = run["values"], {"session": "s1", "block": run["block"], "position": run["position"]} | changes
-        one = make_record(parameters.display_name(values), run["block"], name=run["name"])
-        told = {"parameters": values, "setting": parameters.setting(values), "study": record.StudyPosition(**place)}
-        told["attention_sha256"] = attention.source_sha256(values["attention"])
-        record.write(one.model_copy(update=told), folder)
+        sha256 = attention.source_sha256(values["attention"])
+        record.write(record_of(run, study=place, attention_sha256=sha256), folder)
 
 
 @pytest.fixture

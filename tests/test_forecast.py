@@ -3,9 +3,9 @@
 from datetime import timedelta
 
 import pytest
-from make import TINY, make_record
+from make import TINY, record_of
 
-from lib import parameters, paths, record
+from lib import paths, record
 from lib.measure import flops
 from lib.model import gpt2_config, meta_model
 from lib.study import forecast, plan
@@ -22,11 +22,11 @@ def measured(run, seconds=0, **changes):
     model = meta_model(values["attention"], gpt2_config(*sizes, VOCABULARY), **values["options"])
     forward = flops.analytic(model, values["context"])["forward_flops_causal"]
     changes = {"time_s": 20.0, "energy_j": 4e3, "causal_flops_per_s": 3 * forward * 12 / 20.0} | changes
-    one = make_record(parameters.display_name(values), forward_flops_causal=forward, **changes)
-    place = record.StudyPosition(session="s", block=run["block"], position=run["position"])
-    metrics = one.metrics.model_copy(update={"parameters": sum(weight.numel() for weight in model.parameters())})
-    told = {"parameters": values, "setting": parameters.setting(values), "study": place, "metrics": metrics}
-    return one.model_copy(update=told | {"finished_at": BEGUN + timedelta(seconds=seconds)})
+    place = {"session": "s", "block": run["block"], "position": run["position"]}
+    told = {"study": place, "finished_at": BEGUN + timedelta(seconds=seconds), "forward_flops_causal": forward}
+    one = record_of(run, **told | changes)
+    size = sum(weight.numel() for weight in model.parameters())
+    return one.model_copy(update={"metrics": one.metrics.model_copy(update={"parameters": size})})
 
 
 def runs_of(*variants, blocks=1, **overrides):

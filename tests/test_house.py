@@ -85,16 +85,19 @@ MAY_IMPORT = {
     "attention": GROUND,
     "model": GROUND | {"attention"},
     "published": GROUND | {"attention"},
-    "record": GROUND,
+    "record": GROUND | {"attention"},
     "data": GROUND,
     "parameters": MODEL,
     "certificate": MODEL,
     "measure": MODEL | {"parameters", "certificate"},
     "progress": GROUND,
+    "markup": set(),
     "training": MODEL | {"parameters", "certificate", "measure"},
-    "analysis": MODEL | {"parameters", "certificate", "measure", "published"},
+    "analysis": MODEL | {"parameters", "certificate", "measure", "published", "markup"},
     "study": MODEL | {"parameters", "certificate", "measure", "training"},
-    "explore": MODEL | {"parameters", "certificate", "measure", "training", "analysis", "study", "published"},
+    "explore": MODEL
+    | {"parameters", "certificate", "measure", "training", "analysis", "study", "published"}
+    | {"markup"},
 }
 
 

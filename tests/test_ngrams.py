@@ -129,10 +129,11 @@ def test_counts_are_kept_and_a_cache_that_fails_costs_no_record(monkeypatch, tmp
     data = corpus.Corpus(make_rows(40), make_rows(9), 30, {"token_sha256": "a" * 64})
     first = ngrams.losses(data, np.arange(40), 6)
     (kept,) = (tmp_path / "cache").glob(f"*/{ngrams.KEPT}")
-    kept.write_text(json.dumps({"from": "the cache"}))
-    assert ngrams.losses(data, np.arange(40)[::-1], 6) == {"from": "the cache"}  # in whatever order
-    kept.write_text("{")
-    assert ngrams.losses(data, np.arange(40), 6) == first
+    kept.write_text(json.dumps(first | {"unigram_loss": 1.5}))
+    assert ngrams.losses(data, np.arange(40)[::-1], 6)["unigram_loss"] == 1.5  # in whatever order
+    for damaged in ("{", "[1]", json.dumps(first | {"unigram_loss": "<b>"}), json.dumps(first | {"mine": 1.0})):
+        kept.write_text(damaged)
+        assert ngrams.losses(data, np.arange(40), 6) == first
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "file"))
     assert ngrams.losses(data, np.arange(40), 6) == first

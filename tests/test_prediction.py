@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from make import NINTH, TINY, make_record
+from make import NINTH, TINY, make_record, record_of
 from test_training import make_trainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -139,13 +139,15 @@ def made(tmp_path_factory):
 def runs_of(made, seconds=60, **changes):
     """Runs of what was predicted, which began so many seconds after the prediction and took an hour; None: unknown."""
     one, records = made[0], []
-    for said in one.variants:
-        told = {"setting": one.setting, "attention_sha256": said.attention_sha256}
+    planned = plan.runs_of(TINY, [said.label for said in one.variants], 1)
+    assert {parameters.setting(run["values"]) for run in planned} == {one.setting}
+    for said, run in zip(one.variants, planned, strict=True):
+        told = {"attention_sha256": said.attention_sha256}
         told["started_at"] = None if seconds is None else one.made_at + timedelta(seconds=seconds)
         told["finished_at"] = one.made_at + timedelta(seconds=(seconds or 0) + 3600)
         told["environment"] = {"device": "cuda", "device_name": "NVIDIA H200", "gpu": {"uuid": "GPU-1"}}
-        metrics = {"time_s": 1.25 * said.time_s, "energy_j": 1.5 * said.energy_j} | changes
-        records.append(make_record(said.label, **metrics).model_copy(update=told))
+        metrics = {"time_s": 1.25 * said.time_s, "energy_j": 1.5 * said.energy_j}
+        records.append(record_of(run, **told | metrics | changes))
     return records
 
 

@@ -179,8 +179,9 @@ def cell(label, scaled, task="recall", rate=1e-3, seed=0, convolution=True, stat
     values = {
         "name": f"{task}-{label}-{rate}-{seed}-{convolution}", "started_at": record.now(), "finished_at": record.now(),
         "time_s": 1.0, "label": label, "title": label.upper(), "setting": setting, "learning_rate": rate, "seed": seed,
-        "pattern": [{"attention": "sdpa", "options": {}, "attention_sha256": "0" * 64}], "parameters": 1,
-        "environment": {}, "outcome": "measured", "curve": [], "results": results,
+        "pattern": [{"attention": label, "options": {}, "attention_sha256": "0" * 64}], "parameters": 1,
+        "environment": {"device": "cpu", "device_name": "a CPU"}, "outcome": "measured", "curve": [],
+        "results": results,
     }  # fmt: skip
     return probe.Probe(**values | changes)
 

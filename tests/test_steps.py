@@ -168,12 +168,13 @@ def made_record(seconds: dict, joules: dict | None = None, **changes) -> steps.S
         ]  # fmt: skip
         rounds.append({"session": "s", "begun_at": record.now(), "warm": None, "turns": turns})
     entries = [
-        {"label": label, "title": label.upper(), "attention": "sdpa", "attention_sha256": "0" * 64, "options": {},
-         "certified": True, "parameters": 9}
+        {"label": label, "title": label.upper(), "attention": "sdpa" if label in ("sdpa", CONTROL) else label,
+         "attention_sha256": "0" * 64, "options": {}, "certified": True, "parameters": 9}
         for label in seconds
     ]  # fmt: skip
     fields = {
-        "provenance": "measured", "finished_at": record.now(), "environment": {"gpu": None, "device_name": "a GPU"},
+        "provenance": "measured", "finished_at": record.now(),
+        "environment": {"gpu": None, "device": "cuda", "device_name": "a GPU"},
         "entries": entries, "rounds": rounds,
         "setting": {
             "layers": 1, "width": 16, "heads": 2, "vocabulary": 30, "sizes": [{"context": 512, "batch_size": 2}],

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import nbformat
 import pytest
-from make import NINTH, TINY, make_record, tiny_profile
+from make import NINTH, TINY, record_of, tiny_profile
 from matplotlib.text import Text
 
 from lib import attention, parameters, paths, record
@@ -163,8 +163,7 @@ def test_eight_blocks_of_the_study_are_balanced_and_the_control_wanders(out):
     runs = plan.runs_of(TINY, variants, 8)
     for run in runs:
         place = {"session": "s", "block": run["block"], "position": run["position"]}
-        record.write(make_record(parameters.display_name(run["values"]), run["block"]).model_copy(
-            update={"study": record.StudyPosition(**place)}), out)  # fmt: skip
+        record.write(record_of(run, study=place), out)
     made = record.read(out)
     assert compare.balanced(made) and not compare.balanced(made[made["block"] < 7])
     nulls = [run["position"] for run in runs if run["values"]["label"] == attention.CONTROL]
@@ -177,10 +176,10 @@ def test_eight_blocks_of_the_study_are_balanced_and_the_control_wanders(out):
 def test_a_record_of_other_parameters_or_of_an_older_file_is_not_taken_for_finished(out):
     (run,) = plan.runs_of(TINY, ["sdpa"], 1)
     name = parameters.run_name(run["values"])
-    record.write(make_record("sdpa", name=name, attention_sha256=attention.source_sha256("sdpa")), out)
+    record.write(record_of(run, attention_sha256=attention.source_sha256("sdpa")), out)
     assert runner.is_finished(run, out)
     assert not runner.is_finished(plan.runs_of(TINY | {"epochs": 3}, ["sdpa"], 1)[0], out)
-    record.write(make_record("sdpa", name=name, attention_sha256="0" * 64), out)
+    record.write(record_of(run, attention_sha256="0" * 64), out)
     assert not runner.is_finished(run, out)
     (out / f"{name}.json").write_text("{")
     assert not runner.is_finished(run, out)

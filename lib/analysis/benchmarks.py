@@ -91,7 +91,8 @@ def times(found: Benchmark) -> pd.DataFrame:
             median_ms = statistics.median(times_ms[name])
             row |= {"minimum, ms": f"{min(times_ms[name]):,.1f}", "median, ms": f"{median_ms:,.1f}"}
             for mine in (mine for mine in found.reference_implementations if mine in times_ms):
-                row[f"{mine} takes of it"] = "–" if mine == name else paired(times_ms[mine], times_ms[name])
+                took_turns = mine != name and len(times_ms[mine]) == len(times_ms[name])
+                row[f"{mine} takes of it"] = paired(times_ms[mine], times_ms[name]) if took_turns else "–"
             rows.append(row)
     return pd.DataFrame(rows).fillna("–")
 

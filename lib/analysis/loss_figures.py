@@ -14,6 +14,9 @@ from lib.analysis.style import BESIDE, colours, labels, markers, name_rows, titl
 from lib.analysis.tables import interval
 from lib.record import REASONS
 
+MOST_DRAWN = 10_000  # points of a curve: of a longer one every so many-th
+FAINT = {"linewidth": 0.9, "alpha": 0.5}
+
 
 def loss_curves(runs):
     """Training loss (mean over runs, faint) and validation loss (points), against non-padding tokens; the n-gram tables
@@ -25,11 +28,10 @@ def loss_curves(runs):
     shown = compare.comparable(runs)
     for name in names:
         own = shown[shown["label"] == name]
-        first = own.iloc[0]
-        training = pd.DataFrame(own["series_train_loss"].tolist()).mean()
-        axes.plot(first["series_non_padding_tokens"], training, color=colour[name], linewidth=0.9, alpha=0.5)
-        points = pd.DataFrame([[p["loss"] for p in validation] for validation in own["series_validation"]]).mean()
-        tokens = [p["non_padding_tokens"] for p in first["series_validation"]]
+        step = 1 + max(map(len, own["series_train_loss"])) // MOST_DRAWN
+        training = _mean([losses[::step] for losses in own["series_train_loss"]])
+        axes.plot(_longest(own["series_non_padding_tokens"])[::step], training, **FAINT, color=colour[name])
+        points, tokens = _validation(own, "loss")
         certified = "" if own["certified"].all() else ", not certified"
         style = {"color": colour[name], "marker": marker[name], "markersize": 5, "linewidth": 1.6}
         axes.plot(tokens, points, label=f"{title[name]} (n = {len(own)}{certified})", **style)
@@ -43,6 +45,24 @@ def loss_curves(runs):
     few = () if validations > 1 else ("One validation after training began is no curve: raise epochs.",)
     note(figure, runs, {"validation loss": "validation_loss"}, [ngrams.sentence(shown), *few])
     return figure
+
+
+def _longest(series) -> list:
+    """Records of one setting may be from other versions or hands, and end sooner."""
+    return max(series, key=len)
+
+
+def _mean(series: list[list]) -> pd.Series:
+    """The mean at each place, over those that reach it."""
+    return pd.DataFrame(series, dtype=float).mean()
+
+
+def _validation(own: pd.DataFrame, kind: str) -> tuple[pd.Series, list[int]]:
+    """Mean validation losses of some runs, and the tokens at which they were taken."""
+    step = 1 + max(map(len, own["series_validation"])) // MOST_DRAWN
+    points = [found[::step] for found in own["series_validation"]]
+    losses = _mean([[point[kind] for point in found] for found in points])
+    return losses, [point["non_padding_tokens"] for point in _longest(points)]
 
 
 def draw_tables(axes, runs: pd.DataFrame, kind: str = "loss") -> None:
@@ -74,8 +94,7 @@ def loss_by_recall(runs):
     for axes, (kind, heading) in zip(all_axes, SPLIT.items(), strict=True):
         for name in names:
             own = shown[shown["label"] == name]
-            losses = pd.DataFrame([[point[kind] for point in points] for points in own["series_validation"]]).mean()
-            tokens = [point["non_padding_tokens"] for point in own.iloc[0]["series_validation"]]
+            losses, tokens = _validation(own, kind)
             style = {"color": colour[name], "marker": marker[name], "markersize": 4, "linewidth": 1.4}
             axes.plot(tokens, losses, label=f"{title[name]} (n = {len(own)})", **style)
         draw_tables(axes, shown, kind)

@@ -1,15 +1,18 @@
 """The one style of all figures: a colour and a marker per variant, sizes, and the same bytes for the same records."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
-from IPython.display import Markdown
+from IPython.display import HTML
 from matplotlib.figure import Figure
 
 from lib import attention
 from lib.attention import STUDY_ORDER
+from lib.markup import table
+from lib.record.names import looks_like
 
 MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*", "<", ">")
 STYLE = {
@@ -35,7 +38,7 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=STYLE)
 
 
-def save(figure: Figure | str, folder: Path, name: str) -> Figure | Markdown:
+def save(figure: Figure | str, folder: Path, name: str) -> Figure | HTML:
     """Writes `name`.svg and `name`.png, byte-identical for the same records; returns the figure, for the notebook.
 
     A sentence that stands for a figure is returned as text, and what older records had drawn under its name goes.
@@ -43,7 +46,7 @@ def save(figure: Figure | str, folder: Path, name: str) -> Figure | Markdown:
     if isinstance(figure, str):
         for ending in ("svg", "png"):
             (folder / f"{name}.{ending}").unlink(missing_ok=True)
-        return Markdown(figure)
+        return table(figure)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
@@ -67,15 +70,26 @@ def labels(runs: pd.DataFrame) -> list[str]:
 
 
 def titles(found: pd.DataFrame) -> dict[str, str]:
-    """What figures and tables call each label. Two that call themselves alike are told apart by their labels."""
+    """What figures and tables call each label. Beside its title stands the label of what calls itself like another, or
+    so that it looks like the name of a variant that it is not, or in other letters than ASCII's."""
     called = found.drop_duplicates("label").set_index("label")["title"]
-    return {label: title if (called == title).sum() == 1 else f"{title} ({label})" for label, title in called.items()}
+    looks = called.str.casefold().str.replace(" ", "")
+    counts = looks.value_counts()
+
+    def is_clear(label, title):
+        passes_for = [name for name in attention.variants() if looks_like(title, name)]
+        return counts[looks[label]] == 1 and title.isascii() and passes_for in ([], [label])
+
+    return {
+        label: title if title == label or is_clear(label, title) else f"{title} ({label})"
+        for label, title in called.items()
+    }
 
 
 def colours(names: list[str]) -> dict[str, tuple]:
     """A colour per label: fixed for the paper's eight, the next free ones for others, by name."""
     palette = sns.color_palette("colorblind", 10) + sns.color_palette("dark", 10)
-    found = dict(zip(_places(names), palette, strict=False))
+    found = dict(zip(_places(names), cycle(palette), strict=False))
     reference = found[attention.REFERENCE]
     return found | {attention.CONTROL: tuple(0.5 + 0.5 * part for part in reference)}  # the same variant, paler
 

@@ -1,16 +1,16 @@
 """The tables of the study, from records alone."""
 
-import html
-
 import pandas as pd
-from IPython.display import HTML, Markdown
 
 from lib import attention
 from lib.analysis import compare, ngrams
 from lib.analysis.notes import NO_CONTROL, noise_in_words
 from lib.analysis.style import GIB, MIB, labels, titles
 from lib.errors import UsageError
+from lib.markup import lines, table
 from lib.record import REASONS
+
+__all__ = ["certificates", "interval", "lines", "ranking", "table", "unmeasured"]
 
 RANKED = {
     "time_per_epoch_s": ("s per epoch", 1, "{:,.2f}"),
@@ -109,25 +109,6 @@ def noise(runs: pd.DataFrame) -> pd.DataFrame | str:
         said = "counted, the same in every run" if metric in compare.COUNTED else noise_in_words(found, metric)
         rows.append({"metric": unit, "A/A control beside SDPA": said})
     return pd.DataFrame(rows)
-
-
-def table(frame: pd.DataFrame | str, align: str | None = None):
-    """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content.
-
-    A sentence that stands for a table is shown as it is.
-    """
-    if isinstance(frame, str):
-        return Markdown(frame)
-    content = pd.util.hash_pandas_object(frame.astype(str)).sum()
-    styled = frame.style.hide().set_uuid(f"{content:x}")
-    if align:
-        styled = styled.set_table_styles([{"selector": "th, td", "props": [("text-align", align)]}])
-    return HTML(styled.to_html())
-
-
-def lines(sentences: list[str]):
-    """Sentences as a notebook shows them, a paragraph each."""
-    return HTML("".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences))
 
 
 def interval(found: pd.Series, of: str = "") -> str:

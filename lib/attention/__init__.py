@@ -38,10 +38,14 @@ every matrix |
 """
 
 import hashlib
+import importlib.machinery
 import importlib.util
 import inspect
+import sys
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from types import ModuleType
 
 # The paper's eight, in its order. A display order, not a registry: what exists is what has a file.
 STUDY_ORDER = ("baseline", "sdpa", "gqa", "linear", "sliding_window", "lsh", "flash", "mla")
@@ -73,24 +77,83 @@ def find(name: str) -> Path:
     return HERE / f"{name}.py"
 
 
+@dataclass(frozen=True)
+class _Definition:
+    """A variant's file as it was read: the module that was made of these very bytes, and their fingerprint."""
+
+    sha256: str
+    module: ModuleType
+
+
+_made: dict[tuple[Path, str], _Definition] = {}  # by file and fingerprint: the same text is run once
+_pinned: dict[Path, _Definition] = {}  # what a run of this process goes by, whatever becomes of the file
+
+
+class _Read(importlib.machinery.SourceFileLoader):
+    """Makes a module of source that is in hand, so that what is hashed and what runs are the same bytes."""
+
+    def __init__(self, name: str, path: Path, source: bytes):
+        super().__init__(name, str(path))
+        self.source = source
+
+    def get_code(self, fullname):
+        return self.source_to_code(self.source, self.path)
+
+
+def _read(name: str) -> _Definition:
+    path = find(name).resolve()
+    source = path.read_bytes()
+    sha256 = hashlib.sha256(source).hexdigest()
+    if (path, sha256) not in _made:
+        _made[path, sha256] = _Definition(sha256, _module(path, source, sha256))
+    return _made[path, sha256]
+
+
+def _module(path: Path, source: bytes, sha256: str) -> ModuleType:
+    is_ours = path.parent == HERE
+    name = f"{__name__}.{path.stem}" if is_ours else f"attention_{sha256[:12]}"
+    if is_ours and name in sys.modules and not isinstance(sys.modules[name].__loader__, _Read):
+        return sys.modules[name]  # another file has imported it as a part of its own
+    spec = importlib.util.spec_from_loader(name, _Read(name, path, source))
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
+    if is_ours:
+        sys.modules[name] = module
+        setattr(sys.modules[__name__], path.stem, module)
+    return module
+
+
+def _definition(name: str) -> _Definition:
+    return _pinned.get(find(name).resolve()) or _read(name)
+
+
+def pin(name: str) -> type:
+    """Reads a variant's file now, and from now on `load` and `source_sha256` are of this text, until the next `pin`.
+
+    A run begins with it: its file may be edited while it goes on. Raises ValueError as `load` does.
+    """
+    definition = _read(name)
+    found = _class(name, definition)
+    _pinned[find(name).resolve()] = definition
+    return found
+
+
 def load(name: str) -> type:
-    """The class `Attention` of a variant, by name or by the path of a .py file (which is run).
+    """The class `Attention` of a variant, by name or by the path of a .py file (which is run), as pinned or as it is.
 
     Raises ValueError where there is no such variant, or its file defines no `Attention`.
     """
-    path = find(name)
-    if path.resolve().parent == HERE:
-        module = importlib.import_module(f"{__name__}.{path.stem}")
-    else:
-        spec = importlib.util.spec_from_file_location(f"attention_{source_sha256(name)[:12]}", path)
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise ValueError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
-    if not isinstance(getattr(module, "Attention", None), type):
-        raise ValueError(f"{path.name} defines no class `Attention`; lib/attention/sdpa.py shows what one needs")
-    return module.Attention
+    return _class(name, _definition(name))
+
+
+def _class(name: str, definition: _Definition) -> type:
+    found = getattr(definition.module, "Attention", None)
+    if not isinstance(found, type):
+        raise ValueError(f"{find(name).name} defines no class `Attention`; lib/attention/sdpa.py shows what one needs")
+    return found
 
 
 def keeps_documents(layer) -> bool:
@@ -99,8 +162,9 @@ def keeps_documents(layer) -> bool:
 
 
 def source_sha256(name: str) -> str:
-    """Fingerprint of a variant's file, so that a record says which definition it measured."""
-    return hashlib.sha256(find(name).read_bytes()).hexdigest()
+    """Fingerprint of a variant's file, so that a record says which definition it measured: the pinned one, if any."""
+    pinned = _pinned.get(find(name).resolve())
+    return pinned.sha256 if pinned else hashlib.sha256(find(name).read_bytes()).hexdigest()
 
 
 def title(layer, attention: str) -> str:

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lib.data.cache import forget, made_once
 from lib.data.conversations import as_text, builtin, first_line, local, source
 from lib.errors import UsageError
+from lib.paths import read_bounded
 
 END_OF_TEXT = "<|endoftext|>"
 BUILTIN_VOCABULARY = 4096
@@ -102,10 +103,14 @@ def load(p) -> Corpus:
     }  # fmt: skip
     folder = made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch))
     try:
-        counts, parts = _read(folder)
-    except (OSError, ValueError, KeyError):  # cut short by a full disk, or by somebody
+        counts, parts = _read(folder, len(encoder))
+    except (OSError, ValueError, KeyError, TypeError):  # cut short by a full disk, or changed by somebody
         forget(folder)
-        counts, parts = _read(made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch)))
+        if folder.exists():
+            raise UsageError(
+                f"the cache's {folder} is not what was written there, and cannot be removed; remove it"
+            ) from None
+        counts, parts = _read(made_once(what, lambda scratch: _tokenize(talks, encoder, end, p, scratch)), len(encoder))
     rows = {name: _rows(*parts[name], p.context, p.packing, end) for name in PARTS}
     for name, part in rows.items():
         if not len(part):
@@ -138,8 +143,12 @@ def load_tokenizer(name: str):
     if name == "builtin":
         return builtin_tokenizer()
     try:
-        encoder = AutoTokenizer.from_pretrained(str(local(name)))
+        encoder = AutoTokenizer.from_pretrained(str(local(name)), trust_remote_code=False)  # None would ask
     except (Exception, RecursionError) as error:
+        if "trust_remote_code" in str(error):
+            raise UsageError(
+                f"the tokenizer {name!r} brings code of its own (auto_map), which never runs here; use one without"
+            ) from None
         raise UsageError(
             f"cannot load the tokenizer {name!r}: {first_line(error)}. Known: 'builtin', a hub id, a local folder."
         ) from error
@@ -198,7 +207,8 @@ def _tokenize(talks, encoder, end: int, p, folder: Path) -> None:
         raise UsageError(f"{p.dataset} holds no conversation with a word in it")
     for name in PARTS:
         np.save(folder / f"{name}.lengths.npy", np.array(lengths[name], dtype=np.int64))
-    (folder / "facts.json").write_text(json.dumps({"dtype": kind.str, "counts": counts}))
+    sha256 = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+    (folder / "facts.json").write_text(json.dumps({"dtype": kind.str, "counts": counts, "sha256": sha256}))
 
 
 def _encode(encoder, texts: list[str]) -> list[list[int]]:
@@ -207,18 +217,36 @@ def _encode(encoder, texts: list[str]) -> list[list[int]]:
     return encoder(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _read(folder: Path) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """The counts, and each part's tokens and lengths. Raises ValueError where they are not whole."""
-    facts = json.loads((folder / "facts.json").read_text())
-    parts = {}
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read(folder: Path, vocabulary: int) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """The counts, and each part's tokens and lengths. Raises ValueError, KeyError or TypeError where not as written."""
+    facts = json.loads(read_bounded(folder / "facts.json", 1 << 20))
+    if not isinstance(facts, dict) or facts["dtype"] not in ("<u2", "<u4"):
+        raise ValueError("facts.json is of another kind")
+    counts, kind, parts = facts["counts"], np.dtype(facts["dtype"]), {}
+    if not isinstance(counts, dict) or any(type(count) is not int or count < 0 for count in counts.values()):
+        raise ValueError("facts.json has other counts")
     for name in PARTS:
-        lengths, path = np.load(folder / f"{name}.lengths.npy"), folder / f"{name}.tokens"
-        kind = np.dtype(facts["dtype"])
-        if path.stat().st_size != lengths.sum() * kind.itemsize:
+        sizes, path = folder / f"{name}.lengths.npy", folder / f"{name}.tokens"
+        for file in (sizes, path):
+            if not file.is_file() or _sha256(file) != facts["sha256"][file.name]:
+                raise ValueError(f"{file.name} is not what was written")
+        lengths = np.array(np.lib.format.open_memmap(sizes, mode="r"))  # no zip, no pickle, no size but its own
+        size = path.stat().st_size
+        if lengths.ndim != 1 or lengths.dtype != np.int64 or ((lengths < 1) | (lengths > size)).any():
+            raise ValueError(f"{sizes.name} holds no lengths")
+        if size != lengths.sum() * kind.itemsize:
             raise ValueError(f"{path.name} is not whole")
         tokens = np.memmap(path, dtype=kind, mode="r") if len(lengths) else np.empty(0, kind)
+        for first in range(0, len(tokens), CHUNK):
+            if tokens[first : first + CHUNK].max() >= vocabulary:
+                raise ValueError(f"{path.name} holds tokens beyond the vocabulary")
         parts[name] = (tokens, lengths)
-    return facts["counts"], parts
+    return counts, parts
 
 
 def _rows(tokens: np.ndarray, sizes: np.ndarray, context: int, packing: bool | str, padding_id: int) -> Rows:

@@ -21,6 +21,7 @@ import numpy as np
 from lib.data.cache import made_once
 from lib.data.corpus import IGNORED, Corpus, Rows
 from lib.errors import UsageError
+from lib.paths import read_bounded
 
 FORM = 2  # of what is kept in the cache; another number counts anew
 EVERY = 10  # row of the training is held out to choose the weights
@@ -73,8 +74,18 @@ def losses(corpus: Corpus, trained: np.ndarray, sequences: int) -> dict:
         (scratch / KEPT).write_text(json.dumps(_losses(corpus, trained, rows)))
 
     with contextlib.suppress(UsageError, OSError, ValueError):  # a full disk or a damaged cache costs time, no record
-        return json.loads((made_once(what, count) / KEPT).read_text())
+        return _checked(json.loads(read_bounded(made_once(what, count) / KEPT, 1 << 16)))
     return _losses(corpus, trained, rows)
+
+
+def _checked(kept) -> dict:
+    """What the cache holds. Raises ValueError where it is not what `_losses` gives."""
+    names = {f"{name}{kind}_loss" for name in ("unigram", "bigram") for kind in ("", "_repeated_bigram", "_other")}
+    if not isinstance(kept, dict) or set(kept) != names | {"repeated_bigrams"}:
+        raise ValueError("the cached losses are of another kind")
+    if not all(one is None or (type(one) is float and 0 <= one < 1e6) for one in kept.values()):
+        raise ValueError("the cached losses are no losses")
+    return kept
 
 
 def _losses(corpus: Corpus, trained: np.ndarray, rows: int) -> dict:

@@ -1,5 +1,6 @@
 """What explore.ipynb shows of the committed records: any figure of any variants, and the record behind a number."""
 
+import warnings
 from functools import partial
 
 import ipywidgets as widgets
@@ -66,8 +67,12 @@ def lengths(folder: str = "records") -> Screen:
     """The records of cost against context length, one figure of those variants that are picked, and its points."""
     found = {}
     for path in sorted(paths.from_root(folder).glob("scaling-*")):
-        of = scaling.load_all(path)
-        found[f"{path.name}: {scaling.title(of)}"] = scaling.frame(of)
+        try:
+            of = scaling.load_all(path)
+        except UsageError as error:
+            warnings.warn(f"{record.printable(path.name)} is left out: {record.printable(error)}", stacklevel=2)
+        else:
+            found[f"{path.name}: {scaling.title(of)}"] = scaling.frame(of)
     if not found:
         raise UsageError(f"there is no scaling-... in {folder}/; `python -m lib.study.scaling --write` makes some")
     controls = {

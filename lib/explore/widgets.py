@@ -7,7 +7,6 @@ import ast
 import asyncio
 import base64
 import contextlib
-import html
 import inspect
 import io
 from dataclasses import dataclass, field
@@ -19,8 +18,7 @@ import pandas as pd
 import traitlets
 from matplotlib.figure import Figure
 
-from lib import attention, parameters
-from lib.analysis import tables
+from lib import attention, markup, parameters
 from lib.errors import UsageError
 
 ERROR_COLOUR = "#d1495b"  # readable on white and on black
@@ -213,7 +211,7 @@ class Screen(widgets.VBox):
 
 def page(parts: list) -> str:
     """Figures, tables (`Folded` ones too) and sentences as HTML."""
-    return "".join(_html(part) for part in parts)
+    return markup.without_formulas("".join(_html(part) for part in parts))
 
 
 def _html(part) -> str:
@@ -223,18 +221,19 @@ def _html(part) -> str:
         plt.close(part)
         name = "; ".join(filter(None, (axes.get_title(loc="left") for axes in part.axes)))
         source = base64.b64encode(file.getvalue()).decode()
-        return f'<p><img alt="{html.escape(name)}" src="data:image/png;base64,{source}" style="max-width: 100%"></p>'
+        return f'<p><img alt="{markup.escaped(name)}" src="data:image/png;base64,{source}" style="max-width: 100%"></p>'
     if isinstance(part, Folded):
         is_open = " open" if part.is_open else ""
-        shown = tables.table(part.table, align="left").data
-        return f"<details{is_open}><summary>{html.escape(part.title)}</summary>{shown}</details>"
+        shown = markup.table(part.table, align="left").data
+        return f"<details{is_open}><summary>{markup.escaped(part.title)}</summary>{shown}</details>"
     if isinstance(part, pd.DataFrame):
-        return tables.table(part).data
-    return f"<p>{html.escape(part)}</p>"
+        return markup.table(part).data
+    return f"<p>{markup.escaped(part)}</p>"
 
 
 def said(error: Exception) -> str:
     """An error as a page says it: what a user can put right in its own sentence, all else with its kind before."""
     first = (str(error).strip().splitlines() or ["no message"])[0]
     sentence = first if isinstance(error, UsageError | ValueError) else f"{type(error).__name__}: {first}"
-    return f'<p role="alert" style="color: {ERROR_COLOUR}">{html.escape(sentence)}</p>'
+    said = f'<p role="alert" style="color: {ERROR_COLOUR}">{markup.escaped(sentence)}</p>'
+    return markup.without_formulas(said)

@@ -47,7 +47,7 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
     step_flops = 3 * on_paper["forward_flops_causal"] * p.batch_size * p.accumulation  # backward costs two forwards
     window_s, energy_j = metrics["time_s"], metrics["energy_j"]
     causal_flops_per_s = step_flops * trainer.steps / window_s
-    surroundings = environment.describe(device)
+    surroundings = environment.describe(device) | trainer.commit
     trained = trainer.corpus.train.lengths[trainer.rows[: trainer.steps]]
     model_flops_per_s = 3 * flops.non_padding(model, trained) / window_s
     mfu = flops.mfu(model_flops_per_s, surroundings["device_name"], trainer.precision)

@@ -7,15 +7,20 @@ from lib.record.files import (
     POSITION_VARIABLE,
     checksum,
     failures,
+    gpu_uuid,
     load,
     load_all,
+    load_failure,
+    load_with_text,
     read,
     read_checked,
+    read_each,
     study_position,
     write,
     write_checked,
     write_failure,
 )  # fmt: skip
+from lib.record.names import cleaned, printable
 from lib.record.schema import (
     FAILURES,
     REASONS,
@@ -33,6 +38,7 @@ from lib.record.schema import (
 
 __all__ = [
     "DEVICE_FOLDER", "FAILED", "FAILURES", "INCOMPLETE", "POSITION_VARIABLE", "REASONS", "SCHEMA_VERSION",
-    "Certificate", "Check", "Failure", "Metrics", "Record", "Series", "Strict", "StudyPosition", "checksum", "failures",
-    "load", "load_all", "now", "read", "read_checked", "study_position", "write", "write_checked", "write_failure",
+    "Certificate", "Check", "Failure", "Metrics", "Record", "Series", "Strict", "StudyPosition", "checksum", "cleaned",
+    "failures", "gpu_uuid", "load", "load_all", "load_failure", "load_with_text", "now", "printable", "read",
+    "read_checked", "read_each", "study_position", "write", "write_checked", "write_failure",
 ]  # fmt: skip

@@ -1,15 +1,15 @@
 """The record of scripts/benchmark_attention.py: each variant beside what a user would pick otherwise."""
 
-from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lib.record.schema import Strict
+from lib.record.schema import Count, Environment, Moment, Strict, Text
 
 AGAIN = ", again (A/A)"  # behind a variant's name: its turn taken a second time in each round
 
-Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Milliseconds = Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)]
+Context = Annotated[int, Field(ge=1, le=2**27)]
 
 
 class Benchmark(Strict):
@@ -17,18 +17,18 @@ class Benchmark(Strict):
 
     schema_version: Literal[2] = 2
     kind: Literal["benchmark"] = "benchmark"
-    finished_at: datetime
+    finished_at: Moment
     what: Literal["layer", "step"]
-    batch: int
+    batch: Count
     compiled: bool
-    vocabulary: int
-    threads: int
-    environment: dict
-    versions: dict[str, str]  # of the reference implementations' packages
-    reference_implementations: dict[str, list[str]]  # by variant, whether they ran or not
-    times_ms: dict[int, dict[str, list[Milliseconds]]]
-    out_of_memory: dict[int, dict[str, str]]
-    absent: dict[str, str]  # reference implementations that are not installed, with the reason
+    vocabulary: Count
+    threads: Count
+    environment: Environment
+    versions: dict[Text, Text]  # of the reference implementations' packages
+    reference_implementations: dict[Text, list[Text]]  # by variant, whether they ran or not
+    times_ms: dict[Context, dict[Text, Annotated[list[Milliseconds], Field(min_length=1, max_length=10**5)]]]
+    out_of_memory: dict[Context, dict[Text, Text]]
+    absent: dict[Text, Text]  # reference implementations that are not installed, with the reason
     content_sha256: str = ""  # of all the rest; filled on writing
 
     @model_validator(mode="after")

@@ -1,4 +1,8 @@
-"""Records as files: one JSON file per finished run, written whole or not at all, checked on writing and on reading."""
+"""Records as files: one JSON file per finished run, written whole or not at all, checked on writing and on reading.
+
+Every file of records, of whatever kind and whoever sent it, comes in by one door, `_opened`: a regular file of bounded
+size, JSON that names nothing twice, numbers and texts that can be calculated with and shown. Then its schema holds.
+"""
 
 import hashlib
 import json
@@ -11,12 +15,16 @@ import pandas as pd
 from pydantic import ValidationError
 
 from lib.errors import UsageError
-from lib.paths import out_folder, write_whole
+from lib.paths import out_folder, read_bounded, write_whole
+from lib.record import names
 from lib.record.schema import FAILURES, SCHEMA_VERSION, Failure, Record, Strict, StudyPosition
 
 POSITION_VARIABLE = "ATTENTION_STUDY_POSITION"  # JSON, set by `lib.study`: profile, session, block, position
 FAILED = "failed.json"  # the end of the name of a failed run's note
 INCOMPLETE = "incomplete"  # the folder to which `lib.study.cluster` moves what is of no whole block
+MOST_BYTES = 64 << 20  # of a file: a run of a million steps has 40 MB
+MOST_ITEMS = 10**6  # in one list
+DEEPEST = 12  # lists and dictionaries in each other
 DEVICE_FOLDER = "device-"  # how the name of each device's folder begins in what `lib.study.gather` made
 
 
@@ -31,23 +39,28 @@ def write(record: Record, folder: Path | None = None) -> Path:
     Raises UsageError where the folder cannot be written; the record then lies in the system's temporary folder.
     """
     folder = folder or out_folder()
-    text, file_name = _signed(record), f"{record.name}.json"
+    file_name = f"{record.name}.json"
+    try:
+        text = _signed(record)
+    except ValueError as error:
+        kept = _keep_elsewhere(file_name, record.model_dump_json(indent=1) + "\n")
+        raise UsageError(f"the record is none by its own schema: {_first_of(error)}; {kept or 'it is lost'}") from error
     try:
         path = write_whole(folder / file_name, text)
         (folder / f"{record.name}.{FAILED}").unlink(missing_ok=True)
     except OSError as error:
-        way_out = _keep_elsewhere(file_name, text)
+        kept = _keep_elsewhere(file_name, text)
+        way_out = f"{kept}; make room and move it there" if kept else "make room there and run the cell again"
         raise UsageError(f"the record cannot be written to {folder.name}/: {error.strerror}; {way_out}") from error
     return path
 
 
 def _keep_elsewhere(file_name: str, text: str) -> str:
-    """Hours of measuring are not lost to a full disk where another has room; what to do then."""
+    """Hours of measuring are not lost to a full disk where another has room; says where they are, if anywhere."""
     try:
-        kept = write_whole(Path(tempfile.mkdtemp(prefix="attention-study-")) / file_name, text)
+        return f"it lies in {write_whole(Path(tempfile.mkdtemp(prefix='attention-study-')) / file_name, text)}"
     except OSError:
-        return "make room there and run the cell again"
-    return f"it lies in {kept}; make room and move it there"
+        return ""
 
 
 def write_failure(failure: Failure, folder: Path) -> Path:
@@ -65,23 +78,104 @@ def write_checked(found: Strict, path: Path) -> Path:
 
 def read_checked(kind: type[Strict], path: Path) -> Strict:
     """What `write_checked` wrote. Raises UsageError, in one line, where it is no such file, or one that was changed."""
+    called = names.printable(Path(path).name)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        found = kind.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "it"
-        raise UsageError(f"{path.name} is no {kind.__name__} record: {where}: {first['msg']}") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path.name} cannot be read: {error}") from None
-    if found.content_sha256 != checksum(content):
-        raise UsageError(f"{path.name} was changed after it was written: its checksum does not fit")
+        content, text = _opened(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{called} cannot be read: {names.printable(error)}") from None
+    try:
+        return _unchanged(kind, content, text)
+    except _ChangedError as error:
+        raise UsageError(f"{called}: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"{called} is no {kind.__name__} record: {error}") from None
+
+
+def _opened(path: Path) -> tuple[dict, str]:
+    """The content of a file of JSON, and its text. Raises ValueError, in one line, for what may not come in."""
+    text = read_bounded(path, MOST_BYTES)
+    try:
+        content = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number)
+        _check_bounds(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no whole JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError("it is JSON of another kind")
+    return content, text
+
+
+def _each_once(pairs: list[tuple]) -> dict:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for name, _ in pairs if sum(other == name for other, _ in pairs) > 1)
+        raise ValueError(f"it names {names.printable(twice, 60)!r} twice")
     return found
 
 
+def _no_number(constant: str) -> None:
+    raise ValueError(f"{constant} is no number")
+
+
+def _check_bounds(value, depth: int = 0) -> None:
+    """Raises ValueError for a number or a text that some table or figure would choke on, and for too much of either.
+
+    A ratio of two numbers, its logarithm and a sum of squares stay finite in float64.
+    """
+    kind = type(value)
+    if kind is float:
+        if not (value == 0 or 1e-100 <= abs(value) <= 1e100):
+            raise ValueError(f"{value} is beyond what is measured")
+    elif kind is int:
+        if abs(value) > 2**53:
+            raise ValueError("a whole number is beyond what is counted")
+    elif kind is str:
+        if len(value) > names.LONGEST_TEXT or not value.isprintable():
+            raise ValueError(f"a text is not printable, not on one line, or too long: {value[:40]!a}")
+    elif kind in (list, dict):
+        if depth == DEEPEST:
+            raise ValueError("it is nested too deeply")
+        if len(value) > MOST_ITEMS:
+            raise ValueError(f"a part of it has more than {MOST_ITEMS:,} entries")
+        if kind is dict:
+            for name in value:
+                _check_bounds(name)
+            value = value.values()
+        for one in value:
+            _check_bounds(one, depth + 1)
+
+
+class _ChangedError(ValueError):
+    def __init__(self):
+        super().__init__("it was changed after it was written: its checksum does not fit")
+
+
+def _unchanged(kind: type[Strict], content: dict, text: str) -> Strict:
+    """What `_opened` gave as a model. Raises ValueError, in one line, where it is none or was changed."""
+    try:
+        # From the text: strict, so that nothing is taken for what it is not, but for a moment's text.
+        found = kind.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(_first_of(error)) from None
+    if found.content_sha256 != checksum(content):
+        raise _ChangedError
+    return found
+
+
+def _first_of(error: ValueError) -> str:
+    """What is wrong first, and where, in one line."""
+    if not isinstance(error, ValidationError):
+        return names.printable(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    where = names.printable(".".join(map(str, first["loc"])) or "it", 200)
+    return f"{where}: {names.printable(first['msg'].removeprefix('Value error, '))}"
+
+
 def _signed(found: Strict) -> str:
-    """A model as JSON, validated once more, with the checksum of its content."""
+    """A model as JSON, validated once more, with the checksum of its content. What could not be read is not written."""
     content = json.loads(type(found).model_validate(found.model_dump()).model_dump_json())
+    _check_bounds(content)
     return json.dumps(content | {"content_sha256": checksum(content)}, indent=1) + "\n"
 
 
@@ -93,29 +187,32 @@ def checksum(content: dict) -> str:
 
 def load(path: Path) -> Record:
     """One record. Raises ValueError, with what is wrong in one line, where the file is none or was changed."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    except ValueError as error:
-        raise ValueError(f"it is no whole JSON ({error})") from None
-    if not isinstance(content, dict) or "schema_version" not in content:
+    return load_with_text(path)[0]
+
+
+def load_with_text(path: Path) -> tuple[Record, str]:
+    """One record, and the very text that was checked, for who copies it. Raises ValueError as `load` does."""
+    content, text = _opened(path)
+    if "schema_version" not in content:
         raise ValueError("it is JSON of another kind")
     if content["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
             f"its schema_version is {str(content['schema_version'])[:20]}, this code reads {SCHEMA_VERSION}; "
             "`python scripts/convert_records.py FOLDER` converts older ones"
         )
-    try:
-        record = Record.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}") from None
-    if record.content_sha256 != checksum(content):
-        raise ValueError("it was changed after it was written: its checksum does not fit")
+    record = _unchanged(Record, content, text)
     if Path(path).stem != record.name:
         raise ValueError(f"it is a copy, or renamed: its name is {record.name}")
-    return record
+    return record, text
+
+
+def load_failure(path: Path) -> Failure:
+    """The note of a failed run. Raises ValueError, in one line, where it is none."""
+    _, text = _opened(path)
+    try:
+        return Failure.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise ValueError(_first_of(error)) from None
 
 
 def load_all(folder: Path) -> list[Record]:
@@ -123,29 +220,35 @@ def load_all(folder: Path) -> list[Record]:
 
     A file that is no record is named in a warning and left out.
     """
-    records = []
-    for path in sorted([*Path(folder).glob("*.json"), *Path(folder).glob(f"{DEVICE_FOLDER}*/*.json")]):
-        if path.name.endswith(FAILED):
-            continue
+    paths = [path for pattern in ("*.json", f"{DEVICE_FOLDER}*/*.json") for path in Path(folder).glob(pattern)]
+    return read_each((path for path in sorted(paths) if not path.name.endswith(FAILED)), load)
+
+
+def read_each(paths, load_one) -> list:
+    """What `load_one` makes of each path. A file that it refuses is named in a warning and left out."""
+    found = []
+    for path in paths:
         try:
-            records.append(load(path))
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{path.name} is left out: {error}", stacklevel=2)
-    return records
+            found.append(load_one(path))
+        except (UsageError, ValueError, OSError) as error:
+            why = names.printable(error if not isinstance(error, OSError) else error.strerror or error)
+            warnings.warn(f"{names.printable(path.name)} is left out: {why}", stacklevel=3)
+    return found
 
 
 def failures(folder) -> pd.DataFrame:
     """The runs of a folder that ended without a record: variant, seed's block and why, a row each."""
-    rows = []
-    for path in sorted(Path(folder).glob(f"*.{FAILED}")):
-        try:
-            failure = Failure.model_validate_json(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            warnings.warn(f"{path.name} is left out: {str(error).splitlines()[0]}", stacklevel=2)
-            continue
-        why = FAILURES[failure.reason]
-        rows.append({"variant": failure.label, "block": failure.study.block, "why": why, "it said": failure.says})
-    return pd.DataFrame(rows, columns=["variant", "block", "why", "it said"])
+    columns = ["variant", "block", "why", "it said"]
+    rows = [
+        (failure.label, failure.study.block, FAILURES[failure.reason], failure.says)
+        for failure in read_each(sorted(Path(folder).glob(f"*.{FAILED}")), load_failure)
+    ]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def gpu_uuid(environment: dict) -> str | None:
+    """Which GPU a record is from; None for a CPU, or where NVML did not say."""
+    return (environment.get("gpu") or {}).get("uuid")
 
 
 def read(folder) -> pd.DataFrame:
@@ -172,7 +275,7 @@ def read(folder) -> pd.DataFrame:
                 "position": record.study.position,
                 "device": record.environment["device"],
                 "device_name": record.environment["device_name"],
-                "gpu_uuid": (record.environment["gpu"] or {}).get("uuid"),
+                "gpu_uuid": gpu_uuid(record.environment),
                 "provenance": record.provenance,
                 "certified": record.certificate.passed,
                 "certificate": record.certificate.model_dump(),

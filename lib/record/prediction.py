@@ -1,17 +1,17 @@
 """The record of a prediction by `lib.study.roofline`, made before anything runs."""
 
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lib.paths import ROOT
-from lib.record.files import read_checked
-from lib.record.schema import Strict
+from lib.record import names
+from lib.record.files import read_checked, read_each
+from lib.record.schema import Count, Moment, Sha256, Strict, Text
 
 FOLDER = ROOT / "predictions"
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 class Device(Strict):
@@ -26,21 +26,21 @@ class Device(Strict):
     limit_w: Positive | None = None
     flops_w: dict[str, Positive] | None = None
     bytes_w: Positive | None = None
-    seen: str  # what of this a command printed, and which
-    assumed: str  # what nobody has measured
+    seen: Text  # what of this a command printed, and which
+    assumed: Text  # what nobody has measured
 
 
 class Predicted(Strict):
     """The measured window of one variant's run."""
 
-    label: str
-    attention_sha256: str
+    label: Annotated[str, AfterValidator(lambda text: names.check_name(text, "label"))]
+    attention_sha256: Sha256
     time_s: Positive
     energy_j: Positive | None
-    launches: int  # of one step
+    launches: Count  # of one step
     flops: dict[str, float]  # of one step, by unit
     bytes: Positive  # of one step
-    bound: str  # what most of the time goes into
+    bound: Text  # what most of the time goes into
 
 
 class Prediction(Strict):
@@ -48,16 +48,16 @@ class Prediction(Strict):
 
     schema_version: Literal[2] = 2
     kind: Literal["prediction"] = "prediction"
-    made_at: datetime
-    profile: str
-    setting: str  # as a run's record has it
-    vocabulary: Annotated[int, Field(gt=1)]
-    device_name: str
+    made_at: Moment
+    profile: Text
+    setting: Text  # as a run's record has it
+    vocabulary: Annotated[int, Field(gt=1, le=10**7)]
+    device_name: Text
     device: Device
     variants: list[Predicted]
     content_sha256: str = ""  # of all the rest; filled on writing
 
 
 def load_all(folder: Path = FOLDER) -> list[Prediction]:
-    """Every prediction of a folder. Raises UsageError where one is damaged."""
-    return [read_checked(Prediction, path) for path in sorted(folder.glob("*.json"))]
+    """Every prediction of a folder; what is none is named in a warning and left out."""
+    return read_each(sorted(folder.glob("*.json")), lambda path: read_checked(Prediction, path))

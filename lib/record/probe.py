@@ -1,35 +1,41 @@
 """Records of what a variant can do: one JSON file per variant, task, rate and seed, written by `lib.study.probes`."""
 
-import warnings
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lib.errors import UsageError
-from lib.record.files import read_checked, write_checked
-from lib.record.schema import Strict
+from lib.record import names
+from lib.record.files import read_checked, read_each, write_checked
+from lib.record.schema import Environment, Moment, Options, Sha256, Strict, Text, Title
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Label = Annotated[str, AfterValidator(lambda text: names.check_name(text, "label"))]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 OUTCOMES = {"measured": "measured", "loss_not_finite": "the loss was not finite", "error": "an error"}
 
 
+def check_pattern(label: str, title: str, mixers: list[str]) -> None:
+    """Raises ValueError, in one line, for a label or a title that cannot be shown, or passes for another variant's."""
+    names.check_label(label, ",".join(dict.fromkeys(mixers)))
+    names.check_name(title, "title")
+
+
 class Mixer(Strict):
     """One mixer of a pattern, with the fingerprint of its file."""
 
-    attention: str
-    options: dict
-    attention_sha256: str
+    attention: Text
+    options: Options
+    attention_sha256: Sha256
 
 
 class Setting(Strict):
     """What all cells of one task have in common, so that they may be compared."""
 
-    task: str
+    task: Text
     width: Count
     heads: Count
     layers: Count  # a pattern of fewer mixers is repeated up to here
@@ -67,22 +73,27 @@ class Probe(Strict):
     kind: Literal["probe"] = "probe"
     name: str
     provenance: Literal["measured", "synthetic"] = "measured"
-    started_at: datetime
-    finished_at: datetime
+    started_at: Moment
+    finished_at: Moment
     time_s: Positive | None  # of training and testing; None where they did not end
-    label: str
-    title: str
-    pattern: Annotated[list[Mixer], Field(min_length=1)]
+    label: Label
+    title: Title
+    pattern: Annotated[list[Mixer], Field(min_length=1, max_length=512)]
     setting: Setting
     learning_rate: Positive
     seed: Annotated[int, Field(ge=0)]
     parameters: Annotated[int, Field(ge=0)]
-    environment: dict
+    environment: Environment
     outcome: Literal[tuple(OUTCOMES)]
-    says: str = ""
+    says: Text = ""
     curve: list[Point]
     results: list[Result]
     content_sha256: str = ""  # of all the rest; filled on writing
+
+    @model_validator(mode="after")
+    def its_label_is_its_own(self):
+        check_pattern(self.label, self.title, [mixer.attention for mixer in self.pattern])
+        return self
 
     @model_validator(mode="after")
     def results_or_a_reason(self):
@@ -97,19 +108,16 @@ def write(found: Probe, folder: Path) -> Path:
 
 
 def load(path: Path) -> Probe:
-    """One cell's file. Raises UsageError, in one line, where it is none or was changed."""
-    return read_checked(Probe, path)
+    """One cell's file. Raises UsageError, in one line, where it is none, was changed, or is a copy."""
+    found = read_checked(Probe, path)
+    if Path(path).stem != found.name:
+        raise UsageError(f"{names.printable(Path(path).name)} is a copy, or renamed: its name is {found.name[:200]!r}")
+    return found
 
 
 def load_all(folder: Path) -> list[Probe]:
     """The cells of a folder, by name. What is no such file is named in a warning and left out; UsageError for none."""
-    found = []
-    for path in sorted(Path(folder).glob("*.json")):
-        try:
-            found.append(load(path))
-        except UsageError as error:
-            warnings.warn(f"{path.name} is left out: {error}", stacklevel=2)
-    found = [one for one in found if one.provenance == "measured"]
+    found = [one for one in read_each(sorted(Path(folder).glob("*.json")), load) if one.provenance == "measured"]
     if not found:
         raise UsageError(f"there is no record in {Path(folder).name}/; `python -m lib.study.probes --write` makes some")
     return found

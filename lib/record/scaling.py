@@ -5,9 +5,9 @@ median of its samples, which a short disturbance does not move; a point with the
 that the ratio of two points is the mean ratio. Exponents, fits, ratios and crossovers all start from these.
 """
 
+import hashlib
 import math
 import statistics
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,8 +15,22 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from lib.errors import UsageError
-from lib.record.files import read_checked, write_checked
-from lib.record.schema import DEVICES, PRECISIONS, REASONS, Strict, now
+from lib.record import names
+from lib.record.files import gpu_uuid, read_checked, read_each, write_checked
+from lib.record.schema import (
+    DEVICES,
+    LIMITS,
+    PRECISIONS,
+    REASONS,
+    Environment,
+    Moment,
+    Options,
+    Sha256,
+    Strict,
+    Text,
+    Title,
+    now,
+)
 
 METRICS = {
     "layer": ("forward_backward_s", "peak_activation_bytes", "forward_backward_energy_j"),
@@ -26,18 +40,20 @@ ENERGY = {part: tuple(name for name in metrics if "energy" in name) for part, me
 PART = {metric: part for part, metrics in METRICS.items() for metric in metrics}
 OUTCOMES = {"measured": "measured", "out_of_memory": "out of memory", "over_time": "over the time limit"}
 
-Count = Annotated[int, Field(ge=1)]
-Sample = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MOST_POINTS, MOST_SAMPLES = 1000, 10**5
+
+Count = Annotated[int, Field(ge=1, le=10**7)]
+Sample = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
+Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
 class Setting(Strict):
     """What all points of a folder have in common."""
 
-    layers: Count  # of the model; the layer is one of them
+    layers: Annotated[int, Field(ge=1, le=LIMITS["layers"][1])]  # of the model; the layer is one of them
     width: Count
     heads: Count
-    vocabulary: Annotated[int, Field(ge=2)]
+    vocabulary: Annotated[int, Field(ge=2, le=10**7)]
     new_tokens: Count
     repeats: Count  # timed in each process, after a warm-up
     energy_window_s: Seconds
@@ -49,12 +65,16 @@ class Point(Strict):
     """Samples of one part at one length, from `rounds` processes; or why there are none."""
 
     part: Literal[tuple(METRICS)]
-    context: Annotated[int, Field(ge=2)]
+    context: Annotated[int, Field(ge=2, le=LIMITS["context"][1])]
     outcome: Literal[tuple(OUTCOMES)]
-    says: str = ""
-    rounds: Annotated[int, Field(ge=0)] = 0
-    sessions: list[str] = Field(default_factory=list)  # in which call of the study each round was run; empty: unknown
-    samples: dict[str, Annotated[list[Sample], Field(min_length=1)]] = Field(default_factory=dict)
+    says: Text = ""
+    rounds: Annotated[int, Field(ge=0, le=MOST_SAMPLES)] = 0
+    sessions: list[Text] = Field(
+        default_factory=list, max_length=MOST_SAMPLES
+    )  # in which call each round ran; empty: unknown
+    samples: dict[str, Annotated[list[Sample], Field(min_length=1, max_length=MOST_SAMPLES)]] = Field(
+        default_factory=dict
+    )
     null_reasons: dict[str, Literal[tuple(REASONS)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -102,16 +122,21 @@ class Scaling(Strict):
     schema_version: Literal[2] = 2
     kind: Literal["scaling"] = "scaling"
     provenance: Literal["measured", "synthetic"]
-    finished_at: datetime
+    finished_at: Moment
     label: str
-    title: str  # what figures and tables call it
-    attention: str
-    attention_sha256: str
-    options: dict
+    title: Title  # what figures and tables call it
+    attention: Text
+    attention_sha256: Sha256
+    options: Options
     setting: Setting
-    environment: dict
-    points: list[Point]
+    environment: Environment
+    points: Annotated[list[Point], Field(max_length=MOST_POINTS)]
     content_sha256: str = ""  # of all the rest; filled on writing
+
+    @model_validator(mode="after")
+    def its_label_is_its_own(self):
+        names.check_label(self.label, self.attention)
+        return self
 
     @model_validator(mode="after")
     def each_point_once_and_in_order(self):
@@ -130,20 +155,32 @@ class Scaling(Strict):
         return self.model_copy(update={"points": points, "finished_at": now()})
 
 
+def file_name(label: str) -> str:
+    """The name of a variant's file. Whatever its label holds, it lies in the folder that it is written to."""
+    stem = names.file_stem(label)
+    told_apart = "" if stem == label else f"-{hashlib.sha256(label.encode()).hexdigest()[:8]}"
+    return f"{stem}{told_apart}.json"
+
+
 def write(found: Scaling, folder: Path) -> Path:
     """Writes a variant's file, whole or not at all; returns its path. Raises UsageError where it cannot be written."""
-    return write_checked(found, folder / f"{found.label}.json")
+    return write_checked(found, folder / file_name(found.label))
 
 
 def load(path: Path) -> Scaling:
-    """One variant's file. Raises UsageError, in one line, where it is none or was changed."""
-    return read_checked(Scaling, path)
+    """One variant's file. Raises UsageError, in one line, where it is none, was changed, or is a copy."""
+    found = read_checked(Scaling, path)
+    if Path(path).name != file_name(found.label):
+        raise UsageError(f"{names.printable(Path(path).name)} is a copy, or renamed: it was {file_name(found.label)}")
+    return found
 
 
 def load_all(folder: Path) -> list[Scaling]:
-    """The variants of a folder. Raises UsageError where there is none, or they are not of one setting and machine."""
-    found = [load(path) for path in sorted(Path(folder).glob("*.json"))]
-    found = [one for one in found if one.provenance == "measured"]
+    """The variants of a folder; what is no such record is named in a warning and left out.
+
+    Raises UsageError where there is none, or they are not of one setting and machine.
+    """
+    found = [one for one in read_each(sorted(Path(folder).glob("*.json")), load) if one.provenance == "measured"]
     if not found:
         raise UsageError(f"there is no record in {Path(folder).name}/; `python -m lib.study.scaling --write` makes")
     if any(machine(one) != machine(found[0]) for one in found):
@@ -152,15 +189,16 @@ def load_all(folder: Path) -> list[Scaling]:
 
 
 def machine(found: Scaling) -> tuple:
-    uuid = (found.environment.get("gpu") or {}).get("uuid")
-    return found.setting, found.environment["device_name"], found.environment["torch_threads"], uuid
+    facts = found.environment
+    return found.setting, facts["device_name"], facts.get("torch_threads"), gpu_uuid(facts)
 
 
 def title(found: list[Scaling]) -> str:
     """Of what and where the points are, in one line."""
     setting, facts = found[0].setting, found[0].environment
     size = f"{setting.layers} layers x {setting.width}, {setting.heads} heads, {setting.precision}, batch 1"
-    where = f"{facts['torch_threads']} threads" if facts["device"] == "cpu" else f"torch {facts['packages']['torch']}"
+    on_cpu = f"{facts.get('torch_threads', 'unknown')} threads"
+    where = on_cpu if facts["device"] == "cpu" else f"torch {facts.get('packages', {}).get('torch', 'unknown')}"
     return f"{size}, on {facts['device_name']} ({where})"
 
 

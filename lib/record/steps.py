@@ -1,24 +1,40 @@
 """The record of `lib.study.steps`: training steps of several variants that took turns in one process."""
 
 import math
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
 import pandas as pd
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from lib.record import names
 from lib.record.files import read_checked, write_checked
-from lib.record.schema import REASONS, GpuSummary, Measured, Strict
+from lib.record.schema import (
+    LIMITS,
+    REASONS,
+    Environment,
+    GpuSummary,
+    Measured,
+    Moment,
+    Number,
+    Options,
+    Seconds,
+    Sha256,
+    Strict,
+    Text,
+    Title,
+)  # fmt: skip
 
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Context = Annotated[int, Field(ge=2, le=LIMITS["context"][1])]
+Label = Annotated[str, AfterValidator(lambda text: names.check_name(text, "label"))]
+MOST = 10**4  # rounds, or turns of a round
 
 
 class Size(Strict):
     """Rows of so many tokens, so many of them in a step."""
 
-    context: Annotated[int, Field(ge=2)]
+    context: Context
     batch_size: Count
 
 
@@ -29,7 +45,7 @@ class Setting(Strict):
     width: Count
     heads: Count
     vocabulary: Annotated[int, Field(ge=2)]
-    sizes: Annotated[list[Size], Field(min_length=1)]
+    sizes: Annotated[list[Size], Field(min_length=1, max_length=64)]
     window_s: Seconds  # that each turn is to fill
     compile: bool
     device: Literal["cpu", "cuda"]
@@ -40,12 +56,17 @@ class Entry(Strict):
     """What takes turns."""
 
     label: str
-    title: str
-    attention: str
-    attention_sha256: str
-    options: dict
+    title: Title
+    attention: Text
+    attention_sha256: Sha256
+    options: Options
     certified: bool
     parameters: Count
+
+    @model_validator(mode="after")
+    def its_label_is_its_own(self):
+        names.check_label(self.label, self.attention)
+        return self
 
 
 class Turn(Strict):
@@ -56,15 +77,15 @@ class Turn(Strict):
     them it had run out of memory.
     """
 
-    label: str
-    context: int
-    position: int  # in the round's order at this length
+    label: Label
+    context: Context
+    position: Annotated[int, Field(ge=0, le=MOST)]  # in the round's order at this length
     steps: Count
     time_s: Seconds
     energy_j: Measured
     energy_null_reason: Literal[tuple(REASONS)] | None
     edges_j: Measured  # taken off the counter's joules: what the idle GPU drew between its steps and the window
-    after_w: list[float]  # of the idle GPU after the window, over two steps of the counter: alike, or it was late
+    after_w: list[Number]  # of the idle GPU after the window, over two steps of the counter: alike, or it was late
     peak_memory_bytes: Measured
     gpu: GpuSummary | None
     other_processes: int | None  # on the GPU, right after the window; None where there is none or it is unknown
@@ -74,25 +95,25 @@ class Turn(Strict):
 class Round(Strict):
     """Every variant once at every length; only whole rounds are kept, so every two turns of one are a pair."""
 
-    session: str  # of the process that measured it
-    begun_at: datetime
+    session: Text  # of the process that measured it
+    begun_at: Moment
     warm: bool | None  # whether the GPU had come to its heat before the first; None without one, or where it is silent
-    turns: list[Turn]
+    turns: Annotated[list[Turn], Field(max_length=MOST)]
 
 
 class Steps(Strict):
     schema_version: Literal[2] = 2
     kind: Literal["steps"] = "steps"
     provenance: Literal["measured", "synthetic"]
-    finished_at: datetime
+    finished_at: Moment
     setting: Setting
-    environment: dict
-    entries: list[Entry]
-    examined: dict = Field(default_factory=dict)  # sizes and lengths of what `certified` speaks of
-    rounds: list[Round] = Field(default_factory=list)
-    failed: dict[str, dict[int, str]] = Field(default_factory=dict)  # label: length: why it has no turn there
+    environment: Environment
+    entries: Annotated[list[Entry], Field(max_length=100)]
+    examined: Options = Field(default_factory=dict)  # sizes and lengths of what `certified` speaks of
+    rounds: list[Round] = Field(default_factory=list, max_length=MOST)
+    failed: dict[Label, dict[Context, Text]] = Field(default_factory=dict)  # label: length: why it has no turn there
     # label: length: share of a step in which the GPU computes
-    busy: dict[str, dict[int, Measured]] = Field(default_factory=dict)
+    busy: dict[Label, dict[Context, Measured]] = Field(default_factory=dict)
     content_sha256: str = ""  # of all the rest; filled on writing
 
     @model_validator(mode="after")

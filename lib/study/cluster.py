@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -74,8 +75,7 @@ def _state(block: list[dict], folder: Path) -> str:
 
 
 def _seat(one: record.Record) -> tuple:
-    gpu = one.environment["gpu"] or {}
-    return one.study.session, one.study.block, one.environment["device_name"], gpu.get("uuid")
+    return one.study.session, one.study.block, one.environment["device_name"], record.gpu_uuid(one.environment)
 
 
 def show(runs: list[dict], found: dict[int, str], folder: Path, records=None) -> None:
@@ -119,16 +119,16 @@ def refusal(run: dict, session: str, folder: Path) -> str | None:
         if before != session:
             return f"{run['before']}, which comes before it in its block, is not of this session; {again}"
     try:
-        note = (folder / f"{run['name']}.{record.FAILED}").read_text(encoding="utf-8")
-    except OSError:
+        note = record.load_failure(folder / f"{run['name']}.{record.FAILED}")
+    except (OSError, ValueError):
         return None
-    failed = record.Failure.model_validate_json(note).study.session == session
-    return f"it failed in this session; {again}" if failed else None
+    return f"it failed in this session; {again}" if note.study.session == session else None
 
 
 def threads_as_given() -> str:
     """Shell commands that undo what Snakemake sets in every job: one thread, where a study takes what it is given."""
-    given = (f"export {name}={os.environ[name]}" if name in os.environ else f"unset {name}" for name in THREADS)
+    quoted = {name: shlex.quote(os.environ[name]) for name in THREADS if name in os.environ}
+    given = (f"export {name}={quoted[name]}" if name in quoted else f"unset {name}" for name in THREADS)
     return "; ".join(given)
 
 

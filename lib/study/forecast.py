@@ -15,6 +15,7 @@ from lib import parameters, paths, record
 from lib.errors import UsageError
 
 SAME, SCALED = "as measured with these settings", "scaled by FLOPs from other settings"
+LARGEST_VOCABULARY = 10**7  # a record that says more is of another model
 ALIKE = ("attention", "options", "precision", "compile")  # where these differ, FLOP/s say nothing about each other
 
 
@@ -77,7 +78,8 @@ def expect(values: dict, records: list[record.Record]) -> Expected | None:
         return Expected(fmean(found.time_s for found in same), fmean(joules) if joules else None, SAME)
     tokenizer = Path(values["tokenizer"]).name  # the vocabulary is not known before the data are read
     usable = [one for one in alike if Path(one.parameters["tokenizer"]).name == tokenizer]
-    usable = [one for one in usable if one.metrics.causal_flops_per_s and _vocabulary(one)]
+    counted = (lambda one: one.metrics.causal_flops_per_s, lambda one: one.metrics.forward_flops_causal, _vocabulary)
+    usable = [one for one in usable if all((count(one) or 0) > 0 for count in counted)]
     if not usable:
         return None
     forward = _forward_flops(values, _vocabulary(usable[-1]))
@@ -105,10 +107,10 @@ def _vocabulary(one: record.Record) -> int | None:
     """Told by the parameters that a record's model has; None where they do not fit its variant as it is now."""
     try:
         rest = sum(weight.numel() for weight in _meta_model(one.parameters, 1).parameters())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RuntimeError):
         return None
     more, left = divmod(one.metrics.parameters - rest, one.parameters["width"])
-    return None if left or more < 1 else more + 1
+    return None if left or not 1 <= more < LARGEST_VOCABULARY else more + 1
 
 
 def beside_window(records: list[record.Record], setting: str) -> float | None:

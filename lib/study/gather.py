@@ -26,9 +26,14 @@ class Gathered(NamedTuple):
 
 def device_folder(one: record.Record) -> str:
     """The folder of the device that a record is from: the device's name, and of a GPU the begin of its UUID."""
-    uuid = (one.environment["gpu"] or {}).get("uuid") or ""
+    uuid = record.gpu_uuid(one.environment) or ""
     name = f"{one.environment['device_name']} {uuid.removeprefix('GPU-')[:8]}"
     return record.DEVICE_FOLDER + re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+
+
+def _place(one: record.Record) -> tuple[str, str]:
+    """Device and name: alike where a file system that knows no case would take them for one file."""
+    return device_folder(one).casefold(), one.name.casefold()
 
 
 def gather(into: Path, sources: list[Path]) -> Gathered:
@@ -37,20 +42,25 @@ def gather(into: Path, sources: list[Path]) -> Gathered:
     for source in sources:
         if not source.is_dir():
             raise UsageError(f"there is no folder {source}")
-    there = {(device_folder(one), one.name): one for one in record.load_all(into)}
+    there = {_place(one): one for one in record.load_all(into)}
     found = Gathered([], [], [], [])
     for path in [path for source in sources for path in sorted(source.rglob("*.json"))]:
         if path.name.endswith(record.FAILED) or record.INCOMPLETE in path.parts:
             continue
         try:
-            one = record.load(path)
+            one, text = record.load_with_text(path)
         except (ValueError, OSError) as error:
-            found.damaged.append((path, str(error)))
+            found.damaged.append((path, record.printable(error)))
             continue
-        known = there.setdefault((device_folder(one), one.name), one)
+        known = there.setdefault(_place(one), one)
         if known is one:
+            folder = into / device_folder(one)
+            if not folder.resolve().is_relative_to(into.resolve()):
+                raise UsageError(
+                    f"{record.printable(folder)} is a link to elsewhere; remove it, or name another folder"
+                )
             try:
-                paths.write_whole(into / device_folder(one) / path.name, path.read_text(encoding="utf-8"))
+                paths.write_whole(folder / f"{one.name}.json", text)
             except OSError as error:
                 raise UsageError(f"{into} cannot be written: {error.strerror}; name another folder") from None
             found.copied.append(path)
@@ -73,11 +83,12 @@ def main(words: list[str] | None = None) -> int:
         return 2
     print(f"{len(found.copied)} records copied, {len(found.doubled)} were there already")
     for path in found.conflicts:
+        shown = record.printable(path)
         print(
-            f"CONFLICT {path}: another record of the same run on the same device is there, and stays", file=sys.stderr
+            f"CONFLICT {shown}: another record of the same run on the same device is there, and stays", file=sys.stderr
         )
     for path, reason in found.damaged:
-        print(f"LEFT OUT {path}: {reason}", file=sys.stderr)
+        print(f"LEFT OUT {record.printable(path)}: {reason}", file=sys.stderr)
     return 1 if found.conflicts or found.damaged else 0
 
 

@@ -5,12 +5,61 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from lib import attention, parameters, paths
+from lib import attention, parameters, paths, record
 from lib.errors import UsageError
 
 NOTEBOOKS = paths.ROOT / "notebooks"
+MOST_BYTES = 1 << 16  # of a profile: more would take seconds to read
+MOST_BLOCKS, MOST_VARIANTS = 1000, 100
 CONTROL_RUN = {"attention": attention.REFERENCE, "label": attention.CONTROL}
 STUDY_KEYS = {"variants": list, "blocks": int}
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML's mappings, lists, texts and numbers, each written out where it stands; nothing named twice or by a number.
+
+    A reference to what stands elsewhere would let ten lines mean a billion values.
+    """
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(None, None, f"write out what *{event.anchor} stands for", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node):
+        try:
+            return super().construct_yaml_int(node)
+        except ValueError:
+            raise yaml.MarkedYAMLError(None, None, "this is no number that can be read", node.start_mark) from None
+
+    def construct_mapping(self, node, deep=False):
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.MarkedYAMLError(None, None, "this must be lines of `name: value`", node.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:str":
+                raise yaml.MarkedYAMLError(None, None, "a name must be text", key.start_mark)
+            if key.value in seen:
+                named = record.printable(key.value, 60)
+                raise yaml.MarkedYAMLError(None, None, f"{named} is named twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
+
+
+def read_yaml(path: Path):
+    """What a YAML file holds. Raises ValueError, in one line, where it is not plain; OSError as `open` does."""
+    try:
+        return yaml.load(paths.read_bounded(path, MOST_BYTES), _Plain)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(f"{error.problem} (line {error.problem_mark.line + 1})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(error) from None
 
 
 def known_parameters(notebook: str = "train.ipynb") -> dict[str, parameters.Declared]:
@@ -25,13 +74,12 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     if path is None:
         return {}, {}
     try:
-        profile = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        profile = read_yaml(Path(path)) or {}
     except FileNotFoundError:
         there = ", ".join(f"params/{file.name}" for file in sorted((paths.ROOT / "params").glob("*.yaml")))
         raise UsageError(f"there is no profile {path}; there are: {there}, or none for the quick one") from None
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"the profile {path} cannot be read as YAML: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the profile {path} cannot be read as YAML: {record.printable(error)}") from None
     if not isinstance(profile, dict):
         raise UsageError(f"the profile {path} must be lines of `name: value`")
     about_study = profile.pop("study", {})
@@ -40,7 +88,8 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     parameters.check_names(about_study, STUDY_KEYS)
     for name, value in about_study.items():
         if type(value) is not STUDY_KEYS[name]:
-            raise UsageError(f"{name} in {path} must be {STUDY_KEYS[name].__name__}, not {value!r}")
+            shown = record.printable(repr(value), 100)
+            raise UsageError(f"{name} in {path} must be {STUDY_KEYS[name].__name__}, not {shown}")
     known = known_parameters(notebook)
     parameters.check_names(profile, known)
     for name in ("attention", "options", "label", "seed"):
@@ -55,6 +104,8 @@ def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) ->
     Without `check` their values are not looked at, which takes seconds: for a process of a study that has begun.
     """
     known = known_parameters()
+    if len(variants) > MOST_VARIANTS:
+        raise UsageError(f"a study has at most {MOST_VARIANTS} variants, not {len(variants)}")
     entries = [entry if isinstance(entry, dict) else {"attention": str(entry)} for entry in variants]
     runs = []
     nulls = [index for index, entry in enumerate(entries) if entry.get("label") == attention.CONTROL]
@@ -86,9 +137,10 @@ def chosen(
     overrides, about_study = read_profile(path)
     variants = variants or about_study.get("variants") or [*attention.variants(), CONTROL_RUN]
     blocks = blocks if blocks is not None else about_study.get("blocks", 1)
-    if type(blocks) is not int or blocks < 1:
-        raise UsageError(f"blocks must be a whole number, at least 1, not {blocks!r}")
-    return runs_of(overrides, variants, blocks, check), Path(path).stem if path else "quick"
+    if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
+        bound = f"at most {MOST_BLOCKS}" if type(blocks) is int and blocks > MOST_BLOCKS else "at least 1"
+        raise UsageError(f"blocks must be a whole number, {bound}, not {record.printable(repr(blocks), 40)}")
+    return runs_of(overrides, variants, blocks, check), record.printable(Path(path).stem, 100) if path else "quick"
 
 
 FEWEST_BLOCKS = 5  # below that the analysis gives points only

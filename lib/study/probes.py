@@ -31,7 +31,7 @@ from lib.errors import UsageError
 from lib.measure import energy, environment
 from lib.model.probe import ProbeNet
 from lib.record import probe
-from lib.record.probe import Count, Mixer, Point, Positive, Probe, Result, Setting
+from lib.record.probe import Count, Mixer, Point, Positive, Probe, Result, Setting, check_pattern
 from lib.record.schema import Strict
 from lib.study import plan
 
@@ -90,7 +90,7 @@ def checked(values: dict) -> Plan:
         made = Plan(**{name: values[name] for name in Plan.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UsageError(record.printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
     cells(made)
     return made
 
@@ -139,12 +139,19 @@ def _cell(given: str | dict, setting: Setting, rate: float, seed: int) -> Cell:
     parameters.check_names(options, [attention.stem(name) for name in names])
     mixers = tuple((paths.portable(name), options.get(attention.stem(name), {})) for name in names)
     sizes = {"layers": len(names), "width": setting.width, "heads": setting.heads, "positions": _context(setting.task)}
+    for name in names:
+        parameters.pin(name)
     layers = [parameters.check_attention(SimpleNamespace(attention=name, options=own, **sizes)) for name, own in mixers]
     titles = [attention.title(layer, name) for layer, (name, _) in zip(layers, mixers, strict=True)]
     label = given.get("label") or "+".join(attention.stem(name) for name in names)
+    title = given.get("label") or " + ".join(titles)
+    try:
+        check_pattern(label, title, [name for name, _ in mixers])
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     depth = max(setting.layers, len(mixers))
     return Cell(
-        label, given.get("label") or " + ".join(titles), tuple(mixers[i % len(mixers)] for i in range(depth)),
+        label, title, tuple(mixers[i % len(mixers)] for i in range(depth)),
         setting.model_copy(update={"layers": depth}), rate, seed,
     )  # fmt: skip
 

@@ -93,7 +93,7 @@ def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[s
 
 
 def _reason(kind: str, said: str) -> tuple[str, str]:
-    said = (said.strip().splitlines() or [""])[0]
+    said = record.printable((said.strip().splitlines() or [""])[0])
     if kind == "OutOfMemory" or is_out_of_memory(said) or kind == "MemoryError":
         return "out_of_memory", said
     if kind == "LossNotFinite":
@@ -146,7 +146,7 @@ def run_one(run: dict, profile: str, session: str, folder: Path) -> str | None:
     started = time.monotonic()
     problem = execute(plan.NOTEBOOKS / "train.ipynb", folder / f"{name}.ipynb", run["given"], context)
     if problem is None and not is_finished(run, folder):
-        problem = "error", "the notebook ended, but left no record"
+        problem = "error", _why_unfinished(run, folder)
     if problem is None:
         metrics, failed = record.load(folder / f"{name}.json").metrics, None
         outcome = f"validation loss {metrics.validation_loss:.3f}, window {metrics.time_s:.1f} s"
@@ -157,6 +157,16 @@ def run_one(run: dict, profile: str, session: str, folder: Path) -> str | None:
     return failed
 
 
+def _why_unfinished(run: dict, folder: Path) -> str:
+    """What is wrong where a notebook ran to its end and its run is not finished."""
+    try:
+        record.load(folder / f"{parameters.run_name(run['values'])}.json")
+    except (OSError, ValueError):
+        return "the notebook ended, but left no record"
+    file = record.printable(run["values"]["attention"])
+    return f"{file} was changed since the study began; its record is of the other text; start the study again"
+
+
 def _note_failure(run: dict, context: dict, reason: str, says: str, folder: Path) -> None:
     note = record.Failure(
         name=parameters.run_name(run["values"]),
@@ -165,7 +175,7 @@ def _note_failure(run: dict, context: dict, reason: str, says: str, folder: Path
         study=record.StudyPosition(**context),
         finished_at=record.now(),
         reason=reason,
-        says=says,
+        says=record.printable(says),
     )
     try:
         record.write_failure(note, folder)

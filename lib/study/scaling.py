@@ -64,7 +64,7 @@ def checked(values: dict) -> Plan:
         made = Plan(**{name: values[name] for name in Plan.model_fields})
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise UsageError(record.printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
     if made.width % made.heads:
         raise UsageError(f"heads must divide width: {made.heads} heads do not divide {made.width}")
     _entries(made)
@@ -83,8 +83,10 @@ def _entries(made: Plan) -> list[SimpleNamespace]:
             raise UsageError("each of variants needs its attention, a name or a .py file")
         given = {"options": {}, "label": "", **given}
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": made.contexts[-1]}
+        parameters.pin(given["attention"])
         layer = parameters.check_attention(SimpleNamespace(**given, **sizes))
-        named = {"label": parameters.display_name(given), "title": parameters.title(given, layer)}
+        named = parameters.named(given, layer)
+        named["sha256"] = attention.source_sha256(given["attention"])
         entries.append(SimpleNamespace(**given | named))
     if len({entry.label for entry in entries}) < len(entries):
         raise UsageError("two variants have the same label; give one of them another")
@@ -114,7 +116,7 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
     for entry in _entries(made):
         new = Scaling(
             finished_at=record.now(), label=entry.label, title=entry.title, attention=paths.portable(entry.attention),
-            options=entry.options, attention_sha256=attention.source_sha256(entry.attention), setting=setting,
+            options=entry.options, attention_sha256=entry.sha256, setting=setting,
             points=[], **facts,
         )  # fmt: skip
         found[entry.label] = _resumed(new, folder)
@@ -160,7 +162,7 @@ def _short(point: Point) -> str:
 
 def _resumed(new: Scaling, folder: Path) -> Scaling:
     """What the folder holds of the same, or `new`."""
-    path = folder / f"{new.label}.json"
+    path = folder / scaling.file_name(new.label)
     if not path.exists():
         return new
     old = scaling.load(path)
@@ -227,7 +229,10 @@ def _facts(made: Plan) -> dict:
 
 @one_sentence_when_out_of_memory()
 def _sample(setting: Setting, entry: SimpleNamespace, part: str, context: int) -> dict:
-    """One sample of a part at a length, in the process that this is called in."""
+    """One sample of a part at a length, in the process that this is called in. Raises UsageError for another text."""
+    parameters.pin(entry.attention)
+    if attention.source_sha256(entry.attention) != entry.sha256:
+        raise UsageError(f"{entry.attention} was changed since the study began; start it again")
     device = devices.choose(setting.device)
     if device.type == "cpu":
         _spare_the_machine()

@@ -22,7 +22,6 @@ from typing import Annotated
 
 import numpy as np
 import torch
-import yaml
 from pydantic import Field, ValidationError
 
 from lib import attention, certificate, parameters, paths, record, training
@@ -69,17 +68,16 @@ class Plan(Strict):
 def read_plan(profile: str | None, **changes) -> Plan:
     """The plan in a YAML file, or the defaults. Raises UsageError for what cannot be measured."""
     try:
-        text = Path(profile).read_text(encoding="utf-8") if profile else ""
-        given = yaml.safe_load(text) or {}
+        given = (plan.read_yaml(Path(profile)) if profile else None) or {}
         if not isinstance(given, dict):
             raise UsageError(f"the profile {profile} must be lines of `name: value`")
         parameters.check_names(given, Plan.model_fields)
         made = Plan(**given | changes)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"the profile {profile} cannot be read as YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(record.printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the profile {profile} cannot be read as YAML: {record.printable(error)}") from None
     for name, choices in (("device", DEVICES), ("precision", PRECISIONS)):
         if getattr(made, name) not in choices:
             raise UsageError(f"{name} must be one of {', '.join(choices)}, not {getattr(made, name)!r}")
@@ -102,8 +100,9 @@ def entries_of(made: Plan) -> list[SimpleNamespace]:
             raise UsageError("each of variants needs its attention, a name or a .py file")
         given = {"options": {}, "label": "", **given}
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": longest}
+        parameters.pin(given["attention"])
         layer = parameters.check_attention(SimpleNamespace(**given, **sizes))
-        named = {"label": parameters.display_name(given), "title": parameters.title(given, layer)}
+        named = parameters.named(given, layer)
         found.append(SimpleNamespace(**given | named))
     labels = [entry.label for entry in found]
     if len(set(labels)) < len(labels):
