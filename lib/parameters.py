@@ -7,6 +7,7 @@ import ast
 import hashlib
 import inspect
 import json
+import math
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -29,6 +30,7 @@ AT_LEAST = {
     "validation_sequences": 1, "new_tokens": 1, "inference_repeats": 1, "inference_window_s": 0,
     "phase_steps": 0, "idle_s": 0,
 }  # fmt: skip
+LARGEST = 2**63 - 1  # of a whole number: what PyTorch, numpy and a table can hold
 WHO = ("attention", "options", "label", "seed")  # what differs within a study; all else is its setting
 
 
@@ -56,16 +58,30 @@ def check_names(names, known) -> None:
 
 
 def check_types(values: dict, known: dict[str, Declared]) -> dict:
-    """The values with whole numbers made floats where a float is declared. Raises UsageError for a wrong type."""
+    """The values with whole numbers made floats where a float is declared. Raises UsageError for a wrong type, and for
+    a number that is not finite or too large, also within a list or dict."""
     checked = {}
     for name, value in values.items():
         wanted = TYPES[known[name].type]
+        _check_numbers(name, value)
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:
             raise UsageError(f"{name} must be {known[name].type}, not {value!r}{_way_out(wanted, value)}")
         checked[name] = value
     return checked
+
+
+def _check_numbers(name: str, value, depth: int = 0) -> None:
+    if depth > 20:
+        raise UsageError(f"{name} is nested too deeply")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_numbers(name, inner, depth + 1)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"{name} must be finite, not {value}")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise UsageError(f"{name} must be at most {LARGEST:,}, in size, and is not")
 
 
 def _way_out(wanted: type, value) -> str:

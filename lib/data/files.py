@@ -24,6 +24,7 @@ ENDINGS = (".parquet", ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".
 KNOWN = f"'builtin', a hub id, a {', '.join(ENDINGS)} file, or a folder of such files"
 OTHER_SPLITS = {"test", "tests", "validation", "valid", "val", "dev", "eval"}
 CHARACTERS = 1 << 20  # read at once of a list
+PARQUET_READER = Path(__file__).with_name("parquet.py")
 SPACE = re.compile(r"[ \t\r\n]*")
 # The longest sign in a JSON text that can be cut in two, \ud83d\ude00: an error so near the end may be a lack of text.
 LONGEST_SIGN = 12
@@ -206,7 +207,7 @@ class _Stream:
 
 
 def _parquet(path: Path, name: str) -> Iterator[Row]:
-    command = [sys.executable, "-P", str(Path(__file__).with_name("parquet.py")), str(path)]
+    command = [sys.executable, "-P", str(PARQUET_READER), str(path)]
     row = 0
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)

@@ -8,6 +8,7 @@ out; of the others each row says which it fills.
 import json
 import sys
 
+import pyarrow.compute
 import pyarrow.parquet
 
 WRITTEN = ("messages", "conversations")  # of other columns only which rows fill them: they can be large
@@ -19,12 +20,24 @@ def main(path: str) -> None:
     with open(path, "rb") as file:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH):
             columns = [
-                column.to_pylist() if name in WRITTEN else [filled or None for filled in column.is_valid().to_pylist()]
+                column.to_pylist() if name in WRITTEN else [filled or None for filled in _filled(column)]
                 for name, column in zip(batch.schema.names, batch.columns, strict=True)
             ]
             for row in zip(*columns, strict=True) if columns else [()] * len(batch):
                 fields = dict(zip(batch.schema.names, row, strict=True))
                 sys.stdout.write(json.dumps(fields, default=_no_json) + "\n")
+
+
+def _filled(column) -> list[bool]:
+    """Which values of a column hold something: neither null nor an empty text or list."""
+    kind = column.type
+    if pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
+        column = pyarrow.compute.binary_length(column)
+    elif pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+        column = pyarrow.compute.list_value_length(column)
+    else:
+        return column.is_valid().to_pylist()
+    return [bool(length) for length in column.to_pylist()]
 
 
 def _no_json(value) -> dict:

@@ -29,6 +29,9 @@ REASONS = {
     "peak_not_resettable": "the system keeps no peak of its own for the window",
     "not_counted_here": "the system does not count it per process",
     "not_asked_for": "not asked for by the run's parameters",
+    "no_repository": "the project's folder is no git repository of its own",
+    "git_unavailable": "git is not installed",
+    "git_refuses": "git does not answer: no commit yet, or a repository of another user",
 }
 Measured = Annotated[float | None, Field(allow_inf_nan=False)]
 
