@@ -106,7 +106,7 @@ def _from_files(dataset: str, named: list[tuple[Path, str]], facts: dict) -> Sou
 
     def rows():
         for (path, name), state in zip(named, states, strict=True):
-            yield from files.rows(path, name)
+            yield from files.rows(path, files.plain(name))
             if _state(path) != state:
                 raise UsageError(f"{name} changed while it was read; run this again when nobody writes to it")
 
@@ -134,7 +134,9 @@ def _from_hub(dataset: str, revision: str) -> Source:
         from huggingface_hub import hf_hub_download
 
         for name in names:
-            yield from files.rows(Path(hf_hub_download(dataset, name, repo_type="dataset", revision=commit)), name)
+            yield from files.rows(
+                Path(hf_hub_download(dataset, name, repo_type="dataset", revision=commit)), files.plain(name)
+            )
 
     return Source(dataset, {"id": dataset, "commit": commit}, rows, found["count"], {"dataset_commit": commit})
 
@@ -217,7 +219,7 @@ def _named(counts: Counter) -> dict[str, int]:
     """The most frequent names as they can stand in a record, whatever somebody's file calls its fields."""
     often, found = counts.most_common(MOST_NAMES), Counter()
     for name, count in often:
-        found["".join(sign if sign.isprintable() else "?" for sign in name[:60])] += count
+        found[files.plain(name[:60])] += count
     rest = counts.total() - sum(count for _, count in often)
     return dict(sorted(found.items())) | ({"(others)": rest} if rest else {})
 
@@ -229,7 +231,7 @@ def conversation(row: object, place: Place, counts: Counts) -> list[Turn]:
         raise UsageError(f"{place}: a row must be {{messages: [{{role, content}}]}}, not {_shown(row)}")
     key = next((key for key in KEYS if _holds(row.get(key))), next((key for key in KEYS if key in row), None))
     if key is None:
-        columns = ", ".join(map(str, row))[:200] or "nothing"
+        columns = files.plain(", ".join(map(str, row))[:200]) or "nothing"
         raise UsageError(f"{place} has the columns {columns}; it needs `messages`: a list of {{role, content}} per row")
     for name, value in row.items():
         if name != key and _holds(value):

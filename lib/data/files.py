@@ -96,6 +96,11 @@ def rows(path: Path, name: str) -> Iterator[Row]:
         yield from _lines(file, name) if in_lines else _Stream(file, name).rows()
 
 
+def plain(text: str) -> str:
+    """A name out of somebody's file as it can stand in a sentence or a record: on one line, without control signs."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
 def no_doubled_names(pairs: list[tuple[str, object]]) -> dict:
     """A JSON object. Raises ValueError where a name stands twice: JSON would keep the last and lose the rest."""
     found = dict(pairs)
@@ -228,4 +233,4 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         kind = signal.Signals(-status).name
         raise UsageError(f"cannot read {name}: it crashed its reader after row {row} ({kind}); it is damaged")
     if status:
-        raise UsageError(f"cannot read {name}: {said[-1].rstrip('.')[:200]}; it is damaged, or no Parquet file")
+        raise UsageError(f"cannot read {name}: {plain(said[-1]).rstrip('.')[:200]}; it is damaged, or no Parquet file")
