@@ -440,10 +440,14 @@ def test_no_content_can_spell_a_role_s_line(talk):
     assert escaped == len(text) - sum(len(f"<|{turn.role}|>\n{turn.content}\n") for turn in talk)
 
 
-@given(talks)
+@pytest.fixture(scope="module")
+def encoder():
+    return corpus.load_tokenizer("builtin")
+
+
+@given(talk=talks)
 @settings(max_examples=100, deadline=None)
-def test_no_content_can_spell_a_special_token(talk):
-    encoder = corpus.load_tokenizer("builtin")
+def test_no_content_can_spell_a_special_token(encoder, talk):
     text, _ = conversations.as_text(talk)
     (ids,) = corpus._encode(encoder, [text])
     assert encoder.eos_token_id not in ids and encoder.decode(ids) == text
