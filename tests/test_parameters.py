@@ -72,6 +72,13 @@ def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
             "gqa cannot be built with the options {'kv_heads': 'two'}",
         ),
         ("attention = 'mine.py'", "there is no attention file 'mine.py'"),
+        ("seed = 18446744073709551616", "seed must be at most 9,223,372,036,854,775,807"),
+        ("seed = -10**4000", "seed must be at most 9,223,372,036,854,775,807, in size"),
+        ("learning_rate = 10**400", "learning_rate must be at most"),
+        ("learning_rate = float('inf')", "learning_rate must be finite, not inf"),
+        ("weight_decay = float('nan')", "weight_decay must be finite, not nan"),
+        ("inference_contexts = [64, 2**64]", "inference_contexts must be at most"),
+        ("options = {'a': [1, {'b': float('-inf')}]}", "options must be finite, not -inf"),
     ],
 )
 def test_a_wrong_value_is_said_in_one_sentence(injected, said):
