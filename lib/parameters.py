@@ -23,6 +23,7 @@ CHOICES = {
     "precision": PRECISIONS,
     "schedule": ("cosine", "constant"),
     "turns": ("roles", "joined"),
+    "packing": (False, True, "documents"),
 }
 AT_LEAST = {
     "seed": 0, "layers": 1, "width": 1, "heads": 1, "positions": 1, "context": 2, "batch_size": 1, "accumulation": 1,
@@ -66,8 +67,10 @@ def check_types(values: dict, known: dict[str, Declared]) -> dict:
         _check_numbers(name, value)
         if wanted is float and type(value) is int:
             value = float(value)
-        if type(value) is not wanted:
-            raise UsageError(f"{name} must be {known[name].type}, not {value!r}{_way_out(wanted, value)}")
+        others = [choice for choice in CHOICES.get(name, ()) if type(choice) is not wanted]
+        if type(value) is not wanted and not (isinstance(value, str) and value in others):
+            kinds = " or ".join([known[name].type, *map(repr, others)])
+            raise UsageError(f"{name} must be {kinds}, not {value!r}{_way_out(wanted, value)}")
         checked[name] = value
     return checked
 
@@ -151,6 +154,11 @@ def check_attention(p):
             kind = type(known[option])
             if kind in (bool, int, str) and type(value) is not kind:
                 raise UsageError(f"{p.attention}'s option {option} must be {kind.__name__}, not {value!r}")
+        if getattr(p, "packing", False) == "documents" and not attention.keeps_documents(variant):
+            raise UsageError(
+                f"{p.attention} cannot keep the documents of a row apart; use packing true or false, or a forward that "
+                "names seq_idx (lib/attention/__init__.py)"
+            )
         with torch.device("meta"):
             return variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.options)
     except ValueError as error:
@@ -229,13 +237,12 @@ def _assigned(source: str) -> list[str]:
 
 def setting(values: dict) -> str:
     """Eight hex digits of everything but the variant and the seed: runs are compared only where these agree."""
-    return _digest({name: value for name, value in values.items() if name not in WHO})
+    return digest({name: value for name, value in values.items() if name not in WHO})
 
 
 def run_name(values: dict) -> str:
     """The name of a run's record and notebook: variant, seed and a hash of all parameters."""
-    name = re.sub(r"[^A-Za-z0-9_.]+", "_", display_name(values))
-    return f"{name}-seed{values['seed']}-{_digest(values)}"
+    return f"{file_name(display_name(values))}-seed{values['seed']}-{digest(values)}"
 
 
 def display_name(values: dict) -> str:
@@ -250,5 +257,11 @@ def title(values: dict, layer) -> str:
     return values["label"] or attention.title(layer, values["attention"])
 
 
-def _digest(values: dict) -> str:
+def file_name(label: str) -> str:
+    """A label as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", label)
+
+
+def digest(values: dict) -> str:
+    """Eight hex digits of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
