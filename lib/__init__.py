@@ -4,6 +4,7 @@ Shape letters used everywhere: B batch, T tokens (of the queries), S keys seen s
 """
 
 import os
+import sys
 
 # OpenMP's idle threads spin by default; on a busy machine that made training steps 3 to 20 times slower.
 # Read when torch loads, so `lib` is imported first.
@@ -11,3 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # torch's profiler reports its own starts and stops on the terminal otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+# What a terminal has no sign for is printed as its number: a study must not end because a variant says "φ" where the
+# locale is C.
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):  # in a notebook they are of another kind, which takes any sign
+        stream.reconfigure(errors="backslashreplace")

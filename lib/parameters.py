@@ -29,6 +29,7 @@ from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, PRECIS
 __all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
 
 TYPES = {"str": str, "int": int, "float": float, "bool": bool, "list": list, "dict": dict}
+DEEPEST = 20  # lists or mappings within each other
 PLAIN = (bool, int, float, str, type(None))  # what a record holds an option as, alone or in a list
 CHOICES = {
     "device": DEVICES,
@@ -63,30 +64,33 @@ def check_names(names, known) -> None:
 
 
 def check_types(values: dict, known: dict[str, Declared]) -> dict:
-    """The values with whole numbers made floats where a float is declared. Raises UsageError for a wrong type."""
+    """The values with whole numbers made floats where a float is declared. Raises UsageError for a wrong type, and for
+    a number that is not finite or too large, also within a list or dict."""
     checked = {}
     for name, value in values.items():
         wanted = TYPES[known[name].type]
+        _check_plain(name, value)
         if wanted is float and type(value) is int:
             value = float(value)
         others = [choice for choice in CHOICES.get(name, ()) if type(choice) is not wanted]
         if type(value) is not wanted and not (isinstance(value, str) and value in others):
             kinds = " or ".join([known[name].type, *map(repr, others)])
             raise UsageError(f"{name} must be {kinds}, not {_shown(value)}{_way_out(wanted, value)}")
-        _check_plain(name, value)
         checked[name] = value
     return checked
 
 
-def _check_plain(name: str, value) -> None:
+def _check_plain(name: str, value, depth: int = 0) -> None:
     """Raises UsageError for numbers that are none, and texts that no page, terminal or record can show."""
+    if depth > DEEPEST:
+        raise UsageError(f"{name} is nested more than {DEEPEST} deep")
     if isinstance(value, dict):
         for option, one in value.items():
-            _check_plain(f"a name in {name}", option)
-            _check_plain(f"{name}: {_shown(option)}", one)
+            _check_plain(f"a name in {name}", option, depth + 1)
+            _check_plain(name, one, depth + 1)
     elif isinstance(value, list):
         for one in value:
-            _check_plain(name, one)
+            _check_plain(name, one, depth + 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise UsageError(f"{name} must be a finite number, not {value}")
     elif isinstance(value, int) and abs(value) > 2**53:

@@ -54,7 +54,9 @@ def read_bounded(path: Path, most_bytes: int) -> str:
 def write_whole(path: Path, text: str) -> Path:
     """Writes a file that is either there whole or not at all; returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", suffix=".tmp", delete=False) as file:
+    with tempfile.NamedTemporaryFile(
+        "w", encoding="utf-8", dir=path.parent, prefix=".", suffix=".tmp", delete=False
+    ) as file:
         try:
             file.write(text)
             file.flush()

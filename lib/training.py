@@ -133,8 +133,8 @@ class Trainer:
         """The measured window: every step of every epoch, a validation after each, outside the window.
 
         `report` is told of the losses that are finished by then, without waiting for any. Raises LossNotFinite as soon
-        as one of them is seen not to be, OutOfMemory where memory runs out, UsageError where a run has begun before: it
-        would go on from there.
+        as one of them, or of a validation, is seen not to be, OutOfMemory where memory runs out, UsageError where a run
+        has begun before: it would go on from there.
         """
         if self.meter.open or self.meter.windows:
             raise UsageError("this model has been trained already, at least in part; run all cells from the first on")
@@ -152,6 +152,11 @@ class Trainer:
                         watch.look(step + 1)
             watch.look(step + 1, wait=True)
             self.validation.append(self.validate(int(self.non_padding_tokens[: step + 1].sum())))
+            if not math.isfinite(self.validation[-1]["loss"]):  # the last step alone can end it, behind its own loss
+                raise LossNotFinite(
+                    f"the validation loss is not finite after step {step + 1}; lower learning_rate, or raise "
+                    "lr_warmup_steps"
+                )
 
     def take_step(self, step: int) -> None:
         """One optimizer step over `accumulation` batches; the loss stays on the device."""

@@ -459,7 +459,7 @@ def descendants(pid: int) -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, ValueError):
             # The name, in brackets, may hold anything; behind it come state and parent.
-            parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
+            parent = int(stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
     found, todo = [], [pid]
     while todo:
@@ -504,7 +504,7 @@ def _here(profile: Path) -> dict:
     for path in [*sorted((ROOT / "lib").rglob("*.py")), ROOT / "notebooks" / "train.ipynb", profile]:
         code.update(path.read_bytes() if path.is_file() else b"")
     return {
-        "boot": boot.read_text().strip() if boot.is_file() else None,
+        "boot": boot.read_text(encoding="utf-8").strip() if boot.is_file() else None,
         "gpu": gpu_list(),
         "code": code.hexdigest(),
         "profile": str(profile),
@@ -567,7 +567,7 @@ def _now() -> str:
 def gpu_list() -> str:
     """The GPUs with their UUIDs, as nvidia-smi lists them; empty where there is none."""
     try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return found.stdout if found.returncode == 0 else ""

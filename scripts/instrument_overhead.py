@@ -146,7 +146,7 @@ def main(words: list[str] | None = None) -> int:
         "environment": environment.describe(trainer.device),
     }
     text = json.dumps(found, indent=1) + "\n"
-    options.out.write_text(text) if options.out else print(text, end="")
+    options.out.write_text(text, encoding="utf-8") if options.out else print(text, end="")
     for name, said in found["ratio_to_unmonitored"].items():
         print(f"{name:<10} {said['ratio']:.4f} [{said['low']:.4f}, {said['high']:.4f}], n = {said['n']}")
     return 0

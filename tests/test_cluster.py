@@ -107,10 +107,12 @@ def test_a_failure_ends_its_block_alone_which_is_then_run_again_whole_and_a_card
 
 def seated(runs, folder, **changes):
     """Records of planned runs, as if they had been run in one session."""
+    data = runner.Data()
     for run in runs:
         values, place = run["values"], {"session": "s1", "block": run["block"], "position": run["position"]} | changes
-        sha256 = attention.source_sha256(values["attention"])
-        record.write(record_of(run, study=place, attention_sha256=sha256), folder)
+        told = {"attention_sha256": attention.source_sha256(values["attention"])}
+        told["data"] = {"token_sha256": data.token_sha256(run)}
+        record.write(record_of(run, study=place, **told), folder)
 
 
 @pytest.fixture
@@ -134,6 +136,10 @@ def test_a_block_is_torn_unless_it_is_of_one_sitting_on_one_device(runs, out):
     record.write(moved.model_copy(update={"environment": moved.environment | {"gpu": {"uuid": "GPU-2"}}}), out)
     seated(first[1:], out)
     assert cluster.states(runs, out) == {0: "incomplete", 1: "to run"}
+    seated(first, out)
+    assert cluster.states(runs, out) == {0: "finished", 1: "to run"}
+    record.write(moved.model_copy(update={"data": {"token_sha256": "0" * 64}}), out)
+    assert cluster.states(runs, out) == {0: "incomplete", 1: "to run"}
     (out / f"{first[0]['name']}.json").write_text("{")
     assert cluster.states(runs, out) == {0: "incomplete", 1: "to run"}
 
@@ -148,7 +154,8 @@ def test_the_plan_says_what_is_there_and_changes_nothing(runs, out, capsys):
     cluster.show(runs, cluster.states(runs, out), out, [str(out)])
     said = capsys.readouterr().out
     assert "4 runs in 2 blocks" in said
-    assert "blocks finished: 0\nblocks incomplete, to be run again as a whole: 1\nto be expected on a GPU:\n" in said
+    assert "blocks finished: 0\nblocks incomplete, to be run again as a whole: 1\n" in said
+    assert "\nto be expected on a GPU:\n" in said
     assert cluster.left(second, out) == [str(notebook), str(notebook.with_suffix(".json"))]
     assert {path: path.read_bytes() for path in out.iterdir()} == there
 
@@ -204,7 +211,15 @@ def test_a_wrong_configuration_is_one_sentence(config, said):
         cluster.planned(config)
 
 
-def test_snakemake_ends_with_that_sentence_alone(out, tmp_path):
-    ended = snakemake("--config", "blocks=two", "--dry-run", cwd=tmp_path)
-    assert ended.returncode == 1 and "snakemake: blocks must be int, not 'two'" in ended.stderr
+@pytest.mark.parametrize(
+    ("blocks", "folder", "said"),
+    [
+        ("two", "out", "snakemake: blocks must be int, not 'two'"),
+        ("1", "{ut}", "snakemake: the output folder {ut} has braces in its name, which Snakemake takes for wildcards"),
+    ],
+)
+def test_snakemake_ends_with_that_sentence_alone(tmp_path, blocks, folder, said):
+    where = {paths.OUT_VARIABLE: str(tmp_path / folder)}
+    ended = snakemake("--config", f"blocks={blocks}", "--dry-run", cwd=tmp_path, **where)
+    assert ended.returncode == 1 and said in ended.stderr
     assert "Traceback" not in ended.stderr + ended.stdout

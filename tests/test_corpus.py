@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import hub
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from lib.data import conversations, corpus
 from lib.errors import UsageError
+from lib.paths import ROOT
 
 
 def turn(role, content):
@@ -197,6 +199,64 @@ def test_tokens_are_made_once_and_read_from_the_cache(talk_file, monkeypatch):
     monkeypatch.setattr(corpus, "_tokenize", lambda *_: pytest.fail("tokenized again"))
     again = load(path, context=48, packing=True)  # other rows of the same tokens
     assert np.array_equal(again.train.tokens, first.train.tokens) and isinstance(again.train.tokens, np.memmap)
+
+
+def shared(*names):
+    """What lies beside the project on some machines, and is never copied into it."""
+    found = next((up / "shared" / Path(*names) for up in ROOT.parents if (up / "shared" / Path(*names)).exists()), None)
+    return str(found) if found else pytest.skip(f"{names[-1]} is not on this machine")
+
+
+def end_token_counts(path, **changes):
+    """How often the end-of-text token stands in both parts, and the number of conversations."""
+    data = load(path, context=4096, **changes)
+    end = data.train.padding_id
+    found = sum(int((part.tokens == end).sum()) for part in (data.train, data.validation))
+    return found, data.facts["conversations"]
+
+
+@pytest.mark.parametrize("turns", ["roles", "joined"])
+@pytest.mark.parametrize("tokenizer", ["builtin", "saved", "gpt2"])
+def test_the_end_of_text_stands_at_ends_alone_whatever_a_text_spells(tmp_path, talk_file, tokenizer, turns):
+    if tokenizer == "saved":
+        corpus.builtin_tokenizer().save_pretrained(tmp_path / "saved")
+        tokenizer = str(tmp_path / "saved")
+    elif tokenizer == "gpt2":
+        tokenizer = shared("tokenizers", "gpt2")
+    spelled = [{"messages": [turn("user", f"{n} <|endoftext|> in it<|endoftext|>"), turn("assistant", "<|endoftext|>")]}
+               for n in range(40)]  # fmt: skip
+    found, conversations_ = end_token_counts(talk_file(spelled), tokenizer=tokenizer, turns=turns)
+    assert found == conversations_ == 40
+
+
+def test_a_tokenizer_that_makes_its_end_of_text_of_a_text_is_refused_by_the_row(talk_file, monkeypatch):
+    """One without a fast implementation may; nothing that it cuts is trained on as an end."""
+    encode = corpus._encode
+
+    def careless(encoder, texts):
+        return [
+            [*ids, encoder.eos_token_id] if "many is 7?" in text else ids
+            for text, ids in zip(texts, encode(encoder, texts), strict=True)
+        ]
+
+    monkeypatch.setattr(corpus, "_encode", careless)
+    with pytest.raises(UsageError, match=r"talk\.jsonl, line 8: the tokenizer 'builtin' makes its end-of-text token"):
+        load(talk_file(), validation_share=0.25)  # which no other test keeps in the cache
+
+
+def test_what_fills_no_row_and_what_is_dropped_stands_in_the_facts(talk_file):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}
+    rows = [{**TALK[0], "messages": [*TALK[0]["messages"], call, turn("tool", "<|user|>\nno")]}, *TALK[1:]]
+    packed, cut = load(talk_file(rows), packing=True).facts, load(talk_file(rows), context=8).facts
+    whole = load(talk_file(rows), context=4096)
+    total = int(whole.train.lengths.sum() + whole.validation.lengths.sum())
+    assert whole.facts["tokens_in_no_row"] == 0
+    for facts, context in ((packed, 32), (cut, 8)):
+        sequences = facts["train_sequences"] + facts["validation_sequences"]
+        assert facts["tokens_in_no_row"] > 0 and (context == 8 or facts["tokens_in_no_row"] == total - 32 * sequences)
+        assert facts["dropped_turn_fields"] == {"tool_calls": 1} and facts["turns_without_text"] == 1
+        assert facts["dropped_row_fields"] == {"dataset": 60, "id": 60} and facts["escaped_lines"] == 1
+        assert facts["empty_turns"] == 0
 
 
 @pytest.mark.parametrize("changed", [{"turns": "joined"}, {"validation_share": 0.3}])

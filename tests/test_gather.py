@@ -30,6 +30,19 @@ def test_records_of_two_cards_come_together_and_stay_apart_in_every_ratio(tmp_pa
         assert compare.ratios(group.runs, "time_s")["ratio"].eq(1).all()
 
 
+def test_the_same_run_on_other_data_is_no_conflict_and_in_no_ratio_with_it(tmp_path):
+    for folder, tokens, time_s in (("a", "a" * 64, 20.0), ("b", "b" * 64, 40.0)):
+        write_blocks(tmp_path / folder, environment=ONE, time_s=time_s, data={"token_sha256": tokens})
+    found = gather.gather(tmp_path / "all", [tmp_path / "a", tmp_path / "b"])
+    assert len(found.copied) == 6 and not found.conflicts
+    assert not gather.gather(tmp_path / "all", [tmp_path / "b", tmp_path / "a"]).copied
+    groups = compare.groups(record.read(tmp_path / "all"))
+    assert [set(group.runs["token_sha256"]) for group in groups] == [{"a" * 64}, {"b" * 64}]
+    assert ["builtin data (tokens aaaaaaaa)" in group.title for group in groups] == [True, False]
+    for group in groups:
+        assert compare.ratios(group.runs, "time_s")["ratio"].eq(1).all()
+
+
 def test_what_is_there_already_is_dropped_by_its_content(tmp_path):
     write_blocks(tmp_path / "a", environment=ONE)
     assert len(gather.gather(tmp_path / "all", [tmp_path / "a"]).copied) == 3

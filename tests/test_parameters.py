@@ -73,6 +73,13 @@ def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
             "gqa cannot be built with the options {'kv_heads': 'two'}",
         ),
         ("attention = 'mine.py'", "there is no attention file 'mine.py'"),
+        ("seed = 18446744073709551616", "seed must be a number of at most 2**53, not one of 65 bits"),
+        ("seed = -10**4000", "seed must be a number of at most 2**53, not one of 13288 bits"),
+        ("learning_rate = 10**400", "learning_rate must be a number of at most 2**53"),
+        ("learning_rate = float('inf')", "learning_rate must be a finite number, not inf"),
+        ("weight_decay = float('nan')", "weight_decay must be a finite number, not nan"),
+        ("inference_contexts = [64, 2**64]", "inference_contexts must be a number of at most 2**53"),
+        ("options = {'a': [1, {'b': float('-inf')}]}", "options must be a finite number, not -inf"),
     ],
 )
 def test_a_wrong_value_is_said_in_one_sentence(injected, said):

@@ -117,13 +117,13 @@ def test_some_runs_now_and_the_rest_in_the_same_session_later(out, monkeypatch, 
     """For a machine that is lent by the minute: no run twice, one session, and the summary after the last."""
     done, sessions, summaries = [], [], []
 
-    def run_one(run, profile, session, folder):
+    def run_one(run, profile, session, folder, data):
         done.append(run["position"])
         sessions.append(session)
 
-    monkeypatch.setattr(runner, "load_data", lambda runs: None)
+    monkeypatch.setattr(runner, "load_data", lambda runs: runner.Data())
     monkeypatch.setattr(runner, "run_one", run_one)
-    monkeypatch.setattr(runner, "is_finished", lambda run, folder: run["position"] in done)
+    monkeypatch.setattr(runner, "is_finished", lambda run, folder, data: run["position"] in done)
     monkeypatch.setattr(runner, "summarize", lambda folder: summaries.append(len(done)))
     words = ["--variants", "sdpa", "linear", "gqa", "--session", "s1", "--runs"]
     assert main([*words, "2"]) == runner.RUNS_LEFT
@@ -173,16 +173,21 @@ def test_eight_blocks_of_the_study_are_balanced_and_the_control_wanders(out):
     assert min(behind) < 0 < max(behind) and len(set(behind)) > 4
 
 
-def test_a_record_of_other_parameters_or_of_an_older_file_is_not_taken_for_finished(out):
+def test_a_record_of_other_parameters_of_an_older_file_or_of_other_tokens_is_not_taken_for_finished(out):
     (run,) = plan.runs_of(TINY, ["sdpa"], 1)
-    name = parameters.run_name(run["values"])
-    record.write(record_of(run, attention_sha256=attention.source_sha256("sdpa")), out)
-    assert runner.is_finished(run, out)
-    assert not runner.is_finished(plan.runs_of(TINY | {"epochs": 3}, ["sdpa"], 1)[0], out)
-    record.write(record_of(run, attention_sha256="0" * 64), out)
-    assert not runner.is_finished(run, out)
+    name, data = parameters.run_name(run["values"]), runner.Data()
+    own, tokens = attention.source_sha256("sdpa"), {"token_sha256": data.token_sha256(run)}
+    record.write(record_of(run, attention_sha256=own, data=tokens), out)
+    assert runner.is_finished(run, out, data)
+    assert not runner.is_finished(plan.runs_of(TINY | {"epochs": 3}, ["sdpa"], 1)[0], out, data)
+    record.write(record_of(run, attention_sha256="0" * 64, data=tokens), out)
+    assert not runner.is_finished(run, out, data)
+    for other in ({"token_sha256": "0" * 64}, {}):
+        record.write(record_of(run, attention_sha256=own, data=other), out)
+        assert not runner.is_finished(run, out, data)
+        assert runner.is_finished(run, out, None)  # for the process that has just made it
     (out / f"{name}.json").write_text("{")
-    assert not runner.is_finished(run, out)
+    assert not runner.is_finished(run, out, data)
 
 
 def test_the_sitting_is_in_the_record_and_each_run_is_known_by_it(monkeypatch):

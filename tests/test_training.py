@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import attention, training
 from lib.data import corpus
-from lib.errors import UsageError
+from lib.errors import LossNotFinite, UsageError
 from lib.model import build_model, gpt2_config
 
 P = {
@@ -173,6 +173,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_its_step():
     trainer = make_trainer(learning_rate=1e18, lr_warmup_steps=0, clip_norm=0.0, dtype=torch.float32)
     with pytest.raises(UsageError, match=r"not finite from step \d+ on; lower learning_rate"):
         trainer.run()
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+def test_a_last_step_that_diverges_is_seen_though_its_own_loss_was_finite(clip_norm):
+    one = {"steps_per_epoch": 1, "epochs": 1, "lr_warmup_steps": 0, "clip_norm": clip_norm, "dtype": torch.float32}
+    trainer = make_trainer(learning_rate=1e38, **one)
+    with pytest.raises(LossNotFinite, match="the validation loss is not finite after step 1; lower learning_rate"):
+        trainer.run()
+    assert trainer.losses.isfinite().all()
 
 
 def test_a_run_that_was_broken_off_is_not_taken_up_again():

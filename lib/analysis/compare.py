@@ -1,8 +1,8 @@
 """What may be compared with what, and how sure it is.
 
-Runs are compared only within a group (same setting, same device), and with `sdpa` inside a block, so that whatever
-drifted from block to block cancels; `lib.analysis.paired` holds the statistics. Costs are compared by their ratio,
-losses by their difference in nats.
+Runs are compared only within a group (same setting, same tokens, same device), and with `sdpa` inside a block, so that
+whatever drifted from block to block cancels; `lib.analysis.paired` holds the statistics. Costs are compared by their
+ratio, losses by their difference in nats.
 """
 
 from collections import Counter
@@ -46,7 +46,8 @@ class Group:
 
 
 def groups(runs: pd.DataFrame) -> list[Group]:
-    """The runs of `lib.record.read`, split by setting and device, the largest group first; synthetic ones are left out.
+    """The runs of `lib.record.read`, split by setting, tokens and device, the largest group first; synthetic ones are
+    left out.
 
     Raises UsageError where none is left.
     """
@@ -54,17 +55,21 @@ def groups(runs: pd.DataFrame) -> list[Group]:
         raise UsageError("there is no record in that folder; `make study` or a run of train.ipynb writes some")
     found = []
     measured = runs[runs["provenance"] == "measured"]
-    for _, part in measured.groupby(["setting", "device_name", measured["gpu_uuid"].fillna("")], sort=True):
-        found.append(Group(part.reset_index(drop=True), _title(part.iloc[0])))
+    tokens, gpu = measured["token_sha256"].fillna(""), measured["gpu_uuid"].fillna("")
+    several = tokens.groupby(measured["setting"]).nunique() > 1
+    for (setting, *_), part in measured.groupby(["setting", tokens, "device_name", gpu], sort=True):
+        found.append(Group(part.reset_index(drop=True), _title(part.iloc[0], several[setting])))
     return sorted(found, key=lambda group: -len(group.runs))
 
 
-def _title(run: pd.Series) -> str:
+def _title(run: pd.Series, tokens_too: bool) -> str:
+    """`tokens_too`: runs of this setting saw different tokens, so that their data's name does not tell them apart."""
     p = run["parameter_values"]
+    tokens = f" (tokens {(run['token_sha256'] or 'unknown')[:8]})" if tokens_too else ""
     return (
         f"GPT-2 with {p['layers']} layers of {p['width']}, T = {p['context']}, "
         f"{p['steps_per_epoch'] * p['epochs']} steps of {p['batch_size'] * p['accumulation']} rows, "
-        f"{p['dataset']} data, on {run['device_name']}"
+        f"{p['dataset']} data{tokens}, on {run['device_name']}"
     )
 
 

@@ -93,7 +93,9 @@ def _examined(given) -> dict:
 def _variant(given) -> dict:
     try:
         options = yaml.safe_load(given.options)
-        values = QUICK.values() | (yaml.safe_load(Path(given.profile).read_text()) or {} if given.profile else {})
+        values = QUICK.values() | (
+            yaml.safe_load(Path(given.profile).read_text(encoding="utf-8")) or {} if given.profile else {}
+        )
     except (yaml.YAMLError, OSError) as error:
         raise UsageError(f"{given.profile or '--options'} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(options, dict) or not isinstance(values, dict):
@@ -136,7 +138,7 @@ def _pretrained(folder: Path):
     from transformers import AutoModelForCausalLM
 
     try:
-        said = json.loads((folder / "config.json").read_text())
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kind = GPT2 if "attention" in said else AutoModelForCausalLM  # ours would load as a plain GPT-2
         return kind.from_pretrained(folder, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError) as error:

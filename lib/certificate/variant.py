@@ -108,10 +108,10 @@ def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
 
     folder = cache.made_once(what, build)
     try:
-        return json.loads((folder / KEPT_AS).read_text())
+        return json.loads((folder / KEPT_AS).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # damaged: made anew
         cache.forget(folder)
-        return json.loads((cache.made_once(what, build) / KEPT_AS).read_text())
+        return json.loads((cache.made_once(what, build) / KEPT_AS).read_text(encoding="utf-8"))
 
 
 KEPT_AS = "certificate.json"

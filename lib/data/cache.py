@@ -1,5 +1,7 @@
-"""A folder on disk for what takes long to make and is the same each time: tokens, and a trained tokenizer."""
+"""A folder on disk for what takes long to make and is the same each time: tokens, and a trained tokenizer; and for what
+the hub last said."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -12,8 +14,13 @@ import platformdirs
 from filelock import FileLock
 
 from lib.errors import UsageError
+from lib.paths import write_whole
 
 CACHE_VARIABLE = "ATTENTION_STUDY_CACHE"  # the folder to use, instead of the system's place for caches
+
+
+def folder() -> Path:
+    return Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("attention-study"))
 
 
 def made_once(what: dict, build: Callable[[Path], None]) -> Path:
@@ -22,9 +29,8 @@ def made_once(what: dict, build: Callable[[Path], None]) -> Path:
     Two processes that ask at once build it once: the second waits. A killed build leaves nothing that counts. Raises
     UsageError where the folder cannot be written or the disk is full.
     """
-    cache = Path(os.environ.get(CACHE_VARIABLE) or platformdirs.user_cache_dir("attention-study"))
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-    try:
+    cache, key = folder(), _key(what)
+    with _writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{key}.lock"):
             if not (cache / key).is_dir():
@@ -37,14 +43,38 @@ def made_once(what: dict, build: Callable[[Path], None]) -> Path:
                 except BaseException:
                     shutil.rmtree(scratch, ignore_errors=True)
                     raise
+    return cache / key
+
+
+def forget(made: Path) -> None:
+    """Removes a folder of the cache that turned out to be damaged."""
+    shutil.rmtree(made, ignore_errors=True)
+
+
+def remember(what: dict, answer: dict) -> None:
+    """Keeps an answer to `what`, instead of an older one. Raises UsageError where it cannot be written."""
+    with _writing(folder()):
+        write_whole(folder() / f"{_key(what)}.json", json.dumps(answer))
+
+
+def remembered(what: dict) -> dict | None:
+    """The answer that was kept last, if there is one."""
+    try:
+        return json.loads((folder() / f"{_key(what)}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _key(what: dict) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def _writing(cache: Path):
+    try:
+        yield
     except OSError as error:
         raise UsageError(
             f"the cache {cache} cannot be written: {error.strerror}; free some space there, or name another folder "
             f"by the environment variable {CACHE_VARIABLE}"
         ) from error
-    return cache / key
-
-
-def forget(folder: Path) -> None:
-    """Removes a folder of the cache that turned out to be damaged."""
-    shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,8 @@
 """Conversations to rows of tokens.
 
 Roles are kept as `<|role|>` lines, empty turns are dropped and counted, every conversation ends with the end-of-text
-token. Tokens are made once, kept in a cache on disk, and read from there without holding them all in memory.
+token. Text is text: none that a turn holds becomes a role's line or a special token, whatever it spells. Tokens are
+made once, kept in a cache on disk, and read from there without holding them all in memory.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lib.data.cache import forget, made_once
-from lib.data.conversations import as_text, builtin, first_line, local, source
+from lib.data.conversations import Counts, Source, Turn, as_text, builtin, conversation, first_line, local, source
+from lib.data.files import Place
 from lib.errors import UsageError
 from lib.paths import read_bounded
 
@@ -26,7 +28,7 @@ BUILTIN_VOCABULARY = 4096
 IGNORED = -100  # the label that cross-entropy leaves out
 PARTS = ("train", "validation")
 DOCUMENTS = "documents"  # of `packing`: rows are filled, and the documents in them kept apart
-FORM = 2  # of the cached tokens; another number makes them anew
+FORM = 3  # of the cached tokens; another number makes them anew
 CHUNK = 1 << 22  # tokens looked at together, where all at once would fill the memory
 
 
@@ -97,6 +99,11 @@ def load(p) -> Corpus:
     """
     talks, encoder = source(p.dataset, p.dataset_revision), load_tokenizer(p.tokenizer)
     end = encoder.convert_tokens_to_ids(encoder.eos_token)
+    if p.turns == "roles" and not _keeps_lines(encoder):
+        raise UsageError(
+            f"the tokenizer {p.tokenizer!r} makes spaces of line breaks, so that a role's line could not be told from "
+            "text; use turns 'joined', or another tokenizer"
+        )
     what = {
         "form": FORM, "source": talks.identity, "tokenizer": _identity(encoder), "turns": p.turns,
         "validation_share": p.validation_share,
@@ -129,6 +136,8 @@ def load(p) -> Corpus:
         **counts,
         "cut_conversations": sum(_cut(lengths, p.context, p.packing) for _, lengths in parts.values()),
         "unlabelled_conversations": 0 if p.packing else int(sum((lengths < 2).sum() for _, lengths in parts.values())),
+        # Of both parts: of conversations that were cut, or the last ones where rows are filled.
+        "tokens_in_no_row": int(sum(len(parts[name][0]) - rows[name].lengths.sum() for name in PARTS)),
         "train_sequences": len(rows["train"]),
         "validation_sequences": len(rows["validation"]),
         "train_tokens": int(rows["train"].lengths.sum()),
@@ -167,7 +176,8 @@ def builtin_tokenizer() -> PreTrainedTokenizerFast:
 
 def _trained() -> str:
     trained = ByteLevelBPETokenizer()
-    texts = (as_text(messages)[0] for messages in builtin())
+    talks = (conversation({"messages": messages}, Place("builtin", 1), Counts()) for messages in builtin())
+    texts = (as_text(talk)[0] for talk in talks)
     trained.train_from_iterator(texts, BUILTIN_VOCABULARY, special_tokens=[END_OF_TEXT], show_progress=False)
     return trained.to_str()
 
@@ -178,48 +188,86 @@ def _identity(encoder) -> str:
     return hashlib.sha256(f"{type(encoder).__name__} {encoder.eos_token} {content}".encode()).hexdigest()
 
 
-def _tokenize(talks, encoder, end: int, p, folder: Path) -> None:
+def _keeps_lines(encoder) -> bool:
+    one, other = _encode(encoder, ["a\nb", "a b"])
+    return one != other
+
+
+def _tokenize(talks: Source, encoder, end: int, p, folder: Path) -> None:
     """Writes the tokens of each part one conversation after the other, their lengths, and what was counted."""
     kind = np.dtype("<u2" if len(encoder) <= 1 << 16 else "<u4")
     lengths = {name: [] for name in PARTS}
-    counts = {"conversations": 0, "empty_turns": 0, "empty_conversations": 0}
+    counts = Counts()
     bar = tqdm(total=talks.count, unit=" conversations", delay=2, leave=False, disable=p.dataset == "builtin")
     with bar, open(folder / "train.tokens", "wb") as train, open(folder / "validation.tokens", "wb") as validation:
         files = dict(zip(PARTS, (train, validation), strict=True))
         for batch in talks.batches():
-            found = [as_text(messages, p.turns) for messages in batch]
-            texts = [text for text, _ in found if text]
-            counts["conversations"] += len(texts)
-            counts["empty_turns"] += sum(empty for _, empty in found)
-            counts["empty_conversations"] += len(found) - len(texts)
-            for text, ids in zip(texts, _encode(encoder, texts), strict=True):
+            found = [(place, conversation(row, place, counts)) for place, row in batch]
+            for text, ids in _encoded(found, encoder, end, p, counts):
                 part = "validation" if _fraction(text) < p.validation_share else "train"
-                ids = np.array([*ids, end], dtype=np.int64)
-                if ids.max() >= len(encoder):
-                    raise UsageError(
-                        f"the tokenizer {p.tokenizer!r} gives token {ids.max()}, beyond its vocabulary of "
-                        f"{len(encoder)}; it is damaged, or its added tokens are not its own"
-                    )
                 files[part].write(ids.astype(kind).tobytes())
                 lengths[part].append(len(ids))
             bar.update(len(batch))
-    if not counts["conversations"]:
+    if not counts.conversations:
         raise UsageError(f"{p.dataset} holds no conversation with a word in it")
     for name in PARTS:
         np.save(folder / f"{name}.lengths.npy", np.array(lengths[name], dtype=np.int64))
     sha256 = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
-    (folder / "facts.json").write_text(json.dumps({"dtype": kind.str, "counts": counts, "sha256": sha256}))
+    facts = {"dtype": kind.str, "counts": counts.facts(), "sha256": sha256}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _encoded(found: list[tuple[Place, list[Turn]]], encoder, end: int, p, counts: Counts):
+    """Pairs of each conversation's text and its tokens with the end-of-text token, of those that hold a word.
+
+    Raises UsageError, with the place, for tokens that are not the text's own.
+    """
+    told = [(place, *as_text(talk, p.turns)) for place, talk in found if talk]
+    counts.conversations += len(told)
+    counts.empty_conversations += len(found) - len(told)
+    counts.escaped_lines += sum(escaped for _, _, escaped in told)
+    unknown = encoder.unk_token_id
+    try:
+        tokens = _encode(encoder, [text for _, text, _ in told])
+    except Exception as error:
+        where = f"{told[0][0]} to {told[-1][0]}"
+        raise UsageError(f"the tokenizer {p.tokenizer!r} fails in {where}: {first_line(error)}; use another") from error
+    for (place, text, _), own in zip(told, tokens, strict=True):
+        ids = np.array([*own, end], dtype=np.int64)
+        if not own:
+            raise UsageError(f"{place}: the tokenizer {p.tokenizer!r} has no token for it; it is damaged, use another")
+        if ids.max() >= len(encoder):
+            raise UsageError(
+                f"the tokenizer {p.tokenizer!r} gives token {ids.max()}, beyond its vocabulary of "
+                f"{len(encoder)}; it is damaged, or its added tokens are not its own"
+            )
+        if end in own:
+            raise UsageError(
+                f"{place}: the tokenizer {p.tokenizer!r} makes its end-of-text token {encoder.eos_token!r} of a text; "
+                "take that text out, or use another tokenizer"
+            )
+        counts.unknown_tokens += 0 if unknown is None else own.count(unknown)
+        yield text, ids
 
 
 def _encode(encoder, texts: list[str]) -> list[list[int]]:
+    """Tokens of texts as they stand: what spells a special token is cut into ordinary ones."""
     if not texts:
         return []
-    return encoder(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    return encoder(texts, **plain, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _is_count(value) -> bool:
+    """Whether it is a count, or counts by name."""
+    if isinstance(value, dict):
+        return all(type(one) is int and one >= 0 for one in value.values())
+    return type(value) is int and value >= 0
 
 
 def _read(folder: Path, vocabulary: int) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -228,7 +276,7 @@ def _read(folder: Path, vocabulary: int) -> tuple[dict, dict[str, tuple[np.ndarr
     if not isinstance(facts, dict) or facts["dtype"] not in ("<u2", "<u4"):
         raise ValueError("facts.json is of another kind")
     counts, kind, parts = facts["counts"], np.dtype(facts["dtype"]), {}
-    if not isinstance(counts, dict) or any(type(count) is not int or count < 0 for count in counts.values()):
+    if not isinstance(counts, dict) or not all(map(_is_count, counts.values())):
         raise ValueError("facts.json has other counts")
     for name in PARTS:
         sizes, path = folder / f"{name}.lengths.npy", folder / f"{name}.tokens"

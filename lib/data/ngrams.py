@@ -71,7 +71,7 @@ def losses(corpus: Corpus, trained: np.ndarray, sequences: int) -> dict:
     what = {"ngrams": FORM, "tokens": tokens, "trained": digest, "rows": rows, "vocabulary": corpus.vocabulary}
 
     def count(scratch):
-        (scratch / KEPT).write_text(json.dumps(_losses(corpus, trained, rows)))
+        (scratch / KEPT).write_text(json.dumps(_losses(corpus, trained, rows)), encoding="utf-8")
 
     with contextlib.suppress(UsageError, OSError, ValueError):  # a full disk or a damaged cache costs time, no record
         return _checked(json.loads(read_bounded(made_once(what, count) / KEPT, 1 << 16)))

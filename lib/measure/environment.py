@@ -8,16 +8,16 @@ from pathlib import Path
 
 import torch
 
+from lib import paths
 from lib.measure import energy, sampler
 from lib.measure.sampler import ask
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "zeus", "papermill", "pandas", "matplotlib", "numpy")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(device: torch.device) -> dict:
     """Facts of the machine and the software, for the record."""
-    commit, modified = _git()
+    commit, modified, reason = git_state()
     return {
         "python": platform.python_version(),
         "platform": platform.system(),
@@ -27,6 +27,7 @@ def describe(device: torch.device) -> dict:
         "torch_threads": torch.get_num_threads(),
         "commit": commit,
         "commit_modified": modified,
+        "commit_null_reason": reason,
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "gpu": _gpu(device) if device.type == "cuda" else None,
@@ -35,7 +36,7 @@ def describe(device: torch.device) -> dict:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -47,16 +48,27 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _git() -> tuple[str | None, bool | None]:
-    """The commit of this checkout, and whether tracked files differ from it; None where there is no git."""
+def git_state(root: Path = paths.ROOT) -> tuple[str | None, bool | None, str | None]:
+    """The commit of the repository whose root this is, whether tracked files differ from it, and why both are None.
+
+    A folder without a repository of its own has no commit, wherever it lies: git would answer for the one around it.
+    """
+    # Where git is told by its environment to look elsewhere (as in a hook), it was told for another purpose.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")} | {"LC_ALL": "C"}
 
     def git(*words):
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=root, env=own, capture_output=True, check=True)
+        return done.stdout.decode("utf-8", "surrogateescape").rstrip("\n")
 
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no"))
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None, None, "no_repository"
+        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--untracked-files=no")), None
+    except OSError:
+        return None, None, "git_unavailable"
+    except subprocess.CalledProcessError as error:
+        unknown = b"not a git repository" in error.stderr
+        return None, None, "no_repository" if unknown else "git_refuses"
 
 
 def _gpu(device: torch.device) -> dict:

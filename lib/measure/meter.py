@@ -168,7 +168,7 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident peak starts anew
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: the resident peak starts anew
         except OSError:
             self._resident_resettable = False
 
@@ -181,7 +181,7 @@ class Meter:
         else:
             now = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
             with contextlib.suppress(OSError):
-                status = Path("/proc/self/status").read_text()
+                status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
                 now["resident"] = int(status.split("VmHWM:")[1].split()[0]) * 1024
         for name, value in now.items():
             self._peaks[name] = max(self._peaks[name], value)

@@ -269,6 +269,7 @@ def read(folder) -> pd.DataFrame:
                 "finished_at": record.finished_at,
                 "seed": record.parameters["seed"],
                 "setting": record.setting,
+                "token_sha256": record.data.get("token_sha256"),
                 "profile": record.study.profile,
                 "session": record.study.session,
                 "block": record.study.block,

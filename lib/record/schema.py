@@ -40,6 +40,9 @@ REASONS = {
     "empty_profile": "the profiler saw nothing run",
     "not_counted_here": "the system does not count it per process",
     "not_asked_for": "not asked for by the run's parameters",
+    "no_repository": "the project's folder is no git repository of its own",
+    "git_unavailable": "git is not installed",
+    "git_refuses": "git does not answer: no commit yet, or a repository of another user",
 }
 # Of the parameters: what makes no run, or one that nobody can draw. Both ends are allowed.
 LIMITS = {

@@ -2,7 +2,7 @@
 
 Runs come in blocks: every variant once, and `sdpa` a second time as the A/A control, whose difference from itself
 estimates the noise. The seed is the block's number; the order within blocks is balanced by a Williams square. What has
-a record is not run again; what fails is reported at the end and stops nothing else.
+a record, of the same tokens, is not run again; what fails is reported at the end and stops nothing else.
 """
 
 import argparse
@@ -31,7 +31,8 @@ def main(words: list[str] | None = None) -> int:
         runs, profile = plan.chosen(options.profile, options.variants, options.blocks)
         folder = paths.out_folder()
         if options.plan:
-            states = ["finished" if runner.is_finished(run, folder) else "to run" for run in runs]
+            data = runner.Data()
+            states = ["finished" if runner.is_finished(run, folder, data) else "to run" for run in runs]
             for run, state in zip(runs, states, strict=True):
                 print(
                     f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})"

@@ -56,18 +56,31 @@ def planned(config: dict, check: bool = True) -> list[dict]:
     ]
 
 
+def folder() -> Path:
+    """Where the records go, as Snakemake's rules name it. Raises UsageError for a name that they would fill in."""
+    found = os.path.relpath(paths.out_folder())
+    if "{" in found or "}" in found:
+        raise UsageError(
+            f"the output folder {found} has braces in its name, which Snakemake takes for wildcards; "
+            f"{runner.OTHER_FOLDER}"
+        )
+    return Path(found)
+
+
 def blocks(runs: list[dict]) -> dict[int, list[dict]]:
     """The runs by block."""
     return {block: [run for run in runs if run["block"] == block] for block in sorted({run["block"] for run in runs})}
 
 
 def states(runs: list[dict], folder: Path) -> dict[int, str]:
-    """Of each block in a folder: `finished` (all of it, in one session on one device), `incomplete`, or `to run`."""
-    return {number: _state(block, folder) for number, block in blocks(runs).items()}
+    """Of each block in a folder: `finished` (all of it, in one session on one device, on the tokens of now),
+    `incomplete`, or `to run`. Raises UsageError where there are records, but not their data."""
+    data = runner.Data()
+    return {number: _state(block, folder, data) for number, block in blocks(runs).items()}
 
 
-def _state(block: list[dict], folder: Path) -> str:
-    found = [runner.finished(run, folder) for run in block]
+def _state(block: list[dict], folder: Path, data: runner.Data) -> str:
+    found = [runner.finished(run, folder, data) for run in block]
     if None not in found:
         seats = {_seat(one) for one in found}
         return "finished" if len(seats) == 1 and None not in seats.pop()[:2] else "incomplete"

@@ -1,8 +1,8 @@
 """`python -m lib.study.gather INTO FROM [FROM ...]`: records of several machines and people in one folder.
 
-Names of runs are the same on every device, so INTO has a folder per device, and `lib.record.read(INTO)` reads them all;
-`lib.compare` keeps the devices apart. Nothing is overwritten: what is there already is left out, and what has the same
-device and name but other content is named, for a person to choose.
+Names of runs are the same on every device and on all data, so INTO has a folder for each device and data, and
+`lib.record.read(INTO)` reads them all; `lib.compare` keeps them apart. Nothing is overwritten: what is there already is
+left out, and what has the same device, data and name but other content is named, for a person to choose.
 """
 
 import argparse
@@ -25,9 +25,12 @@ class Gathered(NamedTuple):
 
 
 def device_folder(one: record.Record) -> str:
-    """The folder of the device that a record is from: the device's name, and of a GPU the begin of its UUID."""
+    """The folder of the device and the data that a record is from: the device's name, of a GPU the begin of its UUID,
+    and the begin of the tokens' fingerprint."""
     uuid = record.gpu_uuid(one.environment) or ""
     name = f"{one.environment['device_name']} {uuid.removeprefix('GPU-')[:8]}"
+    tokens = one.data.get("token_sha256")
+    name += f" tokens {tokens[:8]}" if tokens else ""
     return record.DEVICE_FOLDER + re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
 
 
@@ -83,10 +86,8 @@ def main(words: list[str] | None = None) -> int:
         return 2
     print(f"{len(found.copied)} records copied, {len(found.doubled)} were there already")
     for path in found.conflicts:
-        shown = record.printable(path)
-        print(
-            f"CONFLICT {shown}: another record of the same run on the same device is there, and stays", file=sys.stderr
-        )
+        of_same = "another record of the same run on the same device and data"
+        print(f"CONFLICT {record.printable(path)}: {of_same} is there, and stays", file=sys.stderr)
     for path, reason in found.damaged:
         print(f"LEFT OUT {record.printable(path)}: {reason}", file=sys.stderr)
     return 1 if found.conflicts or found.damaged else 0
