@@ -37,8 +37,10 @@ class Pairs(NamedTuple):
     token: np.ndarray  # (n,)
 
 
-def repeated_bigrams(ids: np.ndarray) -> np.ndarray:
+def repeated_bigrams(ids: np.ndarray, seq_idx: np.ndarray | None = None) -> np.ndarray:
     """Which tokens of (B, T) ids end a bigram that their row has held before: (B, T - 1) bools, of tokens 1 to T - 1.
+
+    With `seq_idx` (B, T), that their document of the row has held before; what begins a document ends no bigram.
 
     Token t does where some s < t has the same tokens at s - 1 and s. These are the tokens that a model can recall from
     its context (Arora et al. 2023, arXiv 2312.04927, section 3, whose "AR hits" are those of them whose bigram is rare
@@ -46,13 +48,17 @@ def repeated_bigrams(ids: np.ndarray) -> np.ndarray:
     """
     ids = np.asarray(ids, dtype=np.int64)
     bigrams = ids[:, :-1] * (ids.max(initial=0) + 1) + ids[:, 1:]  # (B, T - 1)
+    if seq_idx is not None:
+        seq_idx = np.asarray(seq_idx, dtype=np.int64)
+        document = seq_idx[:, 1:] - seq_idx[:, :1]
+        bigrams = bigrams + document * (bigrams.max(initial=0) + 1)
     order = np.argsort(bigrams, axis=1, kind="stable")
     ordered = np.take_along_axis(bigrams, order, axis=1)
     again = np.zeros(bigrams.shape, dtype=bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     found = np.empty_like(again)
     np.put_along_axis(found, order, again, axis=1)
-    return found
+    return found if seq_idx is None else found & (seq_idx[:, 1:] == seq_idx[:, :-1])
 
 
 def losses(corpus: Corpus, trained: np.ndarray, sequences: int) -> dict:
@@ -79,11 +85,12 @@ def losses(corpus: Corpus, trained: np.ndarray, sequences: int) -> dict:
 
 def _losses(corpus: Corpus, trained: np.ndarray, rows: int) -> dict:
     ids, counts = _counted(corpus.validation, np.arange(rows))
+    documents = corpus.validation.seq_idx(np.arange(rows))
     (asked,) = _chunks(corpus.validation, np.arange(rows), rows)
     held_out = trained[:: max(EVERY, -(-len(trained) // MOST_HELD_OUT))]
     (chosen,) = _chunks(corpus.train, held_out, len(held_out))
     table = Table(corpus.train, corpus.vocabulary, trained, held_out, (asked, chosen))
-    repeated, found = repeated_bigrams(ids)[counts], {}
+    repeated, found = repeated_bigrams(ids, documents)[counts], {}
     for name, given in zip(("unigram", "bigram"), table.probabilities(asked, chosen), strict=True):
         for kind, which in (("", slice(None)), ("_repeated_bigram", repeated), ("_other", ~repeated)):
             lost = -np.log(given[which])

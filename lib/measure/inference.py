@@ -135,6 +135,8 @@ def branched(cache: Cache) -> Cache:
 class Roomy(DynamicLayer):
     """transformers' growing layer with room for `reserved` tokens; beyond them it grows as that does."""
 
+    stands_for = DynamicLayer  # a model takes it where it would take that
+
     def __init__(self, reserved: int):
         super().__init__()
         self.room = ()
