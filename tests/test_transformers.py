@@ -1,7 +1,7 @@
 """What a caller of transformers may expect: each argument gives the right value, or one sentence and nothing runs."""
 
 import inspect
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def fresh(name, **options):
     return build_model(name, CONFIG, seed=1, **(OPTIONS.get(name, {}) | options)).eval()
 
 
-@lru_cache(maxsize=None)
+@cache
 def small(name, **options):
     """One model for all tests that leave it as it is, in float64."""
     return fresh(name, **options).double()

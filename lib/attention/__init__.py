@@ -31,6 +31,8 @@ the name a variant knows the order of tokens alone |
 | `causal` | False: a later token moves an earlier output, so that padding behind all tokens comes in `padding_mask` |
 | `title` | what figures and tables call it, with the option that matters: "Window 128"; without one the file's name |
 | `own_initialisation` | True: all weights stay as the constructor leaves them |
+| `as_gpt2(config)` | a static method: options with which it is GPT-2's own attention, with weights of the same names, \
+so that the certificate can hold `reference` against that |
 | `projection_flops(context)` | FLOPs of the weights in one forward, where they are not two per token and weight of \
 every matrix |
 """

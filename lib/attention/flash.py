@@ -64,6 +64,10 @@ class Attention(nn.Module):
             raise ValueError("PyTorch's flash kernel on the CPU has no dropout; use dropout 0")
         return [x.view(B, T, self.heads, C // self.heads).transpose(1, 2) for x in (q, k, v)]
 
+    @staticmethod
+    def as_gpt2(config):
+        return {}
+
     def new_cache(self):
         return DynamicLayer()
 

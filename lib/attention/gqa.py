@@ -61,6 +61,10 @@ class Attention(nn.Module):
         parts = self.c_attn(hidden_states).split([self.width, self.kv_width, self.kv_width], dim=2)
         return [x.view(B, T, -1, self.head_width).transpose(1, 2) for x in parts]
 
+    @staticmethod
+    def as_gpt2(config):
+        return {"kv_heads": config.n_head}
+
     def new_cache(self):
         return DynamicLayer()
 

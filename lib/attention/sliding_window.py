@@ -89,6 +89,10 @@ class Attention(nn.Module):
         pairs = torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3)  # (B, H, N, 2 W, D)
         return pairs.transpose(1, 2).flatten(0, 1)
 
+    @staticmethod
+    def as_gpt2(config):
+        return {"window": config.n_positions}
+
     def new_cache(self):
         return WindowLayer(self.window)
 

@@ -75,15 +75,15 @@ def own(cache, kinds, new_layers):
     """A cache that a caller gives, fit to be filled: an empty DynamicCache becomes a VariantCache where it stands, since
     the caller goes on with it.
 
-    `kinds` are the class names of the variant's own layers, `new_layers()` makes empty ones; a layer that can take the
-    place of another kind's names it as its `stands_for`. Raises Unsupported for other kinds.
+    `kinds` are the class names of these layers, `new_layers()` makes empty ones. A layer of another class that keeps
+    the same may say so: `stands_for`, a class name. Raises Unsupported for other kinds.
     """
     if not isinstance(cache, Cache):
         raise Unsupported(f"past_key_values must be a cache, such as model.new_cache(), not {type(cache).__name__}")
     if type(cache) is DynamicCache and cache.get_seq_length() == 0:
         cache.__class__, cache.layers, cache.layer_class_to_replicate = VariantCache, new_layers(), None
         return cache
-    given = [getattr(layer, "stands_for", type(layer)).__name__ for layer in cache.layers]
+    given = [getattr(layer, "stands_for", type(layer).__name__) for layer in cache.layers]
     if given != kinds:
         held, wanted = (f"{len(names)} x {' and '.join(sorted(set(names)))}" for names in (given, kinds))
         raise Unsupported(

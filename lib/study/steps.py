@@ -193,6 +193,16 @@ def _run(made: Plan, size: Size) -> SimpleNamespace:
     )  # fmt: skip
 
 
+def examined_as(made: Plan, device: torch.device) -> certificate.Setting:
+    """The model that is timed, for its certificate: trained at the shortest size, and as long as the longest."""
+    shortest = min(made.sizes, key=lambda size: size.context)
+    return certificate.Setting(
+        layers=made.layers, width=made.width, heads=made.heads, positions=max(size.context for size in made.sizes),
+        context=shortest.context, batch_size=shortest.batch_size, device=device.type,
+        precision=devices.resolve_precision(made.precision, device),
+    )  # fmt: skip
+
+
 def _random_rows(size: Size, vocabulary: int) -> Corpus:
     count = max(ROWS, size.batch_size)
     tokens = np.random.default_rng(0).integers(0, vocabulary, count * size.context).astype(np.uint32)
@@ -217,7 +227,7 @@ class Session:
         entries = []
         for entry in entries_of(made):
             self.say(f"{entry.label}: certificate, weights")
-            passed = bool(certificate.certify(entry.attention, entry.options)["passed"])
+            passed = bool(certificate.certify(entry.attention, entry.options, examined_as(made, self.device))["passed"])
             self.benches[entry.label] = bench = Bench(entry, made, self.device)
             facts = {name: getattr(entry, name) for name in ("label", "title", "options")}
             facts |= {"attention": paths.portable(entry.attention), "certified": passed}
