@@ -209,7 +209,8 @@ class Trainer:
             repeated = counts & torch.from_numpy(ngrams.repeated_bigrams(ids.numpy(), seq_idx))
             kinds = torch.stack([repeated, counts & ~repeated])  # (2, B, T - 1)
             with self.autocast():
-                logits = self.model(self._to_device(ids), use_cache=False, **self._documents(seq_idx)).logits  # (B, T, V)
+                documents = self._documents(seq_idx)
+                logits = self.model(self._to_device(ids), use_cache=False, **documents).logits  # (B, T, V)
             logits, wanted = logits[:, :-1].float().flatten(0, 1), self._to_device(labels)[:, 1:].flatten()
             losses = F.cross_entropy(logits, wanted, ignore_index=corpus.IGNORED, reduction="none")  # (B (T - 1))
             totals += (self._to_device(kinds).flatten(1) * losses).sum(1)

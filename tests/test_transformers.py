@@ -132,10 +132,11 @@ def test_a_prompt_that_is_filled_up_goes_on_where_it_ended(name):
     close(model(torch.tensor([[14]]), **more).logits[0, -1], model(torch.tensor([[11, 12, 13, 14]])).logits[0, -1])
 
 
+@pytest.mark.parametrize("new_cache", [GPT2.new_cache, lambda _: DynamicCache()], ids=["ours", "transformers'"])
 @pytest.mark.parametrize("later", [[1, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1]])
-def test_what_a_state_has_read_as_a_token_cannot_become_padding(name, later):
+def test_what_a_state_has_read_as_a_token_cannot_become_padding(name, later, new_cache):
     model, ids = small(name), torch.tensor([[11, 12, 13, 49, 49]])
-    cache = model.new_cache()
+    cache = new_cache(model)
     model(ids, past_key_values=cache)
     more = {"attention_mask": torch.tensor([later]), "past_key_values": cache}
     if model._keeps_every_key:  # transformers' way: the newest mask says what is hidden

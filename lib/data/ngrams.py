@@ -49,16 +49,16 @@ def repeated_bigrams(ids: np.ndarray, seq_idx: np.ndarray | None = None) -> np.n
     ids = np.asarray(ids, dtype=np.int64)
     bigrams = ids[:, :-1] * (ids.max(initial=0) + 1) + ids[:, 1:]  # (B, T - 1)
     if seq_idx is not None:
-        seq_idx = np.asarray(seq_idx, dtype=np.int64)
-        document = seq_idx[:, 1:] - seq_idx[:, :1]
-        bigrams = bigrams + document * (bigrams.max(initial=0) + 1)
+        begins = np.diff(np.asarray(seq_idx, dtype=np.int64), axis=1) != 0  # (B, T - 1)
+        bigrams = bigrams + begins.cumsum(axis=1) * (bigrams.max(initial=0) + 1)
+        bigrams = np.where(begins, -1 - np.arange(bigrams.shape[1]), bigrams)  # across a border: like no other
     order = np.argsort(bigrams, axis=1, kind="stable")
     ordered = np.take_along_axis(bigrams, order, axis=1)
     again = np.zeros(bigrams.shape, dtype=bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     found = np.empty_like(again)
     np.put_along_axis(found, order, again, axis=1)
-    return found if seq_idx is None else found & (seq_idx[:, 1:] == seq_idx[:, :-1])
+    return found
 
 
 def losses(corpus: Corpus, trained: np.ndarray, sequences: int) -> dict:

@@ -72,8 +72,8 @@ class VariantCache(DynamicCache):
 
 
 def own(cache, kinds, new_layers):
-    """A cache that a caller gives, fit to be filled: an empty DynamicCache becomes a VariantCache where it stands, since
-    the caller goes on with it.
+    """A cache that a caller gives, fit to be filled: an empty DynamicCache becomes a VariantCache where it stands,
+    since the caller goes on with it.
 
     `kinds` are the class names of these layers, `new_layers()` makes empty ones. A layer of another class that keeps
     the same may say so: `stands_for`, a class name. Raises Unsupported for other kinds.
