@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,11 +35,11 @@ def test_a_bigram_is_repeated_where_its_row_has_held_it_before(ids):
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=4))
 def test_a_bigram_of_another_document_of_the_row_is_no_repetition(documents):
     """Each document's marks are those that it has alone; its first token, which nothing predicts, has none."""
-    ids = np.array([sum(documents, [])])
+    ids = np.array([list(chain(*documents))])
     seq_idx = np.array([np.repeat(np.arange(len(documents)) + 7, [len(one) for one in documents])])
     found = ngrams.repeated_bigrams(ids, seq_idx)[0].tolist()
     alone = [[False, *ngrams.repeated_bigrams(np.array([one]))[0].tolist()] for one in documents]
-    assert [False, *found] == sum(alone, [])
+    assert [False, *found] == list(chain(*alone))
 
 
 def rows_of(rows, context=None):
@@ -166,8 +166,8 @@ def test_the_validation_loss_is_split_into_repeated_bigrams_and_the_rest():
 
 def test_documents_that_are_kept_apart_are_validated_as_if_alone():
     """Loss, and what counts as a bigram that was held before: in the model's split and in the tables'."""
-    documents = [[1, 2, 1, 2], [1, 2, 3], [2, 3, 2, 3, 2], [1, 2, 1, 2]]  # rows of 8: two documents each
-    rows = rows_of([sum(documents[:2], [7]), sum(documents[2:], [])[:8]])
+    documents = [[1, 2, 1, 2], [1, 2, 3], [2, 3, 2, 3, 2], [1, 2, 1, 2]]  # in rows of 8, behind a document of one token
+    rows = rows_of([[7, *chain(*documents[:2])], list(chain(*documents[2:]))[:8]])
     rows.ends = np.cumsum([1, 4, 3, 5, 4])
     trainer = make_trainer(batch_size=2, validation_sequences=2, context=8)
     trainer.corpus.validation = rows

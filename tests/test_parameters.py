@@ -73,6 +73,10 @@ def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
             "gqa cannot be built with the options {'kv_heads': 'two'}",
         ),
         ("attention = 'mine.py'", "there is no attention file 'mine.py'"),
+        (
+            "attention = 'lib/published/linear.py'\npacking = 'documents'",
+            "lib/published/linear.py cannot keep the documents of a row apart; use packing true or false",
+        ),
     ],
 )
 def test_a_wrong_value_is_said_in_one_sentence(injected, said):
