@@ -1,13 +1,14 @@
 """What a caller of transformers may expect: each argument gives the right value, or one sentence and nothing runs."""
 
 import inspect
+import re
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surface import CELLS, CONFIG, NEW, OPTIONS, close, documented, ids_of, lively, outcome
+from surface import CELLS, CONFIG, NEW, OPTIONS, PAGE, close, documented, ids_of, lively, outcome
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,6 +24,7 @@ from lib import attention
 from lib.model import GPT2, build_model, gpt2_config, meta_model
 from lib.model.arguments import Unsupported
 from lib.model.gpt2 import HONOURED, mean_loss
+from lib.paths import ROOT
 
 SQUARE = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).tril().bool()[None, None]  # two documents
 PUBLISHED = [f"lib/published/{name}.py" for name in attention.STUDY_ORDER]
@@ -72,6 +74,14 @@ def small(name, **options):
 @every_variant
 def test_the_table_says_what_happens(name, cell):
     assert outcome(name, cell) == documented()[name, cell], "python tests/surface.py --write"
+
+
+def test_the_page_lists_what_is_run_and_nothing_else():
+    page = PAGE.read_text()
+    assert set(documented()) == {(name, cell) for name in attention.variants() for cell in CELLS}
+    reports = re.findall(r"[\w-]+/[\w-]+#\d+", ROOT.joinpath("tests", "test_reports.py").read_text())
+    assert len(set(reports)) >= 10 and not [report for report in reports if report not in page]
+    assert set(re.findall(r"[\w-]+/[\w-]+#\d+", page)) == set(reports)
 
 
 def test_a_wrong_value_would_be_seen(monkeypatch):
