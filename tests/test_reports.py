@@ -94,7 +94,7 @@ def test_embeddings_are_read_piece_by_piece_into_one_cache(name):
 
 
 def test_a_row_that_sees_only_padding_is_finite_and_so_are_gradients(name):
-    """unslothai/unsloth#9848, pytorch/pytorch#103749, #41508: NaN from a query without a key spread through the row."""
+    """unslothai/unsloth#9848, pytorch/pytorch#103749: NaN from a query without a key spread through the row."""
     model, (rows, ids, mask) = fresh(name).train(), padded(2, 9)
     mask[1] = 0  # a row that is padding alone, as the last batch of a data set may be filled up
     labels = ids.masked_fill(mask == 0, -100)
