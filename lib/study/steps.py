@@ -44,6 +44,7 @@ FIRST_STEPS, TIMED_STEPS, BEFORE_STEPS = 2, 3, 2  # never timed; to know how man
 # before the first round, and by the window before.
 FIRST_MARGIN, MARGIN = 1.15, 1.05
 BUSY_STEPS = 3
+EXAMINED_LAYERS, EXAMINED_TOKENS = 2, 2048
 
 
 QUICK = (Size(context=128, batch_size=4), Size(context=512, batch_size=1))
@@ -194,12 +195,14 @@ def _run(made: Plan, size: Size) -> SimpleNamespace:
 
 
 def examined_as(made: Plan, device: torch.device) -> certificate.Setting:
-    """The model that is timed, for its certificate: trained at the shortest size, and as long as the longest."""
+    """For the certificate: the model that is timed, trained at the shortest size, with two of its layers, which are
+    alike, and up to `EXAMINED_TOKENS`. All of it, in float64, would take more of a lent GPU than what is measured."""
     shortest = min(made.sizes, key=lambda size: size.context)
+    longest = max(size.context for size in made.sizes)
     return certificate.Setting(
-        layers=made.layers, width=made.width, heads=made.heads, positions=max(size.context for size in made.sizes),
-        context=shortest.context, batch_size=shortest.batch_size, device=device.type,
-        precision=devices.resolve_precision(made.precision, device),
+        layers=min(made.layers, EXAMINED_LAYERS), width=made.width, heads=made.heads,
+        positions=min(longest, max(shortest.context, EXAMINED_TOKENS)), context=shortest.context,
+        batch_size=shortest.batch_size, device=device.type, precision=devices.resolve_precision(made.precision, device),
     )  # fmt: skip
 
 
@@ -237,6 +240,7 @@ class Session:
             provenance=energy.provenance(), finished_at=record.now(),
             setting=Setting(**shared, device=self.device.type, precision=self.precision),
             environment=environment.describe(self.device), entries=entries,
+            examined=examined_as(made, self.device).values(),
         )  # fmt: skip
 
     def prepare(self, found: Steps) -> Steps:
