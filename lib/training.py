@@ -211,12 +211,12 @@ class Trainer:
         totals, tokens = torch.zeros(2, device=self.device), np.zeros(2, dtype=np.int64)  # repeated bigrams, others
         for first in range(0, count, self.p.batch_size):
             rows = np.arange(first, min(first + self.p.batch_size, count))
-            ids, labels = self.corpus.validation.batch(rows)
+            (ids, labels), seq_idx = self.corpus.validation.batch(rows), self.corpus.validation.seq_idx(rows)
             counts = labels[:, 1:] != corpus.IGNORED  # (B, T - 1)
-            repeated = counts & torch.from_numpy(ngrams.repeated_bigrams(ids.numpy()))
+            repeated = counts & torch.from_numpy(ngrams.repeated_bigrams(ids.numpy(), seq_idx))
             kinds = torch.stack([repeated, counts & ~repeated])  # (2, B, T - 1)
             with self.autocast():
-                documents = self._documents(self.corpus.validation.seq_idx(rows))
+                documents = self._documents(seq_idx)
                 logits = self.model(self._to_device(ids), use_cache=False, **documents).logits  # (B, T, V)
             logits, wanted = logits[:, :-1].float().flatten(0, 1), self._to_device(labels)[:, 1:].flatten()
             losses = F.cross_entropy(logits, wanted, ignore_index=corpus.IGNORED, reduction="none")  # (B (T - 1))

@@ -1,6 +1,6 @@
 """What of transformers' surface a variant supports: every cell of the table in docs/transformers.md, run.
 
-`python tests/surface.py --write` runs all and writes the table; tests/test_surface.py holds each cell.
+`python tests/surface.py --write` runs all and writes the table; tests/test_transformers.py holds each cell.
 """
 
 import sys
@@ -170,11 +170,14 @@ def choose_rows(model):
 
 
 def dynamic_cache(model):
-    """A cache of transformers' own, empty, as callers make one."""
+    """A cache of transformers' own, empty, as callers make one; it then keeps the whole contract."""
     ids = ids_of(2, 12)
     for cache in (DynamicCache(), DynamicCache(config=model.config)):
-        model(ids[:, :7], past_key_values=cache)
-        close(model(ids[:, 7:], past_key_values=cache).logits, model(ids).logits[:, 7:])
+        for _ in range(2):
+            model(ids[:, :7], past_key_values=cache)
+            close(model(ids[:, 7:], past_key_values=cache).logits, model(ids).logits[:, 7:])
+            cache.reset()
+            assert isinstance(cache, DynamicCache) and cache.get_seq_length() == 0
 
 
 def inputs_embeds(model):

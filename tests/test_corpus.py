@@ -100,6 +100,37 @@ def test_packing_fills_every_row_and_loses_only_the_last_tokens(talk_file):
     assert np.array_equal(packed.train.tokens, padded.train.tokens)
 
 
+def test_documents_of_a_packed_row_are_kept_apart(talk_file):
+    """The same rows as packed ones; each token knows its document, and what begins one is predicted by nothing."""
+    data, packed, padded = (load(talk_file(), packing=way) for way in ("documents", True, False))
+    whole = load(talk_file(), context=10_000).train
+    rows = np.arange(len(data.train))
+    ids, labels = data.train.batch(rows)
+    assert np.array_equal(ids, packed.train.batch(rows)[0]) and packed.train.seq_idx(rows) is None
+    of_token = np.repeat(np.arange(len(whole)), whole.lengths)[: ids.numel()].reshape(ids.shape)
+    assert np.array_equal(data.train.seq_idx(rows), of_token)
+    begins = of_token[:, 1:] != of_token[:, :-1]
+    assert begins.any() and np.array_equal(labels[:, 1:] == corpus.IGNORED, begins)
+    assert np.array_equal(labels[:, 1:][~begins], ids[:, 1:][~begins])
+    crossed = [len({*range(start // 32, (end - 1) // 32 + 1)}) > 1 for start, end in _spans(data)]
+    assert data.facts["cut_conversations"] == sum(crossed) > 0 == packed.facts["cut_conversations"]
+    fingerprints = {one.facts["token_sha256"] for one in (data, packed, padded)}
+    assert len(fingerprints) == 3
+
+
+def _spans(data):
+    for part in (data.train, data.validation):
+        yield from zip([0, *part.ends[:-1]], part.ends, strict=True)
+
+
+@pytest.mark.parametrize(("packing", "lengths"), [(False, [4, 3]), (True, [8]), ("documents", [8])])
+def test_a_conversation_of_one_token_is_no_row_of_its_own(packing, lengths):
+    """Alone in a batch it has no label, and its loss would be 0 / 0."""
+    rows = corpus._rows(np.arange(9, dtype=np.uint32), np.array([1, 4, 1, 3]), 8, packing, 0)
+    assert rows.lengths.tolist() == lengths
+    assert (rows.batch(np.arange(len(rows)))[1][:, 1:] != corpus.IGNORED).any(1).all()
+
+
 def test_copies_of_a_conversation_fall_on_the_same_side(talk_file):
     once, twice = load(talk_file()), load(talk_file(TALK + TALK))
     assert twice.facts["validation_sequences"] == 2 * once.facts["validation_sequences"] > 0

@@ -245,7 +245,7 @@ FAULTS = {  # what is planted: the right code, the wrong one, the check that is 
     "absorbed matrices swapped": ("w_uk, w_uv = self", "w_uv, w_uk = self", "cached_equal"),
     "rotary score left out in decoding": (" + q_rope @ shared_key.transpose(1, 2)", "", "cached_equal"),
     "no causality": ("is_causal=S > 1 and mask is None", "is_causal=False", "causal"),
-    "positions from the end": ("torch.arange(past, past + T,", "-torch.arange(past, past + T,", None),
+    "positions from the end": ("angles = (position_ids", "angles = (-position_ids", None),
     "absolute length in the scale": ("S > 1 and mask is None,", "S > 1 and mask is None, scale=1 / S,", "prefix_equal"),
 }
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +30,16 @@ def test_a_bigram_is_repeated_where_its_row_has_held_it_before(ids):
             expected.append(pair in seen)
             seen.add(pair)
         assert marks == expected
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=9), min_size=1, max_size=4))
+def test_a_bigram_of_another_document_of_the_row_is_no_repetition(documents):
+    """Each document's marks are those that it has alone; its first token, which nothing predicts, has none."""
+    ids = np.array([list(chain(*documents))])
+    seq_idx = np.array([np.repeat(np.arange(len(documents)) + 7, [len(one) for one in documents])])
+    found = ngrams.repeated_bigrams(ids, seq_idx)[0].tolist()
+    alone = [[False, *ngrams.repeated_bigrams(np.array([one]))[0].tolist()] for one in documents]
+    assert [False, *found] == list(chain(*alone))
 
 
 def rows_of(rows, context=None):
@@ -153,6 +163,29 @@ def test_the_validation_loss_is_split_into_repeated_bigrams_and_the_rest():
     assert found["other_loss"] == pytest.approx(lost[counts & ~repeated].mean().item(), rel=1e-6)
     assert found["repeated_bigram_loss"] != found["other_loss"]
     assert Point(**found).other_loss == found["other_loss"]
+
+
+def test_documents_that_are_kept_apart_are_validated_as_if_alone():
+    """Loss, and what counts as a bigram that was held before: in the model's split and in the tables'."""
+    documents = [[1, 2, 1, 2], [1, 2, 3], [2, 3, 2, 3, 2], [1, 2, 1, 2]]  # in rows of 8, behind a document of one token
+    rows = rows_of([[7, *chain(*documents[:2])], list(chain(*documents[2:]))[:8]])
+    rows.ends = np.cumsum([1, 4, 3, 5, 4])
+    trainer = make_trainer(batch_size=2, validation_sequences=2, context=8)
+    trainer.corpus.validation = rows
+    found = trainer.validate(0)
+    repeated, others = [], []
+    for one in ([7], [1, 2, 1, 2], [1, 2, 3], [2, 3, 2, 3, 2], [1, 2, 1]):
+        ids = torch.tensor([one])
+        with torch.no_grad():
+            logs = trainer.model(ids, use_cache=False).logits.log_softmax(-1)[0, :-1]
+        lost = -logs.gather(1, ids[0, 1:, None])[:, 0]
+        again = ngrams.repeated_bigrams(ids.numpy())[0]
+        repeated, others = repeated + lost[again].tolist(), others + lost[~again].tolist()
+    assert found["repeated_bigram_loss"] == pytest.approx(np.mean(repeated), rel=1e-6)
+    assert found["other_loss"] == pytest.approx(np.mean(others), rel=1e-6)
+    assert found["loss"] == pytest.approx(np.mean(repeated + others), rel=1e-6)
+    tables = ngrams.losses(trainer.corpus, np.arange(20), 2)
+    assert tables["repeated_bigrams"] == pytest.approx(len(repeated) / len(repeated + others))
 
 
 def test_without_a_repeated_bigram_its_loss_is_none_and_never_0():

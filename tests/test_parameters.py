@@ -80,6 +80,10 @@ def test_a_second_run_in_the_same_kernel_reads_the_newest_cells():
         ("weight_decay = float('nan')", "weight_decay must be a finite number, not nan"),
         ("inference_contexts = [64, 2**64]", "inference_contexts must be a number of at most 2**53"),
         ("options = {'a': [1, {'b': float('-inf')}]}", "options must be a finite number, not -inf"),
+        (
+            "attention = 'lib/published/linear.py'\npacking = 'documents'",
+            "lib/published/linear.py cannot keep the documents of a row apart; use packing true or false",
+        ),
     ],
 )
 def test_a_wrong_value_is_said_in_one_sentence(injected, said):

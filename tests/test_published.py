@@ -90,7 +90,8 @@ def test_certificates_agree_with_the_audit(name, padded):
     assert ("masked" in inspect.signature(attention.load(path(name))).parameters) >= padded
     said = certificate.certify(path(name), PADDED if padded else {})
     causal = name in ("baseline", "gqa", "flash") or (padded and name != "lsh")  # lsh: no two forwards agree
-    assert said["causal"] == said["prefix_equal"] == said["cached_equal"] == causal
+    assert said["causal"] == said["prefix_equal"] == causal
+    assert said["cached_equal"] == (causal and name != "flash")  # whose bf16 weights are not fp32 to rounding
     assert said["mixes"] == (name != "flash")
     assert said["receptive_field"] == 150 or name in ("sliding_window", "lsh", "flash")
     assert said["gpt2_projection"] == (name == "baseline")

@@ -35,6 +35,29 @@ def make_trainer(name="sdpa", ragged=True, dtype=torch.float64, **changes):
     return training.Trainer(model, data, p)
 
 
+@pytest.mark.parametrize("name", attention.variants())
+def test_documents_that_are_kept_apart_are_trained_on_as_if_alone(name):
+    """Each token after a document's first counts once, whatever row and part of the step it is in."""
+    trainer = make_trainer(name, ragged=False, batch_size=2, accumulation=2)
+    train = trainer.corpus.train
+    train.ends = np.unique([*range(5, len(train.tokens), 7), len(train.tokens)])
+    loss = trainer.forward_backward(0)
+    gradients = [weight.grad.clone() for weight in trainer.model.parameters()]
+    trainer.model.zero_grad()
+    alone = []
+    for row in np.concatenate(trainer.rows[0]):
+        first, last = row * train.context, (row + 1) * train.context
+        borders = [first, *(end for end in train.ends if first < end < last), last]
+        for begin, end in pairwise(borders):
+            ids = torch.from_numpy(train.tokens[begin:end].astype(np.int64))[None]
+            alone.append((trainer.model(ids, labels=ids, num_items_in_batch=1).loss, end - begin - 1))
+    expected = sum(one for one, _ in alone) / sum(count for _, count in alone)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for got, weight in zip(gradients, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(got, weight.grad, rtol=1e-5, atol=1e-7)
+
+
 def run(**changes):
     trainer = make_trainer(**changes)
     trainer.warm_up()

@@ -1,13 +1,14 @@
 """What a caller of transformers may expect: each argument gives the right value, or one sentence and nothing runs."""
 
 import inspect
+import re
 from functools import cache
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from surface import CELLS, CONFIG, NEW, OPTIONS, close, documented, ids_of, lively, outcome
+from surface import CELLS, CONFIG, NEW, OPTIONS, PAGE, close, documented, ids_of, lively, outcome
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,8 +24,10 @@ from lib import attention
 from lib.model import GPT2, build_model, gpt2_config, meta_model
 from lib.model.arguments import Unsupported
 from lib.model.gpt2 import HONOURED, mean_loss
+from lib.paths import ROOT
 
 SQUARE = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).tril().bool()[None, None]  # two documents
+REPORTS = ROOT / "tests" / "test_reports.py"
 PUBLISHED = [f"lib/published/{name}.py" for name in attention.STUDY_ORDER]
 every_variant = pytest.mark.parametrize("name", attention.variants())
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -72,6 +75,13 @@ def small(name, **options):
 @every_variant
 def test_the_table_says_what_happens(name, cell):
     assert outcome(name, cell) == documented()[name, cell], "python tests/surface.py --write"
+
+
+def test_the_page_lists_what_is_run_and_nothing_else():
+    page = PAGE.read_text()
+    assert set(documented()) == {(name, cell) for name in attention.variants() for cell in CELLS}
+    tried, listed = (set(re.findall(r"#(\d{3,})", text)) for text in (REPORTS.read_text(), page))
+    assert len(tried) >= 10 and tried == listed
 
 
 def test_a_wrong_value_would_be_seen(monkeypatch):
@@ -132,10 +142,11 @@ def test_a_prompt_that_is_filled_up_goes_on_where_it_ended(name):
     close(model(torch.tensor([[14]]), **more).logits[0, -1], model(torch.tensor([[11, 12, 13, 14]])).logits[0, -1])
 
 
+@pytest.mark.parametrize("new_cache", [GPT2.new_cache, lambda _: DynamicCache()], ids=["ours", "transformers'"])
 @pytest.mark.parametrize("later", [[1, 1, 1, 0, 0, 1], [0, 1, 1, 1, 1, 1]])
-def test_what_a_state_has_read_as_a_token_cannot_become_padding(name, later):
+def test_what_a_state_has_read_as_a_token_cannot_become_padding(name, later, new_cache):
     model, ids = small(name), torch.tensor([[11, 12, 13, 49, 49]])
-    cache = model.new_cache()
+    cache = new_cache(model)
     model(ids, past_key_values=cache)
     more = {"attention_mask": torch.tensor([later]), "past_key_values": cache}
     if model._keeps_every_key:  # transformers' way: the newest mask says what is hidden

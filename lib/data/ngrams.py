@@ -38,8 +38,10 @@ class Pairs(NamedTuple):
     token: np.ndarray  # (n,)
 
 
-def repeated_bigrams(ids: np.ndarray) -> np.ndarray:
+def repeated_bigrams(ids: np.ndarray, seq_idx: np.ndarray | None = None) -> np.ndarray:
     """Which tokens of (B, T) ids end a bigram that their row has held before: (B, T - 1) bools, of tokens 1 to T - 1.
+
+    With `seq_idx` (B, T), that their document of the row has held before; what begins a document ends no bigram.
 
     Token t does where some s < t has the same tokens at s - 1 and s. These are the tokens that a model can recall from
     its context (Arora et al. 2023, arXiv 2312.04927, section 3, whose "AR hits" are those of them whose bigram is rare
@@ -47,6 +49,10 @@ def repeated_bigrams(ids: np.ndarray) -> np.ndarray:
     """
     ids = np.asarray(ids, dtype=np.int64)
     bigrams = ids[:, :-1] * (ids.max(initial=0) + 1) + ids[:, 1:]  # (B, T - 1)
+    if seq_idx is not None:
+        begins = np.diff(np.asarray(seq_idx, dtype=np.int64), axis=1) != 0  # (B, T - 1)
+        bigrams = bigrams + begins.cumsum(axis=1) * (bigrams.max(initial=0) + 1)
+        bigrams = np.where(begins, -1 - np.arange(bigrams.shape[1]), bigrams)  # across a border: like no other
     order = np.argsort(bigrams, axis=1, kind="stable")
     ordered = np.take_along_axis(bigrams, order, axis=1)
     again = np.zeros(bigrams.shape, dtype=bool)
@@ -90,11 +96,12 @@ def _checked(kept) -> dict:
 
 def _losses(corpus: Corpus, trained: np.ndarray, rows: int) -> dict:
     ids, counts = _counted(corpus.validation, np.arange(rows))
+    documents = corpus.validation.seq_idx(np.arange(rows))
     (asked,) = _chunks(corpus.validation, np.arange(rows), rows)
     held_out = trained[:: max(EVERY, -(-len(trained) // MOST_HELD_OUT))]
     (chosen,) = _chunks(corpus.train, held_out, len(held_out))
     table = Table(corpus.train, corpus.vocabulary, trained, held_out, (asked, chosen))
-    repeated, found = repeated_bigrams(ids)[counts], {}
+    repeated, found = repeated_bigrams(ids, documents)[counts], {}
     for name, given in zip(("unigram", "bigram"), table.probabilities(asked, chosen), strict=True):
         for kind, which in (("", slice(None)), ("_repeated_bigram", repeated), ("_other", ~repeated)):
             lost = -np.log(given[which])

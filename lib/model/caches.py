@@ -10,16 +10,17 @@ from lib.model.arguments import Unsupported
 MADE_HERE = (None, "dynamic", "dynamic_full", "offloaded")  # of transformers' `cache_implementation`
 
 
-class VariantCache(Cache):
+class VariantCache(DynamicCache):
     """`offloading`: a layer lies in the host's memory except while its block computes (`offloaded`).
 
     `read` (B, tokens) is the padding mask under which the cached tokens were read, None where none was padding.
     """
 
+    read = None
+
     def __init__(self, layers, offloading=False):
-        super().__init__(layers=layers)
+        Cache.__init__(self, layers=layers)
         self.offloading, self.only_non_sliding = offloading, False
-        self.read = None
 
     def reset(self):
         for layer in self.layers:
@@ -71,7 +72,8 @@ class VariantCache(Cache):
 
 
 def own(cache, kinds, new_layers):
-    """A cache that a caller gives, fit to be filled: an empty DynamicCache is given layers of the variant's own kind.
+    """A cache that a caller gives, fit to be filled: an empty DynamicCache becomes a VariantCache where it stands,
+    since the caller goes on with it.
 
     `kinds` are the class names of these layers, `new_layers()` makes empty ones. A layer of another class that keeps
     the same may say so: `stands_for`, a class name. Raises Unsupported for other kinds.
@@ -79,7 +81,7 @@ def own(cache, kinds, new_layers):
     if not isinstance(cache, Cache):
         raise Unsupported(f"past_key_values must be a cache, such as model.new_cache(), not {type(cache).__name__}")
     if type(cache) is DynamicCache and cache.get_seq_length() == 0:
-        cache.layers, cache.layer_class_to_replicate = new_layers(), None
+        cache.__class__, cache.layers, cache.layer_class_to_replicate = VariantCache, new_layers(), None
         return cache
     given = [getattr(layer, "stands_for", type(layer).__name__) for layer in cache.layers]
     if given != kinds:
