@@ -3,6 +3,7 @@
 Shape letters used everywhere: B batch, T tokens (of the queries), S keys seen so far, C width, H heads, D = C/H.
 """
 
+import importlib.util
 import os
 
 # OpenMP's idle threads spin by default; on a busy machine that made training steps 3 to 20 times slower.
@@ -11,3 +12,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # torch's profiler reports its own starts and stops on the terminal otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def __getattr__(name: str):
+    """A room of lib/, imported when it is first asked for: `from lib import model`, or `lib.model` after `import lib`."""
+    from lib.startup import quick_imports
+
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with quick_imports():
+        return importlib.import_module(f"{__name__}.{name}")

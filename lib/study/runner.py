@@ -70,6 +70,7 @@ def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[s
     os.environ[record.POSITION_VARIABLE] = json.dumps(context)
     killed_before = killed_for_memory()
     options = {"progress_bar": False, "kernel_name": "python3", "start_timeout": 300}
+    options["shutdown_kernel"] = "immediate"  # all it made is written; asked to end, Python clears a second long
     try:
         # In a thread of its own, because in the main one nbclient replaces the handlers of signals.
         with ThreadPoolExecutor(1) as thread:
