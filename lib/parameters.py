@@ -213,13 +213,12 @@ def _assigned(source: str) -> list[str]:
 
 def setting(values: dict) -> str:
     """Eight hex digits of everything but the variant and the seed: runs are compared only where these agree."""
-    return _digest({name: value for name, value in values.items() if name not in WHO})
+    return digest({name: value for name, value in values.items() if name not in WHO})
 
 
 def run_name(values: dict) -> str:
     """The name of a run's record and notebook: variant, seed and a hash of all parameters."""
-    name = re.sub(r"[^A-Za-z0-9_.]+", "_", display_name(values))
-    return f"{name}-seed{values['seed']}-{_digest(values)}"
+    return f"{file_name(display_name(values))}-seed{values['seed']}-{digest(values)}"
 
 
 def display_name(values: dict) -> str:
@@ -234,5 +233,11 @@ def title(values: dict, layer) -> str:
     return values["label"] or attention.title(layer, values["attention"])
 
 
-def _digest(values: dict) -> str:
+def file_name(label: str) -> str:
+    """A label as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.]+", "_", label)
+
+
+def digest(values: dict) -> str:
+    """Eight hex digits of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]

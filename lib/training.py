@@ -7,15 +7,19 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from lib.data import corpus
+from lib import record
+from lib.data import corpus, ngrams
 from lib.errors import LossNotFinite, UsageError, one_sentence_when_out_of_memory
 from lib.measure import kernels
 from lib.measure.energy import Reading
 from lib.measure.meter import Meter
+from lib.measure.warmth import Warmth
 from lib.model import devices
 
 BETAS = (0.9, 0.95)  # GPT-3's (Brown et al. 2020, appendix B)
+AHEAD_STEPS = 4  # that the host may be ahead of a GPU: a thousand launches fit its queue, a step of GPT-2 has more
 FINAL_RATE = 0.1  # where the cosine ends, as a share of the peak rate (Hoffmann et al. 2022, section 3)
 Report = Callable[[int, np.ndarray], None]  # (steps finished so far, their losses)
 
@@ -34,6 +38,7 @@ class Trainer:
     """Trains one model by parameters `p` (`lib.parameters.resolve`) on the rows of a corpus."""
 
     def __init__(self, model, corpus: corpus.Corpus, p):
+        self.started_at = record.now()  # what is predicted from now on is no prediction of this run
         self.p, self.corpus = p, corpus
         self.device = devices.choose(p.device)
         self.model = model.to(self.device)
@@ -46,6 +51,7 @@ class Trainer:
         self.non_padding_tokens = np.zeros(self.steps, dtype=np.int64)
         self.validation: list[dict] = []
         self.busy = Reading(None, "not_asked_for" if self.device.type == "cuda" else "no_gpu")
+        self.warmed: dict | None = None  # how warm-up ended
 
         decayed = [w for w in model.parameters() if w.dim() >= 2]
         others = [w for w in model.parameters() if w.dim() < 2]
@@ -57,19 +63,33 @@ class Trainer:
 
     @one_sentence_when_out_of_memory()
     def warm_up(self) -> list[float]:
-        """Some steps that leave no trace but compiled kernels and allocated memory; returns the seconds of each.
+        """Some steps that leave no trace but compiled kernels, allocated memory and heat; returns the seconds of each.
 
-        Weights, optimizer and random state are as before when it returns, so the window begins at token 0 of training.
+        `warmup_steps`, and on a GPU as many more as its heat and clock need to come to rest, within the limits of
+        `lib.measure.warmth`; `warmed` says how that ended. Weights, optimizer and random state are as before when it
+        returns, so the window begins at token 0 of training.
         """
         seconds = []
         with self.snapshot_and_restore():
             self.model.train()
-            for step in range(self.p.warmup_steps):
+            warmth = Warmth(self.device)
+            while len(seconds) < self.p.warmup_steps or warmth.rising():
                 begin = time.perf_counter()
-                self.take_step(step)
+                self.take_step(len(seconds) % len(self.rows))
+                warmth.look()  # while the GPU works
                 devices.synchronize(self.device)
                 seconds.append(time.perf_counter() - begin)
+        self.pin_buffers()
+        self.warmed = {"steps": len(seconds), "seconds": sum(seconds)}
+        self.warmed |= {"steady": warmth.steady, "temperature_c": warmth.temperature_c}
         return seconds
+
+    def pin_buffers(self) -> None:
+        """Lets PyTorch's cache of pinned memory hold what the batches of `AHEAD_STEPS` steps need, and lets go of it:
+        warm-up waits for each step and so never has more than one there, and pinning memory stops the GPU."""
+        batches = [(*self.corpus.train.batch(rows), torch.tensor(0)) for rows in self.rows[0]] * AHEAD_STEPS
+        held = [tensor.pin_memory() for batch in batches for tensor in batch if self.device.type == "cuda"]
+        del held
 
     def busy_fraction(self, steps: int = 5) -> Reading:
         """Share of the time of some steps, of which no trace is left, in which the GPU computes; None on a CPU."""
@@ -167,18 +187,29 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, non_padding_tokens: int) -> dict:
-        """Mean loss in nats per token over the first `validation_sequences` rows of the validation part."""
+        """Mean loss in nats per token over the first `validation_sequences` rows of the validation part.
+
+        `loss` of all tokens; `repeated_bigram_loss` of those that end a bigram which their row has held before
+        (`lib.data.ngrams.repeated_bigrams`), which a model can recall, and `other_loss` of the rest. None of no token.
+        """
         self.model.eval()
         count = min(self.p.validation_sequences, len(self.corpus.validation))
-        total, predicted = torch.zeros((), device=self.device), 0
+        totals, tokens = torch.zeros(2, device=self.device), np.zeros(2, dtype=np.int64)  # repeated bigrams, others
         for first in range(0, count, self.p.batch_size):
             ids, labels = self.corpus.validation.batch(np.arange(first, min(first + self.p.batch_size, count)))
-            tokens = _labelled(labels[:, 1:])
+            counts = labels[:, 1:] != corpus.IGNORED  # (B, T - 1)
+            repeated = counts & torch.from_numpy(ngrams.repeated_bigrams(ids.numpy()))
+            kinds = torch.stack([repeated, counts & ~repeated])  # (2, B, T - 1)
             with self.autocast():
-                loss = self.model(self._to_device(ids), labels=self._to_device(labels), use_cache=False).loss
-            total += loss.float() * tokens
-            predicted += tokens
-        return {"non_padding_tokens": non_padding_tokens, "loss": total.item() / predicted}
+                logits = self.model(self._to_device(ids), use_cache=False).logits  # (B, T, V)
+            logits, wanted = logits[:, :-1].float().flatten(0, 1), self._to_device(labels)[:, 1:].flatten()
+            losses = F.cross_entropy(logits, wanted, ignore_index=corpus.IGNORED, reduction="none")  # (B (T - 1))
+            totals += (self._to_device(kinds).flatten(1) * losses).sum(1)
+            tokens += kinds.sum((1, 2)).numpy()
+        again, others = (total / n if n else None for total, n in zip(totals.tolist(), tokens.tolist(), strict=True))
+        loss = totals.sum().item() / tokens.sum().item()
+        found = {"non_padding_tokens": non_padding_tokens, "loss": loss}
+        return found | {"repeated_bigram_loss": again, "other_loss": others}
 
 
 def _labelled(labels: torch.Tensor) -> int:

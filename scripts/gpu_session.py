@@ -1,13 +1,16 @@
 #!/usr/bin/env python3
 """Everything that a GPU is needed for, in one command, for a machine that is lent for minutes and has no network.
 
-Stages run in the order of what they are worth: facts, CUDA tests, whole blocks of the study, benchmarks. A stage that
-fails or takes too long is reported and stops nothing else. What is finished is on disk at once; at the end everything
-is packed into a few flat files, after a signal too. Standard library only; no setting of the GPU is ever changed.
+Stages run in the order of what is lost if the machine goes away: facts; a training step of every variant with its
+intervals (`lib.study.steps`), which keeps each round; blocks of whole runs, which keep each run; CUDA tests and
+benchmarks, which can be had again. A stage that fails or takes too long is reported and stops nothing else. What is
+finished is on disk at once; at the end everything is packed into a few flat files, after a signal too. Standard library
+only; no setting of the GPU is ever changed.
 """
 
 import argparse
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import uuid
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,9 +43,16 @@ class Stage(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """A profile whose blocks are run whole or not at all; the guess holds until a block of it has been seen."""
+    """A profile whose blocks are run one run after the other, in so many seconds each until some have been seen.
+
+    A block counts only if all its runs were made in one session. A call that ends in the middle of one leaves it open,
+    and the next call goes on with it on the same machine: not restarted since, the same GPU, the same code and profile,
+    `PAUSE_S` later at most. Elsewhere it begins anew, and what was made of it is kept apart. So without `--kept`, by
+    which somebody says that there will be a next call on this machine, only what fits as a whole is begun.
+    """
 
     profile: str
+    runs: int  # in a block
     first_guess_s: float
     most: float = float("inf")
 
@@ -69,11 +80,15 @@ CUDA_TESTS = ("{python}", "-m", "pytest", "-q", "-ra", "-m", "cuda", "--continue
 FIRST = (
     Stage("nvidia_smi", ("nvidia-smi", "-q"), 5, 30, output="nvidia-smi.txt"),
     Stage("versions", ("{python}", "-c", VERSIONS), 5, 60),
-    Stage("cuda_tests", CUDA_TESTS, 30, 180, fine=(0, 5)),  # 5: no test is for CUDA
 )
-# Guesses for nine runs on an H200: the arithmetic is in the profiles' comments.
-BLOCKS = (Blocks("gpu_512", 505), Blocks("gpu_4096", 480), Blocks("gpu_phases", 510, most=1))
-BLOCK_COMMAND = ("{python}", "-m", "lib.study", "{profile}", "--blocks", "{number}")
+STEPS_COMMAND = ("{python}", "-m", "lib.study.steps", "{profile}", "--write", "{file}", "--within-s", "{within_s}")
+STEPS = Stage("steps", STEPS_COMMAND, 120, 530)
+# Seconds of a run on an H100: the arithmetic is in the profiles' comments.
+BLOCKS = (Blocks("gpu_512", 9, 120), Blocks("gpu_4096", 9, 120), Blocks("gpu_phases", 9, 180, most=1))
+BLOCK_COMMAND = (
+    "{python}", "-m", "lib.study", "{profile}", "--blocks", "{number}", "--session", "{session}", "--runs", "{runs}"
+)  # fmt: skip
+RUNS_LEFT = 3  # how `lib.study` ends that was to make some of its runs and has made them
 # Whatever fits behind the blocks; what a benchmark writes to the folder {out} comes back in benchmarks.tar.gz.
 OVERHEAD = ("{python}", "scripts/instrument_overhead.py", "{profile}", "--out", "{out}/overhead.json", "--steps", "50")
 NANOGPT = ROOT / ".gpu" / "nanogpt" / "model.py"
@@ -92,6 +107,7 @@ def training_step(name: str, words: str) -> Stage:
 
 
 BENCHMARKS = (
+    Stage("cuda_tests", CUDA_TESTS, 30, 180, fine=(0, 5)),  # 5: no test is for CUDA
     Stage("instrument_overhead", (*OVERHEAD, "--repeats", "8"), 90, 240, rehearsed=("--steps", "2", "--repeats", "2")),
     beside_others("layer_short", "layer --lengths 512 2048 --batch 16", 150),
     beside_others("layer_long", "layer --lengths 8192 32768 65536", 240),
@@ -100,7 +116,9 @@ BENCHMARKS = (
 )
 
 RESERVE_S = 20.0  # kept for packing
-MARGIN = 1.05  # a block is predicted to take this much more than the slowest of its profile so far
+ENDING_S = 10.0  # that `lib.study.steps` needs to end by itself, before it is ended
+MARGIN = 1.1  # a run is predicted to take this much more than the slowest of its profile so far
+PAUSE_S = 900.0  # after which an open block is not gone on with: the machine has cooled
 PACK_BYTES = 16_000_000  # the most that one file may have to come back
 ALL_PACKS_BYTES = 60_000_000
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -122,7 +140,16 @@ TINY = {
     "inference_repeats": "1",
     "idle_s": "0",
 }
-REHEARSED_BLOCK_S = 60.0
+REHEARSED_RUN_S = 8.0
+TINY_STEPS = """
+layers: 1
+width: 32
+heads: 4
+vocabulary: 64
+sizes: [{context: 32, batch_size: 2}, {context: 64, batch_size: 1}]
+window_s: 0.05
+rounds: 2
+"""
 
 HELP = """
 Before, in the repository's root on a workstation: wheels of what the GPU machine's python3 lacks into .gpu/wheels
@@ -144,8 +171,9 @@ There, in the repository's root (the budget has to leave the installation's seco
   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target /tmp/site .gpu/wheels/*.whl
   PYTHONPATH=/tmp/site:$PWD python3 scripts/gpu_session.py --out "$OUT" --budget-s 540
 
-The next call goes on where this one ended: keep what came back, put it into .gpu/earlier, and add
---from .gpu/earlier --skip cuda_tests.
+The next call goes on where this one ended: keep what came back, put it into .gpu/earlier, and add --from .gpu/earlier.
+A block of whole runs takes longer than such a call. Where the machine is kept, add --kept to every call: each begins
+what it can, and the next one, on the same machine and within a quarter of an hour, goes on inside the block.
 
 Exit codes: 0 all that started went well; 1 something failed, was cut or did not fit its pack; 2 no GPU, or wrong use;
 128 + n after signal n.
@@ -161,13 +189,14 @@ class Session:
         # Three folders deep, where a machine that returns few files does not look, should this be killed outright.
         self.work = folder / "work" / "session"
         self.runs, self.cut, self.logs = self.work / "runs", self.work / "cut", self.work / "logs"
-        self.benchmarks = self.work / "benchmarks"
-        self.block_s: dict[str, list[float]] = {}  # profile: seconds of each block that came to its end
+        self.steps, self.benchmarks = self.work / "steps", self.work / "benchmarks"
+        self.run_s: dict[str, list[float]] = {}  # profile: seconds of a run, from each stage that made some
+        self.open: dict[str, dict] = {}  # profile: its block that was begun and not ended, and where
         self.signal: int | None = None
         self.failed = False
         self.report = {"started": _now(), "budget_s": budget_s, "stages": [], "not_started": [], "left_out": []}
-        self.report["block_s"] = self.block_s
-        for path in (self.runs, self.cut, self.logs, self.benchmarks):
+        self.report |= {"run_s": self.run_s, "open": self.open}
+        for path in (self.runs, self.cut, self.logs, self.steps, self.benchmarks):
             path.mkdir(parents=True)
 
     @property
@@ -175,20 +204,30 @@ class Session:
         return self.end_s - self.clock()
 
     def take_in(self, earlier: Path) -> int:
-        """Copies the records of an earlier session, its packs or loose files; returns how many were new."""
-        copied = 0
+        """Copies the records of an earlier session, its packs or loose files; returns how many were new.
+
+        Records of a block that was left open come along where this session may go on with it, else they are kept apart.
+        """
+        copied, report = 0, {}
+        with contextlib.suppress(OSError, ValueError):
+            report = json.loads((earlier / "session.json").read_text(encoding="utf-8"))
+        for profile, seconds in report.get("run_s", {}).items():
+            self.run_s.setdefault(profile, []).extend(seconds)
+        left_open = report.get("open", {})
+        self.open |= {profile: block for profile, block in left_open.items() if _goes_on(block)}
         for name, data in _earlier_records(earlier):
             with contextlib.suppress(ValueError, KeyError, TypeError, FileExistsError):
-                profile = json.loads(data)["study"]["profile"]
-                target = self.runs / Path(profile).name / name
+                facts = json.loads(data)
+                target = self.steps / name
+                if facts.get("kind") != "steps":
+                    study = facts["study"]
+                    profile = Path(study["profile"]).name
+                    began = left_open.get(profile, {}).get("block") == study["block"]
+                    target = (self.cut if began and profile not in self.open else self.runs) / profile / name
                 target.parent.mkdir(exist_ok=True)
                 with open(target, "xb") as file:
                     file.write(data)
                 copied += 1
-        with contextlib.suppress(OSError, ValueError):
-            seen = json.loads((earlier / "session.json").read_text(encoding="utf-8")).get("block_s", {})
-            for profile, seconds in seen.items():
-                self.block_s.setdefault(profile, []).extend(seconds)
         return copied
 
     def run(self, stage: Stage, env: dict | None = None, **words: str) -> dict | None:
@@ -198,10 +237,10 @@ class Session:
             self.report["not_started"].append({"name": stage.name, "why": why})
             print(f"{stage.name}: not started ({why})", flush=True)
             return None
-        words |= {"python": sys.executable, "out": str(self.benchmarks)}
+        limit_s = min(stage.at_most_s, self.left_s)
+        words |= {"python": sys.executable, "out": str(self.benchmarks), "within_s": f"{limit_s - ENDING_S:.0f}"}
         # Not str.format, which would trip over braces in a command's own code.
         command = [re.sub(r"\{(\w+)\}", lambda at: words.get(at[1], at[0]), word) for word in stage.command]
-        limit_s = min(stage.at_most_s, self.left_s)
         log = self.logs / f"{len(self.report['stages']):02d}-{stage.name}.log"
         entry = {"name": stage.name, "command": command, "started": _now(), "seconds": None, "exit_code": None}
         entry |= {"outcome": "running", "fine": False}
@@ -246,51 +285,63 @@ class Session:
             end_tree(process)
             return code
 
-    def run_blocks(self, profiles: dict[Blocks, Path]) -> None:
-        """Whole blocks, always of the profile that has the fewest, for as long as one is predicted to fit."""
-        open_profiles = list(profiles)
-        while open_profiles and not self.signal:
-            open_profiles = [blocks for blocks in open_profiles if self.finished_blocks(blocks) < blocks.most]
-            fitting = [blocks for blocks in open_profiles if self.predicted_s(blocks) <= self.left_s]
+    def run_blocks(self, profiles: dict[Blocks, Path], kept: bool = False) -> None:
+        """Blocks, always of the profile that has the fewest, for as long as one is predicted to fit; what was left open
+        first, and, on a machine that is `kept`, of what does not fit as many runs as do."""
+        todo = list(profiles)
+        while todo and not self.signal:
+            todo = [blocks for blocks in todo if self.finished_blocks(blocks) < blocks.most]
+            fitting = [blocks for blocks in todo if self.predicted_s(blocks, kept) <= self.left_s]
             if not fitting:
                 break
-            blocks = min(fitting, key=self.finished_blocks)
+            blocks = min(fitting, key=lambda each: (each.profile not in self.open, self.finished_blocks(each)))
             if not self.run_block(blocks, profiles[blocks]):
-                open_profiles.remove(blocks)  # it would fail again, and take time from what works
-        for blocks in open_profiles:
-            number = self.finished_blocks(blocks) + 1
-            self.run(Stage(f"{blocks.profile} block {number}", (), self.predicted_s(blocks)))
+                todo.remove(blocks)  # it would fail again, and take time from what works
+        for blocks in todo:
+            name = f"{blocks.profile} block {self.finished_blocks(blocks) + 1}"
+            self.run(Stage(name, (), self.predicted_s(blocks, kept)))
 
     def run_block(self, blocks: Blocks, path: Path) -> bool:
-        """The next block of a profile; whether it came to its end and left a record. A cut block's records are kept
-        apart: a later session would finish it in another session, and such a block does not count."""
-        number = self.finished_blocks(blocks) + 1
-        folder = self.runs / blocks.profile
+        """As many runs of a profile's next block as fit; whether some left a record."""
+        number, profile = self.finished_blocks(blocks) + 1, blocks.profile
+        here = _here(path) | {"block": number - 1, "session": uuid.uuid4().hex[:12], "seen": _now()}
+        opened = self.open.setdefault(profile, here)
+        folder, before = self.runs / profile, self.made(profile, number - 1)
         folder.mkdir(exist_ok=True)
-        stage = Stage(f"{blocks.profile} block {number}", BLOCK_COMMAND, 0)
-        env = {"ATTENTION_STUDY_OUT": str(folder)}
-        entry = self.run(stage, env, profile=str(path), number=str(number))
+        runs = max(1, int(self.left_s // self.predicted_run_s(blocks)))
+        words = {"profile": str(path), "number": str(number), "session": opened["session"], "runs": str(runs)}
+        stage = Stage(f"{profile} block {number}", BLOCK_COMMAND, 0, fine=(0, RUNS_LEFT))
+        entry = self.run(stage, {"ATTENTION_STUDY_OUT": str(folder)}, **words)
         if entry is None:
             return False
-        ended = entry["exit_code"] is not None
-        entry |= {"profile": blocks.profile, "came_to_end": ended and self.finished_blocks(blocks) == number}
-        if entry["came_to_end"]:
-            self.block_s.setdefault(blocks.profile, []).append(entry["seconds"])
-        if not ended:
-            for record, facts in self.records(blocks.profile):
-                if facts["study"]["block"] == number - 1:
-                    (self.cut / blocks.profile).mkdir(exist_ok=True)
-                    record.rename(self.cut / blocks.profile / record.name)
+        there = self.made(profile, number - 1)
+        made, opened["seen"] = there - before, _now()
+        entry |= {"profile": profile, "runs": made, "came_to_end": bool(there) and entry["exit_code"] in (0, 1)}
+        if made:
+            self.run_s.setdefault(profile, []).append(round(entry["seconds"] / made, 1))
+        if entry["came_to_end"] or not there:
+            del self.open[profile]
         self.save()
-        return entry["came_to_end"]
+        return bool(made)
 
-    def predicted_s(self, blocks: Blocks) -> float:
-        seen = self.block_s.get(blocks.profile)
+    def predicted_run_s(self, blocks: Blocks) -> float:
+        seen = self.run_s.get(blocks.profile)
         return MARGIN * max(seen) if seen else blocks.first_guess_s
 
+    def predicted_s(self, blocks: Blocks, kept: bool) -> float:
+        """Of what has to fit for a profile to be gone on with: its block's other runs, or, where that may be left open,
+        one of them."""
+        left = blocks.runs - self.made(blocks.profile, self.finished_blocks(blocks))
+        return (1 if kept else max(1, left)) * self.predicted_run_s(blocks)
+
+    def made(self, profile: str, block: int) -> int:
+        """How many runs of a block have records."""
+        return sum(facts["study"]["block"] == block for _, facts in self.records(profile))
+
     def finished_blocks(self, blocks: Blocks) -> int:
-        """How many blocks of a profile have records; their numbers begin at 0."""
-        return 1 + max((facts["study"]["block"] for _, facts in self.records(blocks.profile)), default=-1)
+        """How many blocks of a profile came to their end; their numbers begin at 0."""
+        begun = 1 + max((facts["study"]["block"] for _, facts in self.records(blocks.profile)), default=-1)
+        return self.open[blocks.profile]["block"] if blocks.profile in self.open else begun
 
     def records(self, profile: str) -> list[tuple[Path, dict]]:
         found = []
@@ -305,15 +356,30 @@ class Session:
 
     def save(self) -> None:
         """What must not be lost, whole at every moment: the report, and the records so far, which are small."""
+        self._write_report()
+        self._pack("records", self._records(), PACK_BYTES)
+
+    def _write_report(self) -> None:
+        self.report["ended"] = _now()
         _write(self.folder / "session.json", (json.dumps(self.report, indent=1) + "\n").encode())
-        self._pack("records", self._files(self.runs, "*/*.json") | self._files(self.cut, "*/*.json"), PACK_BYTES)
+
+    def _records(self) -> dict[str, Path]:
+        """All records by their name in the pack; those of a block that was left open are no block yet."""
+        found = self._files(self.steps, "*.json") | self._files(self.cut, "*/*.json")
+        begun = {
+            path for profile, block in self.open.items() for path, facts in self.records(profile)
+            if facts["study"]["block"] == block["block"]
+        }  # fmt: skip
+        for name, path in self._files(self.runs, "*/*.json").items():
+            found[f"open/{name.removeprefix('runs/')}" if path in begun else name] = path
+        return found
 
     def pack(self) -> None:
         """The packs, what is hardest to get again first; executed notebooks get the room that the others leave."""
         self.report["left_out"], left_bytes = [], ALL_PACKS_BYTES
         study = self._files(self.runs, "*/*")
         packs = {
-            "records": self._files(self.runs, "*/*.json") | self._files(self.cut, "*/*.json"),
+            "records": self._records(),
             "logs": self._files(self.logs, "*"),
             "figures": self._files(self.runs, "*/figures/**/*"),
             "benchmarks": self._files(self.benchmarks, "**/*"),
@@ -325,8 +391,7 @@ class Session:
             except OSError as error:
                 self.report["left_out"].append(f"{name}.tar.gz: {error.strerror}")
         self.failed |= bool(self.report["left_out"])
-        self.report["ended"] = _now()
-        _write(self.folder / "session.json", (json.dumps(self.report, indent=1) + "\n").encode())
+        self._write_report()
         if not self.report["left_out"]:
             shutil.rmtree(self.work.parent, ignore_errors=True)
 
@@ -432,6 +497,30 @@ def tiny(profile: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _here(profile: Path) -> dict:
+    """What must not have changed for a block to be gone on with: the machine since its start, the GPU, the code."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    code = hashlib.sha256()
+    for path in [*sorted((ROOT / "lib").rglob("*.py")), ROOT / "notebooks" / "train.ipynb", profile]:
+        code.update(path.read_bytes() if path.is_file() else b"")
+    return {
+        "boot": boot.read_text().strip() if boot.is_file() else None,
+        "gpu": gpu_list(),
+        "code": code.hexdigest(),
+        "profile": str(profile),
+    }
+
+
+def _goes_on(block: dict) -> bool:
+    """Whether a block that an earlier session left open may be gone on with here and now."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        here = _here(Path(block["profile"]))
+        paused_s = (datetime.now(UTC) - datetime.fromisoformat(block["seen"])).total_seconds()
+        same = all(block[name] == value for name, value in here.items())
+        return same and here["boot"] is not None and 0 <= paused_s <= PAUSE_S
+    return False
+
+
 def _outcome(log: str) -> str:
     """One line that says how a command ended: how many runs a study got through and what failed, or its last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
@@ -448,7 +537,7 @@ def _earlier_records(folder: Path):
     if pack.is_file():
         with tarfile.open(pack) as tar:
             for member in tar:
-                if member.isfile() and member.name.startswith("runs/"):
+                if member.isfile() and not member.name.startswith("cut/"):
                     yield Path(member.name).name, tar.extractfile(member).read()
     else:
         for path in sorted(folder.rglob("*.json")):
@@ -475,23 +564,30 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def has_gpu() -> bool:
+def gpu_list() -> str:
+    """The GPUs with their UUIDs, as nvidia-smi lists them; empty where there is none."""
     try:
         found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return False
-    return found.returncode == 0 and "GPU " in found.stdout
+        return ""
+    return found.stdout if found.returncode == 0 else ""
+
+
+def has_gpu() -> bool:
+    return "GPU " in gpu_list()
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [stage.name for stage in FIRST + BENCHMARKS] + [blocks.profile for blocks in BLOCKS]
+    names = [stage.name for stage in (*FIRST, STEPS, *BENCHMARKS)] + [blocks.profile for blocks in BLOCKS]
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder for the results")
     parser.add_argument("--budget-s", type=float, default=540, metavar="S", help="seconds for all of it (540)")
     resumed = "what earlier sessions left; their runs are not run again"
     parser.add_argument("--from", dest="earlier", type=Path, nargs="+", default=[], metavar="DIR", help=resumed)
+    kept = "a next call follows on this very machine: blocks that do not fit are begun, and it goes on with them"
+    parser.add_argument("--kept", action="store_true", help=kept)
     parser.add_argument("--skip", nargs="+", default=[], choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--rehearse", action="store_true", help="all stages, tiny, on the CPU")
     options = parser.parse_args(words)
@@ -521,17 +617,23 @@ def main(words: list[str] | None = None) -> int:
         for stage in FIRST:
             if stage.name not in options.skip and (gpu or stage.command[0] != "nvidia-smi"):
                 session.run(stage)
+        if STEPS.name not in options.skip:
+            profile = ROOT / "params" / "steps_gpu.yaml"
+            if options.rehearse:
+                profile = session.work / "steps.yaml"
+                profile.write_text(TINY_STEPS, encoding="utf-8")
+            session.run(STEPS, profile=str(profile), file=str(session.steps / "steps.json"))
         profiles, overhead_profile = {}, ROOT / "params" / "gpu_512.yaml"
         for blocks in BLOCKS:
             path = ROOT / "params" / f"{blocks.profile}.yaml"
             if options.rehearse:
-                blocks = Blocks(f"rehearsal_{blocks.profile}", REHEARSED_BLOCK_S)
+                blocks = Blocks(f"rehearsal_{blocks.profile}", blocks.runs, REHEARSED_RUN_S, most=1)
                 rehearsed = session.work / f"{blocks.profile}.yaml"
                 rehearsed.write_text(tiny(path.read_text(encoding="utf-8")), encoding="utf-8")
                 path = overhead_profile = rehearsed
             if blocks.profile.removeprefix("rehearsal_") not in options.skip:
                 profiles[blocks] = path
-        session.run_blocks(profiles)
+        session.run_blocks(profiles, options.kept)
         for stage in BENCHMARKS:
             if stage.name not in options.skip:
                 command = stage.command + stage.rehearsed * options.rehearse

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """What the instruments cost: the same training steps unmonitored, under ours, and the way that was published.
 
-`ours` is what train.ipynb does: counters at the window's ends, power and utilization sampled by other processes, log
-points. `published` counts the model's FLOPs by running it once more and calls nvidia-smi, in every step ("Attentions
-Under the Microscope", main.py:112-130). All take turns in one process, in another order each time, and `again` is
-`unmonitored` a second time: its ratio is the noise. Ratios are geometric means with 95 % paired-t intervals.
+`ours` is what train.ipynb does: counters at the window's ends, power, clock and heat sampled by other processes, log
+points, and the live curve, drawn and packed as a kernel packs it for the browser. `published` counts the model's FLOPs
+by running it once more and calls nvidia-smi, in every step ("Attentions Under the Microscope", main.py:112-130). All
+take turns in one process, in the orders of a Williams square, so that over every four repeats each stands in every
+place and behind every other; `again` is `unmonitored` a second time: its ratio is the noise. Ratios are geometric means
+with 95 % paired-t intervals, each by itself, and no verdict.
 """
 
 import argparse
@@ -17,10 +19,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from jupyter_client.session import Session
 from scipy import stats
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import model, parameters, training
+from lib import model, parameters, progress, training
 from lib.data import corpus
 from lib.errors import UsageError
 from lib.measure import environment
@@ -41,10 +44,24 @@ def unmonitored(trainer) -> float:
     return time.perf_counter() - begin
 
 
+class Page:
+    """Stands where the notebook's page would: what it is shown is packed and signed as a kernel does it."""
+
+    def __init__(self):
+        self.session, self.shown_bytes = Session(key=b"key"), 0
+
+    def update(self, data, raw):
+        message = self.session.msg("update_display_data", {"data": data, "metadata": {}, "transient": {}})
+        self.shown_bytes += sum(map(len, self.session.serialize(message)))
+
+
 def ours(trainer) -> float:
+    p = trainer.p
     trainer.meter = Meter(trainer.device)
+    live = progress.Live(trainer.steps, p.batch_size * p.accumulation * p.context)
+    live.handle = Page()
     with trainer.meter.watching():
-        trainer.run()
+        trainer.run(live)
     return trainer.meter.window_s
 
 
@@ -95,9 +112,9 @@ def compare(trainer, repeats: int) -> dict:
     """Seconds of each way by repeat, and their ratios to `unmonitored`."""
     trainer.warm_up()
     names, seconds = list(WAYS), {name: [] for name in WAYS}
-    for repeat in range(-1, repeats):  # the first time pays for start-up and does not count
-        shift = repeat % len(names)
-        for name in names[shift:] + names[:shift]:
+    orders = [plan.orders(len(names), 1)[0], *plan.orders(len(names), repeats)]
+    for repeat, order in enumerate(orders, -1):  # the first time pays for start-up and does not count
+        for name in (names[which] for which in order):
             with trainer.snapshot_and_restore():
                 trainer.model.train()
                 taken_s = WAYS[name](trainer)
@@ -105,14 +122,15 @@ def compare(trainer, repeats: int) -> dict:
                 seconds[name].append(taken_s)
         print(f"repeat {repeat + 1} of {repeats}", file=sys.stderr, flush=True)
     ratios = {name: ratio(taken, seconds["unmonitored"]) for name, taken in seconds.items() if name != "unmonitored"}
-    return {"steps": trainer.steps, "seconds": seconds, "ratio_to_unmonitored": ratios}
+    balanced = repeats % len(names) == 0
+    return {"steps": trainer.steps, "seconds": seconds, "balanced": balanced, "ratio_to_unmonitored": ratios}
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("profile", nargs="?", help="a params/*.yaml; by default the notebook's own sizes")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="training steps of each turn (20)")
-    parser.add_argument("--repeats", type=int, default=10, metavar="N", help="turns of each way, at least 2 (10)")
+    parser.add_argument("--repeats", type=int, default=8, metavar="N", help="turns of each way, at least 2 (8)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the JSON goes; by default the terminal")
     options = parser.parse_args(words)
     if options.repeats < 2 or options.steps < 1:

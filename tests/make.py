@@ -9,8 +9,9 @@ from threading import Thread
 
 import psutil
 
-from lib import record
+from lib import attention, record
 from lib.data import cache, conversations, corpus
+from lib.study import plan
 
 METRICS = {
     "time_s": 20.0, "time_per_epoch_s": 10.0, "non_padding_tokens_per_s": 5e3,
@@ -35,7 +36,20 @@ CERTIFICATE = {
 }  # fmt: skip
 
 
-def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, **changes) -> record.Record:
+def places(labels, blocks) -> dict[tuple[str, int], int]:
+    """Where each of a study's runs stands in its block: (label, block) to position, as `lib.study.plan` orders them."""
+    others, found = [label for label in labels if label != attention.CONTROL], {}
+    for block, order in enumerate(plan.orders(len(others), blocks)):
+        names = [others[which] for which in order]
+        if attention.CONTROL in labels:
+            names.insert(block % len(labels), attention.CONTROL)
+        found |= {(name, block): position for position, name in enumerate(names)}
+    return found
+
+
+def make_record(
+    label="sdpa", block=0, session="s1", certified=True, setting="0" * 8, position=0, validation=None, **changes
+) -> record.Record:
     """A record whose metrics are `METRICS` with `changes`; what is None has a reason."""
     metrics = METRICS | {name: value for name, value in changes.items() if name in METRICS}
     others = {name: value for name, value in changes.items() if name not in METRICS}
@@ -55,7 +69,7 @@ def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0"
         "paper": "a paper",
         "setting": setting,
         "parameters": PARAMETERS | {"seed": block},
-        "study": {"session": session, "block": block, "position": 0} if session else {},
+        "study": {"session": session, "block": block, "position": position} if session else {},
         "environment": {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-1"}},
         "data": {},
         "certificate": CERTIFICATE | {"causal": certified, "passed": certified},
@@ -63,7 +77,7 @@ def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0"
         "metrics": metrics,
         "series": {
             "train_loss": [6.0, 5.5, 5.2, 5.0], "non_padding_tokens": [64, 128, 192, 256],
-            "validation": [{"non_padding_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
+            "validation": validation or [{"non_padding_tokens": 0, "loss": 6.0}, end], "epoch_time_s": [10.0, 10.0],
             "epoch_energy_j": [], "log": [{"step": 4, "time_s": 20.0, "energy_j": metrics["energy_j"]}],
             "power_time_s": [10.0], "power_w": [200.0],
             "inference": [{"context": context} | latency for context in (8, 16)], "phases": [], "slope": None,
@@ -75,9 +89,17 @@ def make_record(label="sdpa", block=0, session="s1", certified=True, setting="0"
 
 
 def write_blocks(folder, labels=("baseline", "sdpa", "sdpa_again"), blocks=1, **changes):
-    for block in range(blocks):
-        for label in labels:
-            record.write(make_record(label, block, **changes), folder)
+    for (label, block), position in places(labels, blocks).items():
+        record.write(make_record(label, block, position=position, **changes), folder)
+
+
+def learning(end=5.0, validations=8, tokens=256):
+    """Validations that fall from 8 to `end`, of repeated bigrams too."""
+    points = [(tokens * n // validations, end + (8 - end) * (1 - n / validations) ** 2) for n in range(validations + 1)]
+    return [
+        {"non_padding_tokens": seen, "loss": loss, "repeated_bigram_loss": loss - 1, "other_loss": loss + 0.5}
+        for seen, loss in points
+    ]
 
 
 def fill(disk):

@@ -53,6 +53,19 @@ def test_the_table_and_the_record_say_what_was_measured(benchmark, tmp_path):
     assert list(table["best reference implementation"]) == ["theirs", "–", "theirs", "–", "theirs", "none ran"]
 
 
+def test_beside_the_ratios_stands_how_many_rounds_they_rest_on_and_what_no_difference_looked_like(benchmark):
+    assert benchmarks.caution(benchmark).startswith("n = 1 to 2 rounds, each ratio by itself: no correction")
+    assert benchmarks.caution(benchmark).endswith("no A/A control: noise unknown")
+    del benchmark.times_ms[8192]["short"]
+    benchmark.times_ms[512]["mine, again (A/A)"] = [8.4, 12.6]  # medians 10.5 and 10.5
+    benchmark.times_ms[8192]["mine, again (A/A)"] = [48.0 * 1.02, 96.0 * 1.02]
+    assert benchmarks.caution(benchmark).startswith("n = 2 rounds")
+    assert benchmarks.caution(benchmark).endswith("a variant beside itself: 1.000 to 1.020")
+    assert "mine, again (A/A)" in list(benchmarks.times(benchmark)["turn"])
+    benchmark.out_of_memory[2048]["mine, again (A/A)"] = "no room"  # a control is no reference implementation
+    assert list(benchmarks.missing(benchmark)["implementation"]) == []
+
+
 def test_what_has_no_number_is_in_the_tables_with_its_reason(benchmark):
     benchmark.out_of_memory[512]["theirs"] = "no room either"
     found = benchmark.model_copy(update={"absent": {"absent": "no wheel"}})
@@ -68,6 +81,7 @@ def test_turns_are_paired_by_their_round():
     middle, half = math.sqrt(0.875 * 1.75), math.exp(math.log(2) / 2 * 12.7062)
     assert benchmarks.paired([7.0, 14.0], [8.0, 8.0]) == f"{middle:.2f} [{middle / half:.2f}, {middle * half:.2f}]"
     assert benchmarks.paired([7.0], [8.0]) == "0.88"
+    assert benchmarks.paired([7.0, 14.0], [8.0, 16.0]) == "0.88 [0.88, 0.88]"
 
 
 def test_a_step_s_table_begins_with_the_quickest(benchmark):
@@ -118,6 +132,8 @@ def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_pat
     torch.set_rng_state(state)
     found = record.read_checked(Benchmark, out)
     assert "1 thread, fp32; transformers 5" in benchmarks.title(found)
+    assert all(f"{name}, again (A/A)" in found.times_ms[128] for name in ("sdpa", "gqa", "lsh", "mla"))
+    assert "a variant beside itself:" in benchmarks.title(found)
     assert "no_such_peer" in found.absent["nowhere"] and "transformers" in found.versions
     best = dict(
         zip(*(benchmarks.table(found)[column] for column in ("variant", "best reference implementation")), strict=True)

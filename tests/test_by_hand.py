@@ -10,6 +10,7 @@ import time
 import psutil
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import attention
 from lib.measure import assemble, energy, flops, inference
@@ -254,7 +255,7 @@ def test_every_decoding_starts_from_the_prompt_s_own_cache(metered, monkeypatch)
 
 @pytest.mark.parametrize(
     ("window_s", "others", "reason"),
-    [(0.0, 0, "not_asked_for"), (5.0, 0, "window_too_short"), (12.0, 2, "foreign_process")],
+    [(0.0, 0, "not_asked_for"), (1.0, 0, "window_too_short"), (12.0, 2, "foreign_process")],
 )
 def test_joules_that_cannot_be_had_are_null_with_the_reason(metered, monkeypatch, window_s, others, reason):
     monkeypatch.setattr(instruments.energy, "foreign_processes", lambda _: others)
@@ -268,3 +269,67 @@ def test_nothing_is_repeated_where_nothing_counts():
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     (row,) = inference.joules(model, [8], new_tokens=4, window_s=60.0, autocast=fp32)
     assert row["energy_null_reason"] == "no_gpu" and len(calls) == 1
+
+
+MOVING = {"cat", "stack", "copy_", "clone", "_to_copy", "index_select", "repeat", "constant_pad_nd", "roll"}
+
+
+class Moved(TorchDispatchMode):
+    """Bytes that operators which only move what they are given have written."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        if function._overloadpacket.__name__ in MOVING:
+            moved = args[1] if function._overloadpacket.__name__ == "copy_" else out
+            self.bytes += moved.numel() * moved.element_size()
+        return out
+
+
+@torch.no_grad()
+def moved_by_a_token(model, cache, context):
+    out = model(torch.arange(context)[None] % 50, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    with Moved() as moved:
+        inference._decode(model, out, 1)
+    return moved.bytes
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_no_operator_but_attention_moves_the_cache_while_decoding_is_timed(name):
+    """Far beyond every window and bucket, so that what does not grow with the context is the same at both lengths."""
+    model = build_model(name, gpt2_config(2, 32, 4, 600, 50)).eval()
+    by_context = [moved_by_a_token(model, inference.roomy_cache(model, 600), context) for context in (300, 500)]
+    assert by_context[0] == by_context[1]
+
+
+def test_a_cache_that_joins_its_tokens_anew_is_seen_to_move_them():
+    model = build_model("sdpa", gpt2_config(2, 32, 4, 600, 50)).eval()
+    by_context = [moved_by_a_token(model, model.new_cache(), context) for context in (300, 500)]
+    assert by_context[1] - by_context[0] == 2 * 2 * 32 * 4 * 200  # keys and values of two layers
+
+
+@pytest.mark.parametrize("name", attention.variants())
+@torch.no_grad()
+def test_a_roomy_cache_holds_what_the_variant_s_own_does_and_branches(name):
+    torch.manual_seed(0)
+    model = build_model(name, gpt2_config(2, 32, 4, 64, 50)).eval()
+    ids = torch.randint(0, 50, (2, 40))
+    cache = inference.roomy_cache(model, 38)  # less than comes: it grows beyond as any other
+    for part in (ids[:, :20], *ids[:, 20:30].split(1, dim=1)):
+        model(part, past_key_values=cache, use_cache=True)
+    branch = inference.branched(cache)
+    other = model((ids[:, 30:] + 1) % 50, past_key_values=branch, use_cache=True).logits
+    for part in (ids[:, 30:37], *ids[:, 37:].split(1, dim=1)):
+        last = model(part, past_key_values=cache, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(last, model(ids).logits[:, -1], rtol=1e-4, atol=1e-5)
+    twice = inference.roomy_cache(model, 64)
+    model(ids[:, :39], past_key_values=twice, use_cache=True)
+    twice.reorder_cache(torch.tensor([1, 0]))
+    swapped = model(ids[[1, 0], 39:], past_key_values=twice, use_cache=True).logits[:, -1]
+    torch.testing.assert_close(swapped, last[[1, 0]], rtol=1e-4, atol=1e-5)
+    expected = model(torch.cat([ids[:, :30], (ids[:, 30:] + 1) % 50], dim=1)).logits[:, 30:]
+    torch.testing.assert_close(other, expected, rtol=1e-4, atol=1e-5)
+    assert inference.cache_bytes(cache) == sum(block.attn.cache_bytes(40, 4) * 2 for block in model.transformer.h)

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from make import make_record
+from make import make_record, places
 from scipy import stats
 
 from lib import record
-from lib.analysis import compare
+from lib.analysis import compare, paired, tables, target
 from lib.errors import UsageError
 from lib.study import plan
 
@@ -23,12 +23,17 @@ def read(tmp_path, records):
 
 def blocks(ratio_of, count=8, spread=0.0, **changes):
     """`count` blocks in which each label takes its ratio of sdpa's time; the blocks themselves differ a lot."""
-    random = np.random.default_rng(0)
-    return [
-        make_record(label, block, time_s=20.0 * (1 + block) * ratio * math.exp(spread * random.normal()), **changes)
-        for block in range(count)
-        for label, ratio in ratio_of.items()
-    ]
+    random, where = np.random.default_rng(0), places(ratio_of, count)
+
+    def one(label, block):
+        time_s = 20.0 * (1 + block) * ratio_of[label] * math.exp(spread * random.normal())
+        return make_record(label, block, time_s=time_s, position=where[label, block], **changes)
+
+    return [one(label, block) for block in range(count) for label in ratio_of]
+
+
+def wide(runs):
+    return runs.pivot(index="block", columns="label", values="time_s")
 
 
 def test_ratios_are_taken_inside_blocks_so_drift_between_them_cancels(tmp_path):
@@ -38,16 +43,45 @@ def test_ratios_are_taken_inside_blocks_so_drift_between_them_cancels(tmp_path):
     assert table.loc["sdpa", "verdict"] == "the reference"
 
 
-def test_the_interval_is_the_paired_t_s_and_the_verdict_follows_it(tmp_path):
+def test_the_interval_is_that_of_the_least_squares_with_block_variant_and_place(tmp_path):
+    """The point estimate against statsmodels; with one variant and sdpa alone the interval's too, exactly."""
+    import statsmodels.formula.api as smf
+
+    for labels in ({"sdpa": 1.0, "gqa": 1.02}, {"sdpa": 1.0, "baseline": 1.5, "sdpa_again": 1.0, "gqa": 1.01}):
+        runs = read(tmp_path / str(len(labels)), blocks(labels, count=7, spread=0.004))
+        fit = smf.ols("np.log(time_s) ~ C(label, Treatment('sdpa')) + C(block) + C(position)", runs).fit()
+        table = compare.ratios(runs, "time_s").set_index("label")
+        for label in set(labels) - {"sdpa"}:
+            term = f"C(label, Treatment('sdpa'))[T.{label}]"
+            assert math.log(table.loc[label, "ratio"]) == pytest.approx(fit.params[term])
+            if len(labels) == 2:
+                ends = np.log(table.loc[label, ["low", "high"]].astype(float))
+                assert list(ends) == pytest.approx(list(fit.conf_int().loc[term]))
+
+
+def test_the_verdict_follows_the_interval(tmp_path):
     runs = read(tmp_path, blocks({"sdpa": 1.0, "baseline": 1.5, "sdpa_again": 1.0, "gqa": 1.01}, spread=0.004))
-    wide = runs.pivot(index="block", columns="label", values="time_s")
-    logs = np.log(wide["baseline"] / wide["sdpa"])
-    half = stats.t.ppf(0.975, 7) * logs.std(ddof=1) / math.sqrt(8)
     table = compare.ratios(runs, "time_s").set_index("label")
-    found = table.loc["baseline"]
-    assert (found["low"], found["high"]) == pytest.approx((math.exp(logs.mean() - half), math.exp(logs.mean() + half)))
-    assert found["verdict"] == "significantly different"
+    assert table.loc["baseline", "verdict"] == "significantly different" and table.loc["baseline", "low"] > 1.4
     assert table.loc["sdpa_again", "verdict"] == "equivalent within 2 %"
+
+
+def test_an_order_that_confounds_place_and_variant_gives_points(tmp_path):
+    made = blocks({"sdpa": 1.0, "gqa": 1.5}, count=6, spread=0.01)
+
+    def placed(position_of):
+        studies = [one.study.model_copy(update={"position": position_of(one.label)}) for one in made]
+        return [one.model_copy(update={"study": study}) for one, study in zip(made, studies, strict=True)]
+
+    always, unknown = placed(lambda label: int(label == "gqa")), placed(lambda label: 0)
+    said_of = {"place and variant not told apart": always, "order unknown": unknown}
+    for what, changed in said_of.items():
+        said = f"n = 6, {what}"
+        runs = read(tmp_path / what, changed)
+        found = compare.ratios(runs, "time_s").set_index("label").loc["gqa"]
+        assert found["verdict"] == said and pd.isna(found["low"]) and found["ratio"] == pytest.approx(1.5, rel=0.02)
+        assert set(tables.ranking(runs)["rank"]) <= {"–", "1–2"}
+    assert "not in which order" in compare.about_blocks(runs) and compare.ranks(runs, "time_s") == {}
 
 
 def test_a_wide_spread_is_undecided_and_few_blocks_get_no_verdict(tmp_path):
@@ -58,14 +92,20 @@ def test_a_wide_spread_is_undecided_and_few_blocks_get_no_verdict(tmp_path):
     assert table.loc["gqa", "verdict"] == "n = 4" and table["low"].isna().all()
 
 
+def raw_p(runs, label):
+    labels = sorted(set(runs["label"]))
+    order = runs.pivot(index="block", columns="label", values="position")[labels]
+    effects = paired.PlaceEffects(order.to_numpy())
+    return float(paired.compared(np.log(wide(runs)[labels]), effects, labels.index(label), labels.index("sdpa")).p)
+
+
 def test_holm_counts_all_comparisons(tmp_path):
     ratio_of = {"sdpa": 1.0} | {f"variant_{n}": 1.0 for n in range(6)}
     runs = read(tmp_path, blocks(ratio_of, spread=0.01))
-    wide = runs.pivot(index="block", columns="label", values="time_s")
-    raw = {n: stats.ttest_1samp(np.log(wide[n] / wide["sdpa"]), 0).pvalue for n in ratio_of if n != "sdpa"}
-    smallest = min(raw, key=raw.get)
+    raw = {label: raw_p(runs, label) for label in ratio_of if label != "sdpa"}
+    least = min(raw, key=raw.get)
     adjusted = compare.ratios(runs, "time_s").set_index("label")["p"]
-    assert adjusted[smallest] == pytest.approx(min(1.0, raw[smallest] * 6))
+    assert adjusted[least] == pytest.approx(min(1.0, raw[least] * 6))
 
 
 def test_a_torn_block_does_not_count(tmp_path):
@@ -112,11 +152,13 @@ def test_the_control_and_the_uncertified_are_not_of_holm_s_family(tmp_path):
     made = blocks(ratio_of, spread=0.01)
     leaks = [one for one in made if one.label == "aleak"]
     made = [one for one in made if one.label != "aleak"]
-    made += [make_record("aleak", one.study.block, certified=False, time_s=one.metrics.time_s) for one in leaks]
+    made += [
+        make_record("aleak", one.study.block, certified=False, time_s=one.metrics.time_s, position=one.study.position)
+        for one in leaks
+    ]
     runs = read(tmp_path, made)
     table = compare.ratios(runs, "time_s").set_index("label")
-    wide = runs.pivot(index="block", columns="label", values="time_s")
-    raw = {n: stats.ttest_1samp(np.log(wide[n] / wide["sdpa"]), 0).pvalue for n in ratio_of if n != "sdpa"}
+    raw = {label: raw_p(runs, label) for label in ratio_of if label != "sdpa"}
     assert table.loc["sdpa_again", "p"] == pytest.approx(raw["sdpa_again"])
     assert min(table.loc[["gqa", "mla"], "p"]) == pytest.approx(min(1, 2 * min(raw["gqa"], raw["mla"])))
     assert pd.isna(table.loc["aleak", "p"]) and table.loc["aleak", "verdict"] == "fails its certificate"
@@ -129,9 +171,8 @@ def test_a_count_that_is_the_same_in_every_block_needs_no_spread(tmp_path):
     table = compare.ratios(runs, "parameters").set_index("label")
     assert list(table.loc["gqa", ["ratio", "low", "high"]]) == pytest.approx([1.5] * 3)
     assert table.loc["gqa", "verdict"] == "significantly different"
-    assert (
-        compare.ratios(runs, "forward_flops_causal").set_index("label").loc["gqa", "verdict"] == "equivalent within 2 %"
-    )
+    same = compare.ratios(runs, "forward_flops_causal").set_index("label")
+    assert same.loc["gqa", "verdict"] == "equivalent within 2 %"
 
 
 def test_a_metric_that_is_missing_on_one_side_or_zero_takes_its_block_out(tmp_path):
@@ -184,7 +225,8 @@ def test_blocks_are_balanced_after_whole_williams_squares_alone(labels, tmp_path
         runs = pd.DataFrame(runs).assign(device_name="a GPU", gpu_uuid="GPU-1")
         assert compare.balanced(runs) is expected
         said = compare.about_blocks(runs)
-        assert said.startswith(f"{count} whole blocks") and ("not balanced" in said) is not expected
+        assert said.startswith(f"{count} whole blocks")
+        assert count < 5 or ("not balanced" in said) is not expected
     alphabetical = runs.assign(position=runs.groupby("block")["label"].rank().astype(int) - 1)
     assert not compare.balanced(alphabetical)
     rotated = [(block, place, names[(block + place) % labels]) for block in range(labels) for place in range(labels)]
@@ -194,72 +236,253 @@ def test_blocks_are_balanced_after_whole_williams_squares_alone(labels, tmp_path
     assert not compare.balanced(pd.concat([runs, rotated]))  # all neighbours, some more often
 
 
-def curve(label, losses, block=0, tokens=(0, 100, 200, 400), **changes):
-    """A run of three epochs of ten steps that took 10, 20 and 40 s and 100, 300 and 500 J."""
-    seen = [int(n) for n in np.interp(np.arange(1, 31), [0, 10, 20, 30], tokens)]
+def test_a_drift_within_blocks_falls_on_no_variant(tmp_path):
+    made = []
+    for one in blocks({"sdpa": 1.0, "gqa": 1.0, "mla": 1.0, "sdpa_again": 1.0}, count=5, spread=0.001):
+        slower = one.metrics.time_s * 1.03**one.study.position
+        made.append(make_record(one.label, one.study.block, time_s=slower, position=one.study.position))
+    runs = read(tmp_path, made)
+    assert compare.ratios(runs, "time_s").set_index("label")["ratio"].to_numpy() == pytest.approx(1.0, abs=0.003)
+
+
+RANKED = {"sdpa": 1.0, "sdpa_again": 1.0, "gqa": 1.03, "mla": 1.03, "lsh": 2.0}
+
+
+def test_ranks_are_paired_shared_and_not_given_to_the_control(tmp_path):
+    """gqa is 3 % slower in every block, and missing from the slowest: its plain mean is by far the smallest."""
+    made = [one for one in blocks(RANKED, count=9, spread=0.002) if (one.label, one.study.block) != ("gqa", 8)]
+    runs = read(tmp_path, made)
+    assert runs.groupby("label")["time_s"].mean().idxmin() == "gqa"
+    assert compare.ranks(runs, "time_s") == {"sdpa": (1, 1), "gqa": (2, 3), "mla": (2, 3), "lsh": (4, 4)}
+    runs["time_per_epoch_s"] = runs["time_s"]
+    table = tables.ranking(runs).set_index("variant")
+    assert table["rank"].to_dict() == {"sdpa": "1", "gqa": "2–3", "mla": "2–3", "lsh": "4", "sdpa_again": "–"}
+    seconds = table["s per epoch"].str.replace(",", "").astype(float)
+    assert seconds["gqa"] > seconds["sdpa"]
+
+
+def test_what_was_not_measured_in_the_slowest_block_is_not_ranked_before_what_was(tmp_path):
+    """The same where the block is whole, and one number of it missing."""
+    made = blocks({"sdpa": 1.0, "gqa": 1.03, "mla": 0.8}, count=8, spread=0.002)
+    runs = read(tmp_path, made)
+    runs.loc[(runs["label"] == "gqa") & (runs["block"] == 7), "time_s"] = np.nan
+    assert compare.ranks(runs, "time_s") == {"mla": (1, 1), "sdpa": (2, 2), "gqa": (3, 3)}
+    found = compare.ratios(runs, "time_s").set_index("label")
+    assert found.loc["gqa", "n"] == 7 and found.loc["gqa", "level"] > found.loc["sdpa", "level"]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_below_five_blocks_nothing_is_ranked(count, tmp_path):
+    runs = read(tmp_path, blocks(RANKED, count=count))
+    assert compare.ranks(runs, "time_s") == {} and set(tables.ranking(runs)["rank"]) == {"–"}
+    assert "no interval, no verdict, no rank" in compare.about_blocks(runs)
+    order = list(tables.ranking(runs)["variant"])
+    assert order == ["sdpa", "sdpa_again", "gqa", "lsh", "mla"]  # the study's, whatever they cost
+
+
+def test_what_follows_from_two_sure_differences_is_sure_and_no_circle_ranks():
+    assert paired.rank_ranges("abcd", [("a", "b"), ("b", "c")]) == {"a": (1, 2), "b": (2, 3), "c": (3, 4), "d": (1, 4)}
+    assert paired.rank_ranges("abc", [("a", "b"), ("b", "a"), ("b", "c"), ("a", "c")]) == {
+        "a": (1, 2), "b": (1, 2), "c": (3, 3),
+    }  # fmt: skip
+    assert paired.rank_ranges("ab", []) == {"a": (1, 2), "b": (1, 2)}
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_the_noise_of_a_metric_is_what_the_control_differs_by_in_that_metric(count, tmp_path):
+    random = np.random.default_rng(1)
+    runs = read(tmp_path, blocks({"sdpa": 1.0, "sdpa_again": 1.0, "gqa": 2.0}, count=count, spread=0.01))
+    again = runs["label"] == "sdpa_again"
+    runs["validation_loss"] = 5.0 + again * (0.02 + 0.001 * random.normal(size=len(runs)))
+    runs["decode_latency_s_per_token"] = np.where(again, 0.77, 1.0)
+    time, loss, decode = (compare.noise(runs, of) for of in ("time_s", "validation_loss", "decode_latency_s_per_token"))
+    assert time.n == loss.n == count and decode.estimate == pytest.approx(0.77)
+    assert loss.estimate == pytest.approx(0.02, abs=0.002) and abs(math.log(time.estimate)) < 0.03
+    if count == 1:
+        assert time.low is time.high is loss.low is None
+    else:
+        assert time.low < time.estimate < time.high and loss.low < 0.02 < loss.high
+    assert (
+        compare.noise(runs[~again], "time_s") is None
+        and compare.noise(runs.assign(energy_j=np.nan), "energy_j") is None
+    )
+
+
+def test_a_loss_has_its_verdict_by_its_difference_in_nats(tmp_path):
+    random = np.random.default_rng(2)
+    gaps = {"sdpa": 0.0, "sdpa_again": 0.0, "gqa": 0.1, "mla": 0.0005}
+    runs = read(tmp_path, blocks(gaps | dict.fromkeys(gaps, 1.0), count=8))
+    runs["validation_loss"] = 4.0 + runs["block"] / 10 + runs["label"].map(gaps) + 0.002 * random.normal(size=len(runs))
+    found = compare.differences(runs).set_index("label")
+    losses = runs.pivot(index="block", columns="label", values="validation_loss")
+    test = stats.ttest_1samp(losses["gqa"] - losses["sdpa"], 0)
+    assert found.loc["gqa", "difference"] == pytest.approx((losses["gqa"] - losses["sdpa"]).mean())
+    assert list(found.loc["gqa", ["low", "high"]]) == pytest.approx(list(test.confidence_interval()))
+    assert found["verdict"].to_dict() == {
+        "sdpa": "the reference", "sdpa_again": "equivalent within 0.02 nats", "gqa": "significantly different",
+        "mla": "equivalent within 0.02 nats",
+    }  # fmt: skip
+    table = tables.ranking(runs).set_index("variant")
+    assert (
+        table.loc["gqa", "loss − SDPA's, nats"].startswith("+0.1") and "p = " in table.loc["gqa", "verdict on the loss"]
+    )
+
+
+def test_flags_are_counted_and_the_table_is_made_again_without_what_they_spoil(tmp_path):
+    made = blocks({"sdpa": 1.0, "gqa": 1.5, "mla": 1.2}, count=8, spread=0.001)
+    flag = {
+        "flags": ["counter"],
+        "checks": [{"check": "counter", "value": 1.0, "limit": 0.5, "verdict": "flagged", "says": "s"}],
+    }
+    spoilt = [
+        make_record("gqa", one.study.block, time_s=10 * one.metrics.time_s, position=one.study.position, **flag)
+        if (one.label, one.study.block) == ("gqa", 3) else one
+        for one in made
+    ]  # fmt: skip
+    runs = read(tmp_path, spoilt)
+    runs["time_per_epoch_s"] = runs["time_s"]
+    table, without = (of(runs).set_index("variant") for of in (tables.ranking, tables.without_flagged))
+    assert table["flagged"].to_dict() == {"sdpa": "0 of 8", "gqa": "1 of 8", "mla": "0 of 8"}
+    assert float(table.loc["gqa", "ratio to SDPA"].split()[0]) > 1.8 and without.loc["gqa", "ratio to SDPA"].startswith(
+        "1.50"
+    )
+    assert without.loc["gqa", "n"] == "7" and without.loc["mla", "n"] == "8"
+    assert "No run is flagged" in tables.without_flagged(read(tmp_path / "clean", made))
+
+
+def curve(label, losses, block=0, tokens=None, **changes):
+    """A run of ten steps an epoch; epochs take 10, 20, 30... s and 100, 200, 300... J."""
+    epochs = len(losses) - 1
+    tokens = tokens or (0, *(100 * 2**epoch for epoch in range(epochs)))
+    seen = [int(n) for n in np.interp(np.arange(1, 10 * epochs + 1), np.arange(0, 10 * epochs + 1, 10), tokens)]
     series = {
-        "train_loss": [5.0] * 30, "non_padding_tokens": seen, "epoch_time_s": [10.0, 20.0, 40.0], "inference": [],
-        "log": [], "power_time_s": [], "power_w": [], "phases": [], "slope": None,
-        "epoch_energy_j": [] if changes.get("energy_j", 1) is None else [100.0, 300.0, 500.0],
+        "train_loss": [5.0] * len(seen), "non_padding_tokens": seen, "inference": [], "log": [], "power_time_s": [],
+        "power_w": [], "phases": [], "slope": None,
+        "epoch_time_s": [10.0 * (1 + epoch) for epoch in range(epochs)],
+        "epoch_energy_j": [] if changes.get("energy_j", 1) is None else [100.0 * (1 + n) for n in range(epochs)],
         "validation": [{"non_padding_tokens": n, "loss": loss} for n, loss in zip(tokens, losses, strict=True)],
     }  # fmt: skip
     return make_record(label, block, series=series, validation_loss=losses[-1], **changes)
 
 
-def test_cost_to_target_is_interpolated_in_log_tokens_and_read_off_the_run_s_own_epochs(tmp_path):
-    runs = read(tmp_path, [curve("sdpa", [6.0, 5.0, 4.5, 4.0]), curve("gqa", [6.0, 5.0, 4.2, 3.8])])
-    found = compare.to_target(runs).set_index("label")
-    assert list(found.loc["sdpa", ["tokens", "time_s", "energy_j"]]) == [400, 70, 900]
-    # Half way down from 4.2 to 3.8, so half way from 200 to 400 in the logarithm: at 283 tokens of epoch 3, 200 long.
-    tokens = 200 * math.sqrt(2)
-    share = (tokens - 200) / 200
+FALLING = [9.0, 8.0, 7.0, 6.0, 5.0, 4.5, 4.2, 4.0, 3.9]  # at 0, 100, 200, ... 12,800 tokens
+
+
+def test_the_target_is_passed_well_before_the_end_and_reached_in_log_tokens(tmp_path):
+    faster = [9.0, 7.0, 6.0, 5.0, 4.0, 3.8, 3.6, 3.5, 3.4]
+    runs = read(tmp_path, [curve("sdpa", FALLING), curve("gqa", faster)])
+    found = target.to_target(runs).set_index("label")
+    # At two thirds of 12,800 tokens sdpa is at 4.0 - 0.1 log2(8,533 / 6,400) nats.
+    goal = 4.0 - 0.1 * math.log2(4 / 3)
+    assert found["target"].to_numpy() == pytest.approx(goal) and found.loc["sdpa", "tokens"] == pytest.approx(
+        12800 * 2 / 3
+    )
+    # gqa is at 4.0 at 800 tokens and at 3.8 at 1,600; its fifth epoch has 800 tokens.
+    tokens = 800 * 2 ** ((4.0 - goal) / 0.2)
     assert found.loc["gqa", "tokens"] == pytest.approx(tokens)
-    assert found.loc["gqa", "time_s"] == pytest.approx(30 + share * 40)
-    assert found.loc["gqa", "energy_j"] == pytest.approx(400 + share * 500)
-    assert found.loc["gqa", "energy_j_ratio"] == pytest.approx((400 + share * 500) / 900)
+    share = (tokens - 800) / 800
+    assert found.loc["gqa", "time_s"] == pytest.approx(100 + share * 50, rel=1e-3)
+    assert found.loc["gqa", "energy_j"] == pytest.approx(1000 + share * 500, rel=1e-3)
+    assert found.loc["gqa", "time_s_ratio"] == pytest.approx(found.loc["gqa", "time_s"] / found.loc["sdpa", "time_s"])
     assert found["censored"].isna().all() and found["reason"].isna().all()
+
+
+def test_a_target_is_reached_within_what_the_control_differs_by(tmp_path):
+    again = [loss + (0.02 if index % 2 else -0.02) for index, loss in enumerate(FALLING)]
+    close = [*FALLING[:-3], 4.1, 4.0, 3.97]  # never quite there
+    made = [curve("sdpa", FALLING), curve("sdpa_again", again), curve("gqa", close)]
+    runs = read(tmp_path / "with", made)
+    assert target.tolerance(runs) == pytest.approx(0.02)
+    assert target.to_target(runs).set_index("label")["censored"].isna().all()
+    assert "within 0.020 nats" in target.rule(runs)
+    alone = read(tmp_path / "without", [made[0], made[2]])
+    assert target.tolerance(alone) == 0 and "no A/A control" in target.rule(alone)
+    assert target.to_target(alone).set_index("label").loc["gqa", "censored"] == ">"
+
+
+def test_a_lucky_validation_does_not_reach_a_target(tmp_path):
+    lucky = [9.0, 8.0, 3.0, 6.5, 6.0, 5.5, 5.0, 4.6, 4.5]
+    runs = read(tmp_path, [curve("sdpa", FALLING), curve("gqa", lucky)])
+    assert target.to_target(runs).set_index("label").loc["gqa", "censored"] == ">"
+
+
+@pytest.mark.parametrize("epochs", [1, 7])
+def test_too_few_validations_are_no_curve(epochs, tmp_path):
+    runs = read(tmp_path, [curve(label, FALLING[: epochs + 1]) for label in ("sdpa", "sdpa_again", "gqa")])
+    found = target.to_target(runs)
+    assert set(found["reason"]) == {f"not enough validations: raise epochs ({epochs}, at least 8 are needed)"}
+    assert found[["tokens", "time_s", "energy_j"]].isna().all(axis=None)
 
 
 def test_what_is_not_reached_reached_at_once_or_refused_says_so(tmp_path):
     runs = read(
         tmp_path,
         [
-            curve("sdpa", [6.0, 5.0, 4.5, 4.0]),
-            curve("lsh", [6.0, 5.0, 4.4, 4.3]),
-            curve("mla", [6.0, 3.9, 3.5, 3.2]),
-            curve("aleak", [6.0, 2.0, 1.0, 0.5], certified=False),
-            curve("gqa", [6.0, 5.0, 4.0, 3.9], energy_j=None),
-            curve("linear", [3.0, 2.9, 2.8, 2.7]),
+            curve("sdpa", FALLING),
+            curve("lsh", [*FALLING[:-3], 4.4, 4.35, 4.3]),
+            curve("mla", [6.0, *(3.9 - n / 10 for n in range(8))]),
+            curve("aleak", [6.0, *(2.0 - n / 10 for n in range(8))], certified=False),
+            curve("gqa", FALLING, energy_j=None),
         ],
     )
-    found = compare.to_target(runs).set_index("label")
-    assert list(found.loc["lsh", ["censored", "tokens", "time_s", "energy_j"]]) == [">", 400, 70, 900]
-    assert found.loc["lsh", "gap_nats"] == pytest.approx(0.3)
-    assert list(found.loc["mla", ["censored", "tokens", "time_s", "energy_j"]]) == ["<", 100, 10, 100]
+    found = target.to_target(runs).set_index("label")
+    assert found.loc["lsh", "censored"] == ">" and found.loc["mla", "censored"] == "<"
+    spent = ["tokens", "time_s", "energy_j"]
+    assert list(found.loc["lsh", spent]) == pytest.approx([12800, 360, 3600])
+    assert list(found.loc["mla", spent]) == pytest.approx([100, 10, 100])
+    assert found.loc["lsh", "gap_nats"] == pytest.approx(4.3 - found.loc["lsh", "target"])
     assert found.loc["aleak", ["tokens", "time_s", "energy_j"]].isna().all()
     assert found.loc["aleak", "reason"] == "fails its certificate"
-    assert found.loc["gqa", "time_s"] == 30 and pd.isna(found.loc["gqa", "energy_j"])
+    assert found.loc["gqa", "time_s"] > 0 and pd.isna(found.loc["gqa", "energy_j"])
     assert found.loc["gqa", "reason"] == "the run used no GPU"
-    assert pd.isna(found.loc["linear", "tokens"]) and "without training" in found.loc["linear", "reason"]
 
 
 def test_a_summary_with_a_censored_block_has_a_bound_and_no_interval(tmp_path):
-    made = []
+    made, labels = [], ("sdpa", "gqa", "lsh", "mla")
+    where = places(labels, 6)
     for block in range(6):
-        made += [curve("sdpa", [6.0, 5.0, 4.5, 4.0], block), curve("gqa", [6.0, 5.0, 4.2, 3.8 - block / 100], block)]
-        made += [curve("lsh", [6.0, 5.0, 4.2, 3.8 if block else 4.1], block)]
-        made += [curve("mla", [6.0, 3.9 if block else 5.0, 4.2, 4.1], block)]
-    table = compare.to_target(read(tmp_path, made))
-    found = compare.target_summary(table).set_index("label")
+        slow, fast = [*FALLING[:-3], 4.4, 4.35, 4.3], [6.0, *(3.9 - n / 10 for n in range(8))]
+        losses = {
+            "sdpa": FALLING, "gqa": [loss - 0.3 - block / 100 for loss in FALLING], "lsh": FALLING if block else slow,
+            "mla": fast if block else slow,
+        }  # fmt: skip
+        made += [curve(label, losses[label], block, position=where[label, block]) for label in labels]
+    runs = read(tmp_path, made)
+    table, found = target.to_target(runs), target.summary(runs).set_index("label")
     gqa = table[table["label"] == "gqa"]
     assert found.loc["gqa", "time_s"] == pytest.approx(stats.gmean(gqa["time_s"]))
     assert found.loc["gqa", "energy_j_low"] < found.loc["gqa", "energy_j_ratio"] < found.loc["gqa", "energy_j_high"] < 1
     assert found.loc["gqa", ["n", "reached"]].tolist() == [6, 6] and pd.isna(found.loc["gqa", "censored"])
+    assert found.loc["gqa", "time_s_verdict"] == "significantly different"
     assert found.loc["lsh", ["censored", "reached"]].tolist() == [">", 5]
     assert found.loc["lsh", "energy_j"] == pytest.approx(stats.gmean(table[table["label"] == "lsh"]["energy_j"]))
     assert found.loc["lsh", ["time_s_low", "energy_j_low"]].isna().all()
     assert pd.isna(found.loc["mla", "time_s"]) and "not reached in some" in found.loc["mla", "reason"]
     assert found.loc["sdpa", "energy_j_ratio"] == 1 and pd.isna(found.loc["sdpa", "energy_j_low"])
+
+
+@pytest.mark.parametrize("shape", ["falling", "flat"])
+def test_the_control_s_cost_to_a_target_is_centred_on_1_and_has_no_bounds(shape):
+    """Curves with noise, over many blocks; of a flat one too, where reaching is all noise."""
+    random, rows = np.random.default_rng(0), []
+    tokens = 1000 * np.arange(1, 9)
+    mean = 3 + 4 * (tokens / 1000) ** -0.3 if shape == "falling" else 4 + 2 * np.exp(-tokens / 1000)
+    for block in range(150):
+        of_block = random.normal(0, 0.05)
+        for label in ("sdpa", "sdpa_again"):
+            losses = (mean + of_block + random.normal(0, 0.01, len(tokens))).tolist()
+            points = [{"non_padding_tokens": int(n), "loss": loss} for n, loss in zip(tokens, losses, strict=True)]
+            rows.append({"label": label, "block": block, "seed": block, "series_validation": points})
+    runs = pd.DataFrame(rows).assign(session="s", device_name="a GPU", gpu_uuid="GPU-1", certified=True, energy_j=None)
+    runs = runs.assign(series_epoch_time_s=[[1.0] * 8] * len(runs), series_epoch_energy_j=[[]] * len(runs))
+    runs = runs.assign(
+        series_non_padding_tokens=[list(range(100, 8001, 100))] * len(runs), null_reasons=[{}] * len(runs)
+    )
+    found = target.to_target(runs)
+    assert found["censored"].isna().all() and found["tokens"].notna().all()
+    logs = np.log(found.loc[found["label"] == "sdpa_again", "time_s_ratio"])
+    assert abs(logs.mean()) < 4 * logs.std() / math.sqrt(len(logs)) and 0.35 < (logs > 0).mean() < 0.65
+    assert found.loc[found["label"] == "sdpa", "tokens"].max() < 7900  # well before its end, in every block
 
 
 def test_the_pareto_front_holds_what_no_other_beats():

@@ -13,6 +13,7 @@ from lib.data import corpus
 from lib.measure import kernels
 from lib.measure.meter import REFUSED_DISAGREEMENT, Meter
 from lib.model import build_model, devices, gpt2_config
+from lib.study import steps as study
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda", 0)
@@ -115,6 +116,29 @@ def test_the_counter_agrees_with_the_power_trace(square):
     assert counted.reason is None and 20 < counted.joules / meter.window_s < 2000
     assert abs(meter.disagreement) < REFUSED_DISAGREEMENT
     assert meter.log()[-1]["time_s"] == pytest.approx(meter.window_s, abs=0.6) and meter.states[-1]["sm_clock_mhz"] > 0
+    assert len(meter.inside) > 20 and meter.utilization().joules > 0  # clock and heat, by a process of its own
+    print(f"after the window {meter.gpu_counter.after_w} W, taken off {meter.gpu_counter.edges_j} J")
+
+
+def test_turns_of_training_steps_are_measured_and_what_needs_the_gpu_alone_comes_back(tmp_path, monkeypatch):
+    tiny = {"layers": 2, "width": 64, "heads": 2, "vocabulary": 64, "rounds": 2, "window_s": 2.0, "device": "cuda"}
+    tiny |= {"variants": ["sdpa", "linear"], "sizes": [{"context": 64, "batch_size": 4}]}
+    prepare, tried = study.Bench.prepare, []
+
+    def hungry(bench, context, window_s):
+        tried.append(bench.entry.label)
+        if tried.count("linear") == 1 and bench.entry.label == "linear":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        prepare(bench, context, window_s)
+
+    monkeypatch.setattr(study.Bench, "prepare", hungry)
+    monkeypatch.setattr(study.Warmth, "rising", lambda self: False)
+    found = study.measure(study.Plan(**tiny), tmp_path / "steps.json")
+    turns = [turn for one in found.rounds for turn in one.turns]
+    assert [turn.label for turn in turns if turn.alone] == ["linear", "linear"]
+    assert all(turn.peak_memory_bytes > 0 and turn.time_s >= 1.8 for turn in turns)
+    assert all(turn.energy_j or turn.energy_null_reason for turn in turns)
+    assert 0 < found.busy["sdpa"][64] <= 1
 
 
 @every_variant

@@ -44,7 +44,7 @@ def measured(*moves, window_s=60.0):
     ("moves", "window_s", "expected"),
     [
         ((100.0, 50.0), 60.0, (150.0, None)),
-        ((100.0,), 9.9, (None, "window_too_short")),
+        ((100.0,), 1.9, (None, "window_too_short")),
         ((0.0, 0.0), 60.0, (None, "counter_zero")),
         ((None,), 60.0, (None, "counter_zero")),
         ((100.0, -3.0), 60.0, (None, "counter_reset")),

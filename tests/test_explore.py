@@ -1,9 +1,11 @@
 """What bench.ipynb shows is what the modules compute: maps, costs, options, models trained and written with."""
 
 import asyncio
+from itertools import pairwise
 from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -228,6 +230,84 @@ def test_models_trained_on_the_page_are_those_that_its_screens_then_use(monkeypa
     assert not torch.equal(model.lm_head.weight, start.lm_head.weight)
 
 
+def test_training_leaves_what_was_measured_and_examined_and_draws_anew_what_shows_a_model(monkeypatch):
+    monkeypatch.setitem(bench.LESSON, "steps_per_epoch", 2)
+    shared = bench.Bench("sliding_window", window=4)
+    screens = {
+        "map": shared.attention("a b c d"), "certificate": shared.certificate(), "costs": shared.costs(),
+        "measured": shared.measured(), "generation": shared.generation("Return the"),
+    }  # fmt: skip
+    for name in ("certificate", "measured", "generation"):
+        screens[name].page.value = f"<p>what {name} had shown</p>"
+    training = shared.training("linear")
+    training.controls["seconds"].value = 120
+    before = {name: screen.page.value for name, screen in screens.items()}
+    asyncio.run(training.work())
+    kept = {name for name, screen in screens.items() if screen.page.value == before[name]}
+    assert kept == {"certificate", "costs", "measured"} and "steps of training" in screens["map"].page.value
+
+
+class Clock:
+    """A clock that a layer's forward moves on by what it is to take, in seconds; notes who was timed."""
+
+    def __init__(self, monkeypatch, takes_s):
+        self.now_s, self.turns, self.takes_s = 0.0, [], takes_s
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now_s)
+        monkeypatch.setattr(bench, "_forward_backward_s", self.run)
+
+    def run(self, layer, hidden):
+        kind = type(layer).__module__.rpartition(".")[2]
+        self.turns.append(kind)
+        return self.takes_s(kind, len(self.turns))
+
+
+def test_what_is_measured_here_warms_up_takes_turns_and_shows_its_spread(monkeypatch):
+    monkeypatch.setattr(bench, "MEASURED_CONTEXTS", (64, 128))
+    slow = {1: 100.0, 2: 100.0, 3: 50.0}  # the first passes, which are not to count
+    clock = Clock(monkeypatch, lambda kind, turn: slow.get(turn, (2.0 if kind == "mla" else 1.0) * (1 + turn % 3 / 10)))
+    *_, last = bench.measured_pages(Choice("mla"), Choice("baseline"))
+    length = 2 * (bench.WARM_UPS + bench.ROUNDS)
+    assert len(clock.turns) == 2 * length
+    rounds = [tuple(clock.turns[at : at + 2]) for at in range(0, length, 2)]
+    assert set(rounds) == {("mla", "baseline"), ("baseline", "mla")} and bench.ROUNDS % 2 == 0
+    assert all(one != other for one, other in pairwise(rounds))
+    figure, said, table = last()
+    assert "Medians of 8 rounds in turns, after 2 to warm up" in said
+    row = table[(table["context"] == "64") & (table["variant"] == "baseline")].iloc[0]
+    median, low, high = (float(part) for part in row["ms"].replace("[", "").replace("]", "").replace("to", "").split())
+    assert low == 1000 and high == 1200 and low < median < high  # none of the first passes
+    ratio = row["mla takes of it, by round"]
+    assert ratio.startswith("2.") or ratio.startswith("1.9") or ratio.startswith("1.8")
+    assert len(figure.axes[0].collections) == 2  # the two bands
+
+
+def test_one_variant_beside_itself_is_measured_once(monkeypatch):
+    monkeypatch.setattr(bench, "MEASURED_CONTEXTS", (64,))
+    clock = Clock(monkeypatch, lambda kind, turn: 1.0)
+    *_, last = bench.measured_pages(Choice("baseline"), Choice("baseline"))
+    assert len(clock.turns) == bench.WARM_UPS + bench.ROUNDS and list(last()[2]["variant"]) == ["baseline"]
+
+
+def of_committed_files():
+    """The cells of explore.ipynb that committed files alone decide: what they show, and what is stored."""
+    shared = bench.Bench("sliding_window", window=4)
+    screens = {"shared.costs()": shared.costs, "shared.cost_by_context()": shared.cost_by_context}
+    screens |= {"records.records()": records.records, "records.lengths()": records.lengths}
+    cells = nbformat.read(paths.ROOT / "notebooks" / "explore.ipynb", as_version=4).cells
+    stored = {cell.source: cell for cell in cells if cell.source in screens}
+    return [(stored[source], screens[source]) for source in screens]
+
+
+@pytest.mark.parametrize("which", range(4), ids=["costs", "costs by context", "records", "lengths"])
+def test_the_stored_pages_of_explore_are_those_of_the_committed_files(which):
+    """`make refresh` stores them anew: their cells have no tag that keeps what was once stored."""
+    cell, screen = of_committed_files()[which]
+    assert not cell.metadata.get("tags")
+    (output,) = cell.outputs
+    stored = output.data["text/html"]
+    assert ("".join(stored) if isinstance(stored, list) else stored) == screen().page.value
+
+
 def test_both_sides_are_trained_on_the_same_rows_from_the_same_weights(monkeypatch):
     monkeypatch.setitem(bench.LESSON, "steps_per_epoch", 2)
     runs = [bench.Lesson(Choice(name)) for name in ("baseline", "sdpa")]
@@ -268,7 +348,9 @@ def test_published_records_can_be_browsed():
     screen = records.records()
     assert 'alt="Validation loss against cost' in screen.page.value
     screen.controls["figure"].value = figures.training_time
-    assert 'alt="Training time"' in screen.page.value and "not measured: the run used no GPU" in screen.page.value
+    assert 'alt="Training time"' in screen.page.value
+    screen.controls["figure"].value = figures.gpu_energy
+    assert ": not measured: the run used no GPU.</p>" in screen.page.value
     screen.controls["variants"].value = ()
     assert "pick at least one variant" in screen.page.value
 
@@ -284,11 +366,11 @@ def test_gathered_records_are_browsed_and_notes_of_failures_are_not_in_the_way(t
 
 def test_cost_by_length_can_be_browsed():
     screen = records.lengths()
-    assert 'alt="The cheapest variant, by the fits' in screen.page.value
+    assert 'alt="SDPA&#x27;s cost over the best variant' in screen.page.value
     screen.controls["variants"].value = ("sdpa", "mla")
     assert "Linear" not in screen.page.value and "MLA" in screen.page.value
     screen.controls["figure"].value = records.LENGTH_FIGURES["peak memory"]
-    assert 'alt="Memory on top' in screen.page.value
+    assert 'alt="Activation memory of one layer' in screen.page.value
     screen.controls["variants"].value = ()
     assert "pick at least one variant" in screen.page.value
 

@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
-from make import make_record, write_blocks
-from test_compare import curve
+from make import learning, make_record, places, write_blocks
+from test_compare import FALLING, curve
 
-from lib import record
-from lib.analysis import compare, figures, style, tables
+from lib import paths, record
+from lib.analysis import compare, figures, ngrams, style, tables
 from lib.attention import STUDY_ORDER
 from lib.errors import UsageError
 
@@ -21,12 +22,16 @@ def closed():
 
 
 def drawn(tmp_path, **changes):
-    write_blocks(tmp_path / "records", **changes)
+    write_blocks(tmp_path / "records", **{"validation": learning()} | changes)
     return compare.groups(record.read(tmp_path / "records"))[0].runs
 
 
-def texts(figure):
-    figure.figure.canvas.draw()  # of an axes: its figure's
+def texts(figure, ticks=True):
+    """All that is written in a figure; without the `ticks`, for which it must be drawn, much faster."""
+    if isinstance(figure, str):
+        return figure
+    if ticks:
+        figure.figure.canvas.draw()  # of an axes: its figure's
     return " ".join(text.get_text() for text in figure.findobj(plt.Text))
 
 
@@ -42,11 +47,18 @@ def test_each_figure_is_drawn_and_byte_identical_when_redrawn(draw, blocks, tmp_
     assert not plt.get_fignums()
 
 
-def test_an_unmeasured_metric_keeps_its_row_and_says_why(tmp_path):
-    runs = drawn(tmp_path, energy_j=None, energy_per_non_padding_token_j=None, mean_power_w=None)
-    for draw in (figures.gpu_energy, figures.gpu_power):
-        said = texts(draw(runs))
-        assert said.count("not measured: the run used no GPU") >= 3 and "baseline" in said
+def test_a_metric_that_nobody_measured_is_a_sentence_and_no_drawing(tmp_path):
+    runs = drawn(
+        tmp_path, energy_j=None, energy_per_non_padding_token_j=None, mean_power_w=None, gpu_busy_fraction=None
+    )
+    said = figures.gpu_energy(runs)
+    assert said == "GPU energy of the run, GPU energy per non-padding token: not measured: the run used no GPU."
+    assert figures.gpu_power(runs) == "Mean GPU power: not measured: the run used no GPU."
+    memory = figures.peak_memory(runs.assign(peak_memory_bytes=None, peak_resident_bytes=1e9))
+    assert len(memory.axes) == 1 and "Peak GPU memory: not measured" in texts(memory)
+    (tmp_path / "gpu_power.png").write_bytes(b"of older records")
+    assert style.save(figures.gpu_power(runs), tmp_path, "gpu_power").data == figures.gpu_power(runs)
+    assert not (tmp_path / "gpu_power.png").exists()
     table = tables.unmeasured(runs).set_index("metric")
     assert (
         table.loc["energy_j", "not measured, because"] == "the run used no GPU" and table.loc["energy_j", "runs"] == 3
@@ -54,16 +66,95 @@ def test_an_unmeasured_metric_keeps_its_row_and_says_why(tmp_path):
     assert (tables.ranking(runs)["mJ per token"] == "–").all()
 
 
-def test_a_bar_says_how_many_runs_it_stands_for(tmp_path):
+def test_a_metric_that_some_lack_keeps_their_rows_and_says_why(tmp_path):
+    write_blocks(tmp_path, ("sdpa", "gqa"))
+    record.write(make_record("mla", energy_j=None), tmp_path)
+    said = texts(figures.gpu_energy(record.read(tmp_path)))
+    assert said.count("not measured: the run used no GPU") == 1 and "mla" in said
+
+
+def test_a_bar_says_how_many_runs_it_stands_for_and_its_paired_ratio(tmp_path):
     assert "(n = 1)" in texts(figures.training_time(drawn(tmp_path / "one")))
-    five = texts(figures.training_time(drawn(tmp_path / "five", blocks=5)))
-    assert "±" in five and "(n = 5)" in five
+    runs = drawn(tmp_path / "five", blocks=5)
+    slow = (runs["block"] == 4) & (runs["label"] == "baseline")
+    runs["time_per_epoch_s"] *= np.where(runs["label"] == "baseline", 1.5, 1.0) * (1 + runs["block"])
+    runs.loc[slow, "time_per_epoch_s"] = np.nan
+    figure = figures.training_time(runs)
+    assert "(× 1.000 [1.000, 1.000], n = 5)" in texts(figure) and "(n = 4)" in texts(figure)
+    baseline, sdpa = (bar.get_width() for bar in figure.axes[0].patches[:2])
+    assert baseline == pytest.approx(1.5 * sdpa)  # though it misses the slowest block
+    flagged = runs.assign(flags=[["x"] if one else [] for one in slow])
+    assert "flagged in 1 of 5" in texts(figures.training_time(flagged))
 
 
-def test_the_control_s_difference_stands_on_every_figure(tmp_path):
-    runs = drawn(tmp_path)
-    for draw in figures.FIGURES:
-        assert "sdpa_again is the same code run a second time" in texts(draw(runs)), draw.__name__
+def test_beneath_each_figure_stands_the_control_s_difference_in_its_own_metric(tmp_path):
+    write_blocks(tmp_path, ("sdpa", "gqa"), validation=learning())
+    changes = {"time_per_epoch_s": 9.9, "decode_latency_s_per_token": 0.0015, "validation_loss": 5.25, "energy_j": 3e3}
+    record.write(make_record("sdpa_again", validation=learning(5.25), **changes), tmp_path)
+    runs = record.read(tmp_path)
+    said = {draw.__name__: texts(draw(runs), ticks=False) for draw in figures.FIGURES}
+    plt.close("all")
+    assert all("A/A control, sdpa run twice" in of or "counted, the same in every run" in of for of in said.values())
+    assert "Training time × 0.990, n = 1: noise unknown" in said["training_time"]
+    assert "Decode latency at 16 tokens × 0.750, n = 1: noise unknown" in said["inference_latency"]
+    assert "validation loss +0.250 nats, n = 1: noise unknown" in said["loss_curves"]
+    assert "GPU energy × 0.750" in said["loss_against_cost"]
+    assert "0.990" not in said["inference_latency"] and "A/A" not in said["flops"]
+    alone = runs[runs["label"] != "sdpa_again"]
+    for draw in (figures.training_time, figures.loss_curves, figures.cost_to_target):
+        assert "no A/A control among these runs" in texts(draw(alone), ticks=False), draw.__name__
+    eight = drawn(tmp_path / "eight", blocks=8)
+    assert "Training time × 1.000 [1.000, 1.000], n = 8" in texts(figures.training_time(eight))
+    assert tables.noise(eight).set_index("metric").iloc[0, 0] == "× 1.000 [1.000, 1.000], n = 8"
+
+
+BIGRAM = {"unigram_loss": 6.2, "bigram_loss": 5.0, "unigram_other_loss": 6.5, "bigram_other_loss": 5.3}
+BIGRAM |= {"unigram_repeated_bigram_loss": 6.0, "bigram_repeated_bigram_loss": 4.0}
+
+
+@pytest.mark.parametrize("blocks", [1, 8])
+def test_the_n_gram_tables_stand_in_every_loss_figure_and_a_worse_loss_is_said_to_say_nothing(blocks, tmp_path):
+    where = places(("sdpa", "gqa", "sdpa_again"), blocks)
+    for (label, block), position in where.items():
+        loss = {"sdpa": 4.8, "sdpa_again": 4.8, "gqa": 5.4}[label] + block / 1e3
+        told = {"validation_loss": loss, "validation": learning(loss), "data": BIGRAM, "position": position}
+        record.write(make_record(label, block, **told), tmp_path)
+    runs = record.read(tmp_path)
+    said = "gqa is worse than a table of token pairs, which of the same training tokens loses 5.00 nats (of single "
+    said += "tokens: 6.20): that loss says nothing about attention."
+    assert ngrams.sentence(runs) == said
+    for draw in (figures.loss_curves, figures.loss_by_recall, figures.loss_against_cost):
+        figure = draw(runs)
+        written = " ".join(texts(figure, ticks=False).split())
+        assert "bigram table, " in written and "unigram table, " in written and said in written, draw.__name__
+    dashed = {line.get_label(): line.get_ydata()[0] for line in figures.loss_curves(runs).axes[0].lines}
+    assert dashed["bigram table, 5.00"] == 5.0 and dashed["unigram table, 6.20"] == 6.2
+    assert said in " ".join(texts(figures.cost_to_target(runs), ticks=False).split())
+    table = tables.ranking(runs).set_index("variant")
+    assert table["loss − bigram table's"].to_dict() == pytest.approx(
+        {"sdpa": "-0.20", "gqa": "+0.40", "sdpa_again": "-0.20"}
+    )
+    if blocks == 8:
+        assert table.loc["gqa", "verdict on the loss"] == "none: worse than a bigram table"
+        assert table.loc["sdpa_again", "verdict on the loss"].startswith("equivalent")
+    below = runs.assign(validation_loss=4.5)
+    assert ngrams.sentence(below).endswith("every model here is below it.")
+    unknown = runs.assign(data=[{}] * len(runs))
+    assert "unknown" in ngrams.sentence(unknown) and "bigram table" not in texts(figures.loss_curves(unknown))
+    assert set(tables.ranking(unknown)["loss − bigram table's"]) == {"–"}
+
+
+def test_committed_records_have_their_tables_of_tokens():
+    for folder in ("quick-cpu", "replication-cpu", "replication-as-published-cpu"):
+        runs = record.read(paths.ROOT / "records" / folder)
+        assert ngrams.of_runs(runs).notna().all(axis=None), folder
+        assert (ngrams.of_runs(runs)["bigram"] < ngrams.of_runs(runs)["unigram"]).all()
+
+
+def test_one_validation_is_no_curve_and_says_so(tmp_path):
+    runs = drawn(tmp_path, validation=learning(validations=1))
+    assert "One validation after training began is no curve: raise epochs." in texts(figures.loss_curves(runs))
+    assert "not enough validations: raise epochs (1, at least 8 are needed)" in figures.cost_to_target(runs)
 
 
 def test_what_fails_its_certificate_is_drawn_apart_and_never_ranked(tmp_path):
@@ -73,55 +164,72 @@ def test_what_fails_its_certificate_is_drawn_apart_and_never_ranked(tmp_path):
     assert style.labels(runs)[-1] == "aleak"
     assert "aleak\n(not certified)" in texts(figures.training_time(runs))
     table = tables.ranking(runs)
-    assert list(table["variant"])[-1] == "aleak" and list(table["rank"]) == [1, 2, 3, "–"]
+    assert list(table["variant"])[-1] == "aleak" and list(table["rank"]) == ["–"] * 4
     assert table["verdict"].iloc[-1] == "fails its certificate"
 
 
 def test_cost_to_target_shows_bounds_as_bounds_and_refuses_the_uncertified(tmp_path):
     records = [
-        curve("sdpa", [6.0, 5.0, 4.5, 4.0]),
-        curve("gqa", [6.0, 5.0, 4.5, 3.9]),
-        curve("lsh", [6.0, 5.0, 4.4, 4.3]),
-        curve("mla", [6.0, 3.9, 3.5, 3.2]),
-        curve("linear", [6.0, 5.0, 4.0, 3.9], energy_j=None),
-        curve("aleak", [6.0, 2.0, 1.0, 0.5], certified=False),
+        curve("sdpa", FALLING),
+        curve("gqa", [loss - 0.1 for loss in FALLING]),
+        curve("lsh", [*FALLING[:-3], 4.4, 4.35, 4.3]),
+        curve("mla", [6.0, *(3.9 - n / 10 for n in range(8))]),
+        curve("linear", FALLING, energy_j=None),
+        curve("aleak", [6.0, *(2.0 - n / 10 for n in range(8))], certified=False),
     ]
     for one in records:
         record.write(one, tmp_path)
     figure = figures.cost_to_target(record.read(tmp_path))
-    energy, time = (texts(axes) for axes in figure.axes)
-    assert "> 0.9 (reached in 0 of 1, 0.3 nats above the target)" in energy and "> 70 (reached" in time
+    energy, time = (" ".join(text.get_text() for text in axes.texts) for axes in figure.axes)
+    assert "> 3.6 (reached in 0 of 1, 0.34 nats above the target)" in energy and "> 360 (reached" in time
     assert "< 0.1 (reached in 1 of 1)" in energy and "< 10 (reached" in time
-    assert "not measured: the run used no GPU" in energy and "30 (× 0.429, n = 1)" in time
+    assert "not measured: the run used no GPU" in energy and "307 (× 1.000, n = 1)" in time
     assert energy.count("fails its certificate") == time.count("fails its certificate") == 1
+    assert "after two thirds of its tokens in the same block" in " ".join(texts(figure).split())
     arrows = [text.arrow_patch for text in figure.axes[1].texts if getattr(text, "arrow_patch", None)]
     assert len(arrows) == 2 and len(figure.axes[1].patches) == 5  # bars; none for what fails its certificate
 
 
-def test_the_pareto_front_leaves_out_the_control_and_the_uncertified(tmp_path):
-    points = {"sdpa": (2e3, 5.0), "sdpa_again": (1.5e3, 4.9), "gqa": (1e3, 5.5), "mla": (3e3, 4.5), "lsh": (3e3, 6.0)}
-    for label, (energy_j, loss) in points.items():
-        record.write(make_record(label, energy_j=energy_j, validation_loss=loss), tmp_path)
-    record.write(make_record("aleak", certified=False, energy_j=500.0, validation_loss=1.0), tmp_path)
-    (front,) = figures.loss_against_cost(record.read(tmp_path)).axes[0].lines
+POINTS = {"sdpa": (2e3, 4.5), "sdpa_again": (1.5e3, 4.4), "gqa": (1e3, 4.8), "mla": (3e3, 4.0), "lsh": (3e3, 4.9)}
+
+
+def quality_and_cost(folder, blocks):
+    labels = (*POINTS, "aleak", "linear")
+    for (label, block), position in places(labels, blocks).items():
+        energy_j, loss = POINTS.get(label, (500.0, 1.0) if label == "aleak" else (600.0, 7.0))
+        told = {"energy_j": energy_j * (1 + block), "validation_loss": loss + block, "position": position}
+        data = {"unigram_loss": 7.0, "bigram_loss": 6.0 + block}
+        record.write(make_record(label, block, certified=label != "aleak", data=data, **told), folder)
+    return record.read(folder)
+
+
+def test_the_pareto_front_leaves_out_the_control_the_uncertified_and_what_a_bigram_table_beats(tmp_path):
+    axes = figures.loss_against_cost(quality_and_cost(tmp_path, 5)).axes[0]
+    (front,) = (line for line in axes.lines if line.get_label().startswith("Pareto front"))
     x, y = front.get_data()
-    assert list(zip(x[1:-1], y[1:-1], strict=True)) == [(1, 5.5), (2, 5.0), (3, 4.5)]
+    assert list(x[1:-1]) == pytest.approx([0.5, 1.0, 1.5]) and list(y[1:-1]) == pytest.approx([0.3, 0.0, -0.5])
+    assert "lower left is better" in texts(axes)
+
+
+def test_below_five_blocks_there_is_no_front_and_nothing_is_called_better(tmp_path):
+    axes = figures.loss_against_cost(quality_and_cost(tmp_path, 4)).axes[0]
+    assert not [line for line in axes.lines if "front" in str(line.get_label())]
+    assert "better" not in texts(axes)
 
 
 def test_power_over_time_draws_the_traces_there_are_and_says_what_is_missing(tmp_path):
     runs = drawn(tmp_path)
     runs["series_power_time_s"] = runs["series_power_w"] = [[] for _ in range(len(runs))]
-    assert texts(figures.power_over_time(runs)).count("not measured: no power trace in the record") == 3
+    assert figures.power_over_time(runs) == "GPU power over time: not measured: no power trace in the record."
     traces = {"sdpa": ([0.0, 0.1, 0.2], [100.0, 300.0, 200.0])}
     runs["series_power_time_s"] = [traces.get(label, (None, []))[0] for label in runs["label"]]
     runs["series_power_w"] = [traces.get(label, (None, []))[1] for label in runs["label"]]
     figure = figures.power_over_time(runs)
-    baseline, sdpa, again = figure.axes
-    assert not baseline.lines and not again.lines
+    (sdpa,) = figure.axes
     trace, mean = sdpa.lines
     assert list(trace.get_xdata()) == [0.0, 0.1, 0.2] and list(trace.get_ydata()) == [100.0, 300.0, 200.0]
     assert set(mean.get_ydata()) == {200.0}
-    assert texts(figure).count("not measured: no power trace in the record") == 2
+    assert "baseline, sdpa_again: not measured: no power trace in the record." in texts(figure)
 
 
 def test_a_variant_has_one_colour_everywhere_and_strangers_get_their_own():

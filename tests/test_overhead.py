@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -35,13 +36,20 @@ def test_every_way_takes_its_turns_on_the_same_steps_and_leaves_no_trace(script,
     monkeypatch.setattr(script, "nvidia_smi", lambda: calls.append(way[0]))
     for name, run in list(script.WAYS.items()):
         monkeypatch.setitem(script.WAYS, name, lambda trained, name=name, run=run: way.insert(0, name) or run(trained))
+    shown, page = [], script.Page
+    monkeypatch.setattr(script, "Page", lambda: shown.append(page()) or shown[-1])
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     found = script.compare(trainer, repeats=4)
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
     assert {name: len(taken) for name, taken in found["seconds"].items()} == dict.fromkeys(script.WAYS, 4)
     turns = [name for name, number in steps[3:] if number == 0]
     assert {tuple(sorted(turns[at : at + 4])) for at in range(0, 20, 4)} == {tuple(sorted(script.WAYS))}
-    assert {turns[at] for at in range(4, 20, 4)} == set(script.WAYS)  # each is first once
+    rounds = [turns[at : at + 4] for at in range(4, 20, 4)]
+    assert all({one[place] for one in rounds} == set(script.WAYS) for place in range(4))  # each in every place
+    behind = [pair for one in rounds for pair in pairwise(one)]
+    assert len(set(behind)) == 12  # and behind every other
+    assert found["balanced"]
+    assert len(shown) == 5 and min(page.shown_bytes for page in shown) > 1000  # the curve of each turn under ours
     assert calls == ["published"] * 3 * 5 and [number for _, number in steps] == [0, 1, 2] * (len(steps) // 3)
     assert set(found["ratio_to_unmonitored"]) == {"again", "ours", "published"}
 

@@ -6,10 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_training import make_trainer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import attention
 from lib.measure import energy, flops, meter, phases
 from lib.model import build_model, devices, gpt2_config
+from lib.record.schema import Phase, Slope
 
 CPU = torch.device("cpu")
 
@@ -74,14 +76,21 @@ def test_phases_are_loops_of_their_own_and_their_differences_are_derived(clock):
 def test_a_phase_s_joules_are_the_counter_s_where_each_round_is_long_enough(clock, monkeypatch):
     monkeypatch.setattr(meter.energy, "gpu_counter", lambda _: Counter(clock))
     monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 0)
-    rows = {row["phase"]: row for row in phases.phases(told(make_trainer(), clock, []), 4, rounds=2)}
-    assert rows["forward"]["energy_j_per_step"] is None  # rounds of 4 s
+    rows = {row["phase"]: row for row in phases.phases(told(make_trainer(), clock, [], forward=0.4), 4, rounds=2)}
+    assert rows["forward"]["energy_j_per_step"] is None  # rounds of 1.6 s
     assert rows["forward"]["energy_null_reason"] == rows["backward"]["energy_null_reason"] == "window_too_short"
-    assert rows["step"]["energy_j_per_step"] == pytest.approx(3.5 * 300)
+    assert rows["step"]["energy_j_per_step"] == pytest.approx(2.9 * 300)
     assert rows["optimizer"]["energy_j_per_step"] == pytest.approx(0.5 * 300)
     monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 1)
-    rows = phases.phases(told(make_trainer(), clock, []), 4, rounds=2)
+    rows = phases.phases(told(make_trainer(), clock, [], forward=0.4), 4, rounds=2)
     assert rows[2]["energy_j_per_step"] is None and rows[2]["energy_null_reason"] == "foreign_process"
+
+
+def test_what_is_measured_is_what_a_record_holds():
+    found = phases.measured(make_trainer(), 1)
+    assert [Phase(**row).phase for row in found["phases"]][:3] == ["forward", "forward_backward", "step"]
+    assert Slope(**found["slope"]).layers_with_attention == [0, 1, 2]
+    assert len(phases.table(found)) == 6
 
 
 def everything(trainer):
@@ -138,8 +147,8 @@ def test_the_slope_is_the_price_of_one_core_and_drift_cancels(clock, monkeypatch
     monkeypatch.setattr(meter.energy, "gpu_counter", lambda _: Counter(clock))
     monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 0)
     found = slope_of(deep_trainer(12), clock, 0.25)
-    assert found["kept"] == [0, 3, 6, 9, 12]
-    assert found["time_s_per_step"] == pytest.approx([5 + 0.25 * kept for kept in found["kept"]])
+    assert found["layers_with_attention"] == [0, 3, 6, 9, 12]
+    assert found["time_s_per_step"] == pytest.approx([5 + 0.25 * kept for kept in found["layers_with_attention"]])
     assert found["time_s_per_core"] == pytest.approx(0.25) and found["time_r_squared"] == pytest.approx(1)
     assert found["energy_j_per_core"] == pytest.approx(75) and found["energy_null_reason"] is None
     drifting = slope_of(deep_trainer(12), clock, 0.25, drift=0.01)
@@ -150,7 +159,7 @@ def test_the_slope_is_the_price_of_one_core_and_drift_cancels(clock, monkeypatch
 
 def test_what_is_no_line_shows_in_r_squared_and_a_few_layers_are_all_counted(clock):
     found = slope_of(deep_trainer(4), clock, 0.0, curved=0.3)
-    assert found["kept"] == [0, 1, 2, 3, 4] and found["time_r_squared"] < 0.95
+    assert found["layers_with_attention"] == [0, 1, 2, 3, 4] and found["time_r_squared"] < 0.95
     assert found["energy_j_per_core"] is None and found["energy_null_reason"] == "no_gpu"
 
 
@@ -183,3 +192,16 @@ def test_a_bypassed_core_is_gpt2_s_projections_and_nothing_else():
         counted.append(flops.counted(model, 16, devices.autocast("fp32", CPU)))
     core = sdpa.core_flops(16, dense=True)
     assert counted[0] - counted[1] == counted[1] - counted[2] == core
+
+
+def test_the_bypass_copies_nothing_on_its_way_forward():
+    class Moved(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            assert function._overloadpacket.__name__ not in ("clone", "copy_", "cat", "_to_copy"), function
+            return function(*args, **kwargs or {})
+
+    bypassed, x = phases.Bypassed(gpt2_config(1, 32, 4, 64, 30)), torch.randn(2, 16, 32)
+    with Moved():
+        out = bypassed(x)[0]
+    values = bypassed.c_attn(x)[..., 64:]
+    torch.testing.assert_close(out, values @ bypassed.c_proj.weight + bypassed.c_proj.bias)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from make import NINTH, TINY, make_record
+from test_training import make_trainer
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lib import attention, parameters, record
@@ -136,10 +137,12 @@ def made(tmp_path_factory):
 
 
 def runs_of(made, seconds=60, **changes):
+    """Runs of what was predicted, which began so many seconds after the prediction and took an hour; None: unknown."""
     one, records = made[0], []
     for said in one.variants:
         told = {"setting": one.setting, "attention_sha256": said.attention_sha256}
-        told["finished_at"] = one.made_at + timedelta(seconds=seconds)
+        told["started_at"] = None if seconds is None else one.made_at + timedelta(seconds=seconds)
+        told["finished_at"] = one.made_at + timedelta(seconds=(seconds or 0) + 3600)
         told["environment"] = {"device": "cuda", "device_name": "NVIDIA H200", "gpu": {"uuid": "GPU-1"}}
         metrics = {"time_s": 1.25 * said.time_s, "energy_j": 1.5 * said.energy_j} | changes
         records.append(make_record(said.label, **metrics).model_copy(update=told))
@@ -175,16 +178,46 @@ def test_joules_that_were_not_measured_are_a_dash_beside_those_predicted(made, t
     assert "–" not in shown["J, predicted"].tolist()
 
 
-def test_what_was_said_afterwards_or_of_something_else_is_no_prediction(made, tmp_path):
+def test_what_was_said_of_something_else_is_no_prediction(made, tmp_path):
     runs = read(runs_of(made), tmp_path)
-    assert predictions.residuals(read(runs_of(made, seconds=-60), tmp_path / "earlier"), made).empty
-    assert predictions.residuals(runs.assign(setting="other"), made).empty
-    assert predictions.residuals(runs.assign(device_name="another GPU"), made).empty
+    for other in (runs.assign(setting="other"), runs.assign(device_name="another GPU")):
+        assert predictions.residuals(other, made).empty
+        assert predictions.why_none(other, made) == "nothing was predicted of these runs"
     changed = runs.assign(attention_sha256=runs["attention_sha256"].where(runs["label"] != "gqa", "changed"))
     assert predictions.residuals(changed, made)["variant"].tolist() == ["sdpa"]
-    assert predictions.residuals(runs.assign(time_s=90.0), made).empty  # finished a minute after, begun before
     assert predictions.residuals(runs, []).empty
     assert isinstance(predictions.table(predictions.residuals(runs, [])), pd.DataFrame)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, -41, -3599])
+def test_what_was_said_after_a_run_began_is_no_prediction_though_the_run_still_went_on(seconds, made, tmp_path):
+    runs = read(runs_of(made, seconds), tmp_path)
+    assert predictions.residuals(runs, made).empty
+    assert predictions.why_none(runs, made) == "nothing was predicted before the first of these runs began"
+    first = read(runs_of(made), tmp_path / "later")
+    first.loc[0, "started_at"] = made[0].made_at - timedelta(seconds=1)  # one run was under way, the other was not
+    assert predictions.residuals(first, made).empty
+
+
+def test_where_nobody_noted_when_a_run_began_no_prediction_counts(made, tmp_path):
+    """Its end less its window proves nothing: set-up, warm-up and inference lie outside the window."""
+    runs = read(runs_of(made, None, time_s=1.0), tmp_path)
+    assert predictions.residuals(runs, made).empty
+    assert predictions.why_none(runs, made).startswith("it is unknown when these runs began")
+    one_knows = read(runs_of(made), tmp_path / "one")
+    one_knows["started_at"] = [one_knows["started_at"].iloc[0], None]
+    assert predictions.residuals(one_knows, made).empty
+
+
+def test_a_run_notes_when_it_began_before_anything_of_it_ran():
+    before = record.now()
+    trainer = make_trainer()
+    assert before <= trainer.started_at <= record.now()
+    noted = trainer.started_at
+    trainer.warm_up()
+    assert trainer.started_at == noted
+    with pytest.raises(ValueError, match="cannot have ended before it began"):
+        make_record(started_at=record.now() + timedelta(seconds=5))
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from make import make_record
+from make import make_record, places
 
 from lib import attention, paths, record
 from lib.analysis import compare, replication, style
@@ -62,26 +62,47 @@ def test_a_random_state_of_the_caller_is_left_alone():
     assert torch.equal(before, torch.get_rng_state())
 
 
-def runs(folder, **changes):
-    """Certified runs of all eight variants, each metric alike; `changes` are of one."""
-    for label in attention.STUDY_ORDER:
-        record.write(make_record(label, **changes.get(label, {})), folder)
+LABELS = (*attention.STUDY_ORDER, attention.CONTROL)
+
+
+def runs(folder, blocks=1, **changes):
+    """Certified runs of all eight variants and the control, each metric alike; `changes` are of one."""
+    for (label, block), position in places(LABELS, blocks).items():
+        record.write(make_record(label, block, position=position, **changes.get(label, {})), folder)
     return compare.groups(record.read(folder))[0].runs
 
 
+def claims_of(costs, losses=None):
+    return replication.table_of_claims(costs, costs if losses is None else losses).set_index("claim")
+
+
 def test_the_ledger_weighs_every_claim_against_both(tmp_path):
-    costs = runs(tmp_path, flash={"energy_j": 3e3}, linear={"mean_power_w": 150.0}, mla={"certified": True})
-    claims = replication.table_of_claims(costs, costs).set_index("claim")
+    costs = runs(tmp_path, flash={"energy_j": 3e3, "checkpoint_bytes": 3e3}, linear={"mean_power_w": 150.0})
+    claims = claims_of(costs)
     assert len(claims) == len(pd.read_csv(replication.CLAIMS)) and claims.notna().all().all()
     energy = claims.loc["Flash takes the least energy"]
     assert energy["published figures"].startswith("yes: flash 0.843; the others 0.921 to 1.126")
-    assert energy["our records"] == "yes: flash 0.750; the others 1.000 to 1.000 (n = 1)"
+    assert energy["our records"] == (
+        "no verdict below 5 blocks: flash 0.750; the others 1.000 to 1.000 (n = 1; A/A: × 1.000, n = 1: noise unknown)"
+    )
     assert energy["what the published module does"] == "flash: sees no other token"
+    size = claims.loc["Flash makes the smallest model", "our records"]
+    assert size == "yes: flash 0.750; the others 1.000 to 1.000 (counted)"
+
+
+def test_from_five_blocks_up_the_paired_comparisons_decide(tmp_path):
+    low = {"flash": {"energy_j": 3e3}, "lsh": {"time_per_epoch_s": 12.0}, "baseline": {"energy_j": 5e3}}
+    claims = claims_of(runs(tmp_path, blocks=5, **low))["our records"]
+    assert claims["Flash takes the least energy"].startswith("yes: flash 0.750")
+    assert claims["LSH trains fastest"].startswith("NO: lsh 1.200") and "n = 5; A/A: × 1.000 [1.000" in claims.iloc[2]
+    assert claims["Flash, LSH and latent attention achieve the best energy efficiency"].startswith("inconclusive")
+    assert claims["Linear attention draws the most power"].startswith("inconclusive: linear 1.000")  # as do all
+    (above,) = (said for claim, said in claims.items() if claim.startswith("Less power need not mean less energy"))
+    assert above.startswith("yes: baseline 1.250")
 
 
 def test_the_page_s_own_contradiction_stands_in_the_ledger(tmp_path):
-    costs = runs(tmp_path, linear={"mean_power_w": 150.0})
-    claims = replication.table_of_claims(costs, costs).set_index("claim")
+    claims = claims_of(runs(tmp_path, blocks=5, linear={"mean_power_w": 150.0}))
     low, high = (claims.loc[f"Linear attention {what} power"] for what in ("is among the lowest in", "draws the most"))
     assert low["published figures"].startswith("NO: linear 1.003") and low["our records"].startswith("yes: linear 0.75")
     assert high["published figures"].startswith("yes") and high["our records"].startswith("NO")
@@ -89,10 +110,37 @@ def test_the_page_s_own_contradiction_stands_in_the_ledger(tmp_path):
 
 def test_what_was_not_measured_is_said_with_its_reason(tmp_path):
     missing = {"energy_j": None, "energy_per_non_padding_token_j": None, "mean_power_w": None}
-    costs = runs(tmp_path, **dict.fromkeys(attention.STUDY_ORDER, missing))
-    claims = replication.table_of_claims(costs, costs).set_index("claim")
+    claims = claims_of(runs(tmp_path, **dict.fromkeys(LABELS, missing)))
     assert claims.loc["Flash takes the least energy", "our records"] == "not measured yet: the run used no GPU"
-    assert claims.loc["LSH trains fastest", "our records"].startswith("yes: lsh 1.000")
+    assert claims.loc["LSH trains fastest", "our records"].startswith("no verdict below 5 blocks: lsh 1.000")
+
+
+WORST = "Sliding-window attention ends at the highest loss"
+
+
+def test_a_claim_that_ours_cannot_fail_is_not_tested(tmp_path):
+    """A window as long as the row is full attention: the same work, weights and loss."""
+    same = {"forward_flops_causal": 7e8, "validation_loss": 5.0004}
+    losses = runs(tmp_path / "same", sliding_window=same, lsh={"validation_loss": 4.0})
+    said = claims_of(losses).loc[WORST, "our records"]
+    assert said == "not tested: at T = 16 ours of sliding_window computes what sdpa does"
+    other = {"work": {"forward_flops_causal": 6e8}, "loss": {"validation_loss": 5.1}, "weights": {"parameters": 999}}
+    for what, change in other.items():
+        losses = runs(tmp_path / what, sliding_window=same | change)
+        assert claims_of(losses).loc[WORST, "our records"].startswith("no verdict below 5 blocks")
+    losses = runs(tmp_path / "five", blocks=5, sliding_window={"validation_loss": 5.1})
+    assert claims_of(losses).loc[WORST, "our records"].startswith("yes: sliding_window 1.020")
+    worse = losses.assign(data=[{"bigram_loss": 4.9, "unigram_loss": 6.0}] * len(losses))
+    assert claims_of(worse).loc[WORST, "our records"].startswith("no verdict, worse than a bigram table")
+
+
+def test_the_committed_window_is_not_tested_on_rows_that_it_covers():
+    costs, losses = (
+        compare.groups(record.read(paths.ROOT / "records" / name))[0].runs for name in ("quick-cpu", "replication-cpu")
+    )
+    said = claims_of(costs, losses)["our records"]
+    assert said[WORST] == "not tested: at T = 32 ours of sliding_window computes what sdpa does"
+    assert not said.str.startswith("yes").any()  # at n = 1 nothing that was measured bears a claim out
 
 
 def test_each_claim_names_variants_and_a_published_figure():
@@ -104,6 +152,7 @@ def test_each_claim_names_variants_and_a_published_figure():
 
 def test_curves_are_drawn_of_both_byte_identical(tmp_path):
     runs(tmp_path / "records")
+    data = {"bigram_loss": 4.5, "unigram_loss": 6.0}
     for label in ("published_mla", "published_sdpa", "published_sdpa_unpadded"):
         record.write(make_record(label, certified=False), tmp_path / "records")
     found = compare.groups(record.read(tmp_path / "records"))[0].runs
@@ -112,7 +161,14 @@ def test_curves_are_drawn_of_both_byte_identical(tmp_path):
     assert (tmp_path / "first" / "losses.svg").read_bytes() == (tmp_path / "second" / "losses.svg").read_bytes()
     assert [len(axes.lines) for axes in figure.axes] == [1, 3, 1, 1, 1, 1, 1, 2]
     table = replication.final_losses(found).set_index("variant")
-    assert list(table.loc["sdpa"]) == ["5.00", "5.00", "5.00"] and list(table.loc["gqa"]) == ["5.00", "–", "–"]
+    assert list(table.loc["sdpa"]) == ["5.00"] * 3 + ["–"] * 2 and list(table.loc["gqa"]) == ["5.00"] + ["–"] * 4
+    found = found.assign(data=[data] * len(found))
+    assert list(replication.final_losses(found).set_index("variant").loc["gqa"])[3:] == ["4.50", "6.00"]
+    figure = replication.loss_curves(found)
+    drawn = {line.get_label(): line.get_ydata()[0] for line in figure.axes[2].lines}
+    assert drawn["bigram table, 4.50"] == 4.5
+    written = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+    assert "says nothing about attention" in written
 
 
 def test_the_command_says_what_it_cannot_do(tmp_path, capsys):

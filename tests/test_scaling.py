@@ -1,138 +1,23 @@
-"""Each point comes from a process of its own or says what ran out; fits find what points were made of."""
+"""Each point comes from a process of its own, in an order that favours none, or says what ran out."""
 
 import json
+import time
+from itertools import pairwise
+from types import SimpleNamespace
 
-import numpy as np
-import pandas as pd
 import pytest
+import torch
 from pydantic import ValidationError
-from scipy import stats
 
 from lib import paths, record
-from lib.analysis import growth, style
+from lib.analysis import growth_tables
 from lib.attention import STUDY_ORDER
 from lib.errors import UsageError
 from lib.record import scaling as stored
 from lib.study import plan, scaling
 
-CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 DEFAULTS = {name: line.default for name, line in plan.known_parameters("scaling.ipynb").items()}
 SMALL = DEFAULTS | {"width": 32, "contexts": [16, 24], "new_tokens": 2, "repeats": 2, "device": "cpu"}
-
-
-def points(costs, metric="forward_backward_s", contexts=CONTEXTS):
-    """A frame as `lib.record.scaling.frame` gives it: `costs` is label to function of T; None where memory ran out."""
-    rows = []
-    for label, cost in costs.items():
-        for context in contexts:
-            value = cost(context)
-            row = {"label": label, "title": label, "metric": metric, "context": context, "outcome": "measured"}
-            row |= {"says": "", "reason": None, "samples": [value], "median": value, "minimum": value, "n": 1}
-            if value is None:
-                row |= {"outcome": "out_of_memory", "says": "made up", "samples": []}
-                row |= {"median": np.nan, "minimum": np.nan, "n": 0}
-            rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def polynomial(*coefficients, noise=0.0, generator=None):
-    def cost(context):
-        value = sum(c * (context / growth.UNIT) ** power for power, c in enumerate(coefficients))
-        return value * (1 + noise * generator.standard_normal()) if noise else value
-
-    return cost
-
-
-def test_fits_recover_known_coefficients_and_their_intervals_cover():
-    generator, true = np.random.default_rng(0), np.array([0.02, 0.03, 0.01])
-    covered = []
-    for _ in range(300):
-        made = points({"sdpa": polynomial(*true, noise=0.03, generator=generator)})
-        low, high = growth.fits(made, "forward_backward_s")["sdpa"].intervals().T
-        covered.append((low <= true) & (true <= high))
-    lowest, highest = stats.binom.interval(0.999, 300, 0.95)
-    assert all(lowest <= count <= highest for count in np.sum(covered, axis=0))
-    exact = growth.fits(points({"sdpa": polynomial(*true)}), "forward_backward_s")["sdpa"]
-    assert exact.coefficients == pytest.approx(true) and exact.at([2048])[0] == pytest.approx(0.12)
-    assert (exact.first, exact.last) == (256, 8192)
-
-
-def test_exponents_and_their_intervals():
-    generator = np.random.default_rng(1)
-    exact = growth.exponents(points({"sdpa": lambda t: 3e-9 * t**1.7}), "forward_backward_s", 256).iloc[0]
-    assert exact["exponent"] == pytest.approx(1.7) and exact["n"] == 6
-    covered = 0
-    for _ in range(300):
-        made = points({"sdpa": lambda t: t**1.7 * np.exp(0.05 * generator.standard_normal())})
-        found = growth.exponents(made, "forward_backward_s", 1024).iloc[0]
-        covered += found["low"] <= 1.7 <= found["high"]
-        assert found["n"] == 4
-    assert stats.binom.interval(0.999, 300, 0.95)[0] <= covered <= stats.binom.interval(0.999, 300, 0.95)[1]
-
-
-def test_too_few_lengths_give_no_interval_and_no_fit():
-    made = points({"sdpa": lambda t: float(t) if t < 1024 else None, "mla": lambda t: 1.0 if t < 512 else None})
-    found = growth.exponents(made, "forward_backward_s", 256).set_index("label")
-    assert found.loc["sdpa", "exponent"] == pytest.approx(1) and np.isnan(found.loc["sdpa", "low"])
-    assert np.isnan(found.loc["mla", "exponent"])
-    assert growth.fits(made, "forward_backward_s") == {}
-    table = growth.fits_table(made, "forward_backward_s")
-    assert set(table.drop(columns="variant").to_numpy().ravel()) == {"too few lengths measured"}
-
-
-def test_a_crossover_by_hand():
-    """1 + K² and 2.5 + K/2 meet where K² - K/2 - 3/2 = 0: at K = 3/2, 1,536 tokens."""
-    generator = np.random.default_rng(2)
-    costs = {
-        "sdpa": polynomial(1, 0, 1, noise=0.005, generator=generator),
-        "linear": polynomial(2.5, 0.5, noise=0.005, generator=generator),
-        "lsh": polynomial(200.0, 30.0, noise=0.005, generator=generator),
-        "flash": lambda t: polynomial(1, 0, 1)(t),
-    }
-    found = growth.crossovers(growth.fits(points(costs), "forward_backward_s"), ["sdpa"]).set_index("label")
-    assert found.loc["linear", "becomes"] == "cheaper"
-    assert found.loc["linear", "low"] < 1536 < found.loc["linear", "high"]
-    assert found.loc["linear", "context"] == pytest.approx(1536, rel=0.05)
-    assert found.loc["lsh", "becomes"] == "more expensive throughout"
-    assert found.loc["flash", "becomes"] == "inconclusive"
-    assert "sdpa" not in found.index
-
-
-def test_the_decision_map_of_a_constructed_case():
-    """Reading costs sdpa K² and linear K, so 2 and 1 a token at T = 2,048 and alike at 1,024; writing is sdpa's."""
-    read = {"sdpa": polynomial(0, 0, 1), "linear": polynomial(0, 1)}
-    write = {"sdpa": polynomial(0.0001), "linear": polynomial(0.01)}
-    prefill = growth.fits(points(read, "prefill_s"), "prefill_s")
-    decode = growth.fits(points(write, "decode_s_per_token"), "decode_s_per_token")
-    found = growth.decision_map(prefill, decode, lengths=6, shares=3)
-    assert found.contexts == pytest.approx(CONTEXTS) and list(found.shares) == [0, 0.5, 1]
-    cheapest = np.array(found.labels)[found.cheapest]
-    assert list(cheapest[0]) == ["sdpa", "sdpa", cheapest[0, 2], "linear", "linear", "linear"]
-    assert list(cheapest[2]) == ["sdpa"] * 6
-    # Half and half at 8,192: sdpa (8/1024 + 0.0001) / 2, linear (1/1024 + 0.01) / 2.
-    assert cheapest[1, 5] == "sdpa" and not found.overlaps[0, 3:].any() and not found.overlaps[2].any()
-
-
-def test_the_map_is_hatched_where_the_cheapest_two_overlap_and_leaves_out_what_ran_out():
-    def noisy(a, b, seed):
-        return polynomial(a, b, noise=0.05, generator=np.random.default_rng(seed))
-
-    read = {"sdpa": noisy(0.1, 1, 0), "flash": noisy(0.1, 1.001, 1), "mla": lambda t: 1e-6 if t < 4096 else None}
-    write = {"sdpa": noisy(1, 1, 2), "flash": noisy(1, 1, 3), "mla": lambda t: 1e-6 if t < 4096 else None}
-    made = pd.concat([points(read, "prefill_s"), points(write, "decode_s_per_token")])
-    found = growth.decision_map(*(growth.fits(made, metric) for metric in ("prefill_s", "decode_s_per_token")))
-    short, long = found.contexts < 2040, found.contexts > 2060
-    assert (np.array(found.labels)[found.cheapest[:, short]] == "mla").all() and not found.overlaps[:, short].any()
-    assert "mla" not in np.array(found.labels)[found.cheapest[:, long]]
-    assert found.overlaps[:, long].mean() > 0.9
-
-
-def test_a_map_of_one_variant_overlaps_nothing_and_of_none_is_refused():
-    prefill = growth.fits(points({"sdpa": polynomial(1, 1)}, "prefill_s"), "prefill_s")
-    decode = growth.fits(points({"sdpa": polynomial(1, 1)}, "decode_s_per_token"), "decode_s_per_token")
-    assert not growth.decision_map(prefill, decode).overlaps.any()
-    with pytest.raises(UsageError, match="at least four measured lengths"):
-        growth.decision_map({}, decode)
 
 
 GREEDY = """
@@ -171,9 +56,9 @@ def test_what_runs_out_of_memory_is_a_point_and_everything_else_is_measured(tmp_
     assert layer.rounds == 2 and len(layer.samples["forward_backward_s"]) == 4
     assert model.samples["cache_bytes"] == [2 * 32 * 26 * 4] * 2  # keys and values, C, T and what was decoded, fp32
     assert model.null_reasons == dict.fromkeys(("prefill_energy_j", "decode_energy_j_per_token"), "no_gpu")
-    table = growth.unmeasured(stored.frame(found))
+    table = growth_tables.unmeasured(stored.frame(found))
     assert set(table[table["variant"] == "greedy"]["what"]) == {"layer", "model"}
-    assert "out of memory" in set(growth.points_table(stored.frame(found)).iloc[3])
+    assert "out of memory" in set(growth_tables.points_table(stored.frame(found)).iloc[3])
 
 
 def test_what_takes_too_long_is_a_point_and_longer_ones_are_not_tried(tmp_path):
@@ -229,6 +114,8 @@ POINT = {
         {"null_reasons": {"prefill_energy_j": "no_gpu"}},
         {"null_reasons": POINT["null_reasons"] | {"prefill_energy_j": "tired"}},
         {"rounds": 0},
+        {"rounds": 2},
+        {"sessions": ["a", "b"]},
         {"context": 1},
         {"extra": 1},
     ],
@@ -253,8 +140,8 @@ def made(label="sdpa", **changes):
 def test_a_record_comes_back_as_it_was_and_a_changed_one_does_not(tmp_path):
     path = stored.write(made(), tmp_path)
     assert stored.load(path).points == made().points
-    assert stored.frame(stored.load_all(tmp_path)).set_index("metric").loc["cache_bytes", "minimum"] == 64
-    assert set(growth.unmeasured(stored.frame([made()]))["why"]) == {"the run used no GPU"}
+    assert stored.frame(stored.load_all(tmp_path)).set_index("metric").loc["cache_bytes", "value"] == pytest.approx(64)
+    assert set(growth_tables.unmeasured(stored.frame([made()]))["why"]) == {"the run used no GPU"}
     path.write_text(path.read_text().replace("64.0", "65.0"))
     with pytest.raises(UsageError, match="its checksum does not fit"):
         stored.load(path)
@@ -296,6 +183,8 @@ def test_records_of_two_machines_and_empty_folders_are_refused(tmp_path):
         ({"contexts": []}, "contexts"),
         ({"rounds": 0}, "rounds"),
         ({"device": "tpu"}, "device"),
+        ({"time_limit_s": 1e9}, "time_limit_s: .* less than or equal to 604800"),
+        ({"time_limit_s": float("inf")}, "time_limit_s"),
         ({"heads": 3}, "heads must divide width"),
         ({"variants": ["sdpa", "sdpa"]}, "two variants have the same label"),
         ({"variants": ["spda"]}, "Did you mean 'sdpa'"),
@@ -315,31 +204,177 @@ def test_the_command_says_what_it_lacks(capsys, tmp_path):
     assert "did you mean 'contexts'?" in capsys.readouterr().err
 
 
-def test_joules_are_fitted_only_where_every_point_has_them():
-    seconds = points({"sdpa": polynomial(1, 1)})
-    energies = ("forward_backward_energy_j", "prefill_energy_j", "decode_energy_j_per_token")
-    joules = pd.concat([seconds, *(points({"sdpa": polynomial(1, 1)}, metric) for metric in energies)])
-    assert growth.cost_metrics(joules)["prefill"] == "prefill_energy_j"
-    assert growth.basis("prefill_energy_j", joules) == "joules"
-    joules.loc[(joules["metric"] == energies[0]) & (joules["context"] == 256), ["minimum", "reason"]] = np.nan, "no_gpu"
-    assert growth.cost_metrics(joules)["prefill"] == "prefill_s"
-    assert growth.basis("prefill_s", joules) == "seconds; joules not measured: the run used no GPU"
+def test_a_process_finds_its_libraries_loaded():
+    """Else every sample would import PyTorch and transformers for seconds: the server must import this very module."""
+    assert scaling.__name__ in scaling.PRELOADED
 
 
-def test_figures_are_drawn_byte_identical_and_show_what_ran_out(tmp_path):
-    costs = {"sdpa": polynomial(1, 0, 1), "linear": polynomial(2, 1), "mine": lambda t: t / 1e3 if t < 4096 else None}
-    metrics = ("forward_backward_s", "prefill_s", "decode_s_per_token", "cache_bytes")
-    every = pd.concat([points(costs, metric) for metric in metrics], ignore_index=True)
-    drawings = {
-        "time": lambda: growth.growth_figure(every, "forward_backward_s", 1024),
-        "cache": lambda: growth.cache_and_decode_figure(every),
-        "map": lambda: growth.decision_map_figure(every),
-    }
-    for name, draw in drawings.items():
-        first, second = (style.save(draw(), tmp_path / turn, name) for turn in ("one", "two"))
-        assert first is not second
-        for kind in ("svg", "png"):
-            one, two = ((tmp_path / turn / f"{name}.{kind}").read_bytes() for turn in ("one", "two"))
-            assert one == two
-    texts = growth.growth_figure(every, "forward_backward_s", 1024).axes[0].get_legend().get_texts()
-    assert [text.get_text() for text in texts] == ["sdpa", "linear", "mine", "out of memory"]
+@pytest.mark.parametrize("variants", [1, 2, 3, 5, 8, 9])
+def test_the_order_of_the_variants_favours_none(variants):
+    """Two rounds take a steady drift away; a whole square every place, and every neighbour."""
+    square = variants * (1 + variants % 2) if variants > 1 else 1
+    orders = scaling.orders(variants, 2 * square + 1)
+    assert all(sorted(order) == list(range(variants)) for order in orders)
+    for order, after in zip(orders[: 2 * square : 2], orders[1 : 2 * square : 2], strict=True):
+        assert after == order[::-1]
+    for rounds in (orders[:square], orders[square : 2 * square]):
+        for place in range(variants):
+            standing = [order[place] for order in rounds]
+            assert len({standing.count(variant) for variant in range(variants)}) == 1
+        follows = [pair for order in rounds for pair in pairwise(order)]
+        assert len({follows.count((a, b)) for a in range(variants) for b in range(variants) if a != b}) <= 1
+
+
+def test_rounds_go_through_the_variants_in_turns_at_each_length(tmp_path, monkeypatch):
+    """Read off the lines that the study writes, whose points are made up."""
+    made_up = {"outcome": "measured", "rounds": 1, "null_reasons": {}}
+    answer = {part: made_up | {"samples": {name: [1.0] for name in names}} for part, names in stored.METRICS.items()}
+    facts = {"environment": {"device_name": "a machine", "torch_threads": 1, "device": "cpu"}, "provenance": "measured"}
+    facts["setting"] = {"device": "cpu", "precision": "fp32"}
+
+    def stub(work, *words, limit_s):
+        return dict(facts) if work is scaling._facts else answer[words[2]]
+
+    monkeypatch.setattr(scaling, "_apart", stub)
+    names = ["sdpa", "linear", "gqa", "mla"]
+    _, said = measured(tmp_path, variants=names, rounds=4)
+    lines = [line.split(": ")[:2] for line in said]
+    order = {}
+    for turn, what in lines:
+        label, part, context = what.split(", ")
+        order.setdefault((turn, part, context), []).append(label)
+    expected = [[names[place] for place in row] for row in scaling.orders(4, 4)]
+    assert len(lines) == 4 * 4 * 2 * 2 and len(order) == 16
+    for (turn, *_), labels in order.items():
+        assert labels == expected[int(turn.split()[-1]) - 1]
+    assert len({tuple(labels) for labels in order.values()}) == 4
+    assert [turn for turn, _ in lines] == sorted(turn for turn, _ in lines)
+    # All of one session, so that rounds may be paired; a later call is another.
+    sessions = {label: stored.load(tmp_path / f"{label}.json").point("layer", 16).sessions for label in names}
+    assert len(set(sessions["sdpa"])) == 1 and len(sessions["sdpa"]) == 4
+    assert all(found == sessions["sdpa"] for found in sessions.values())
+    measured(tmp_path, variants=names, rounds=5)
+    found = [stored.load(tmp_path / f"{label}.json").point("model", 24).sessions for label in names]
+    assert found == [found[0]] * 4 and len(set(found[0])) == 2 and found[0][4] != found[0][0]
+
+
+def test_sessions_that_are_not_all_known_are_unknown():
+    old, new = stored.Point(**POINT), stored.Point(**POINT, sessions=["b"])
+    assert old.joined(new).sessions == new.joined(old).sessions == [] and old.joined(new).rounds == 2
+    assert new.joined(new).sessions == ["b", "b"]
+
+
+# What is timed: a clock that only the attention moves.
+
+CLOCK = """
+import time
+
+import torch
+from lib.attention.sdpa import Attention as Sdpa
+
+
+class Ticks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.perf_counter.seconds += 2.0
+        return gradient
+
+
+class Attention(Sdpa):
+    def forward(self, hidden_states, **words):
+        time.perf_counter.seconds += 1.0 if hidden_states.shape[1] > 1 else 0.25
+        output, weights = super().forward(hidden_states, **words)
+        return Ticks.apply(output), weights
+"""
+
+
+class Clock:
+    """`time.perf_counter` of a world in which nothing takes time but what says so."""
+
+    seconds = 0.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.fixture
+def layer_setting(tmp_path, monkeypatch):
+    """The setting, and a variant whose prefill takes 1 s, a token 0.25 s, and its backward 2 s."""
+    monkeypatch.setattr(time, "perf_counter", Clock())
+    (tmp_path / "clock.py").write_text(CLOCK)
+    setting = stored.Setting(**{n: SMALL[n] for n in stored.Setting.model_fields} | {"device": "cpu", "repeats": 3})
+    return setting, SimpleNamespace(attention=str(tmp_path / "clock.py"), options={})
+
+
+def test_a_layer_is_timed_forward_and_backward(layer_setting):
+    """A version that forgets one, times the warm-up with it or adds its repetitions reads 1, 2, 6 or 9 s."""
+    found, _ = scaling._layer(*layer_setting, 24, torch.device("cpu"))
+    assert found["forward_backward_s"] == [3.0] * 3
+
+
+def test_decoding_is_per_token_and_without_the_prefill(layer_setting):
+    setting, entry = layer_setting
+    for new_tokens in (2, 4):
+        changed = setting.model_copy(update={"new_tokens": new_tokens})
+        found, _ = scaling._model(changed, entry, 24, torch.device("cpu"))
+        assert found["prefill_s"] == [1.0] * 3 and found["decode_s_per_token"] == [0.25] * 3
+
+
+def test_the_reciprocal_of_a_known_rate(monkeypatch):
+    """A model that decodes 4 tokens a second, whatever they are timed with."""
+    runs = [{"prefill_s": 7.0, "decode_s": 16 / 4, "cache": SimpleNamespace(layers=[])}] * 2
+    monkeypatch.setattr(scaling.inference, "generations", lambda *_: runs)
+    setting = stored.Setting(**{name: SMALL[name] for name in stored.Setting.model_fields} | {"new_tokens": 16})
+    entry = SimpleNamespace(attention="sdpa", options={})
+    found, _ = scaling._model(setting, entry, 24, torch.device("cpu"))
+    assert found["decode_s_per_token"] == [0.25] * 2 and found["prefill_s"] == [7.0] * 2
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(("peak", "expected", "reason"), [(900, 300, None), (600, None, "peak_not_above")])
+def test_memory_is_without_what_is_there_before(layer_setting, monkeypatch, peak, expected, reason):
+    """Weights, inputs and libraries hold 600 MiB when the layer begins; before they were there, it was 100."""
+    setting, entry = layer_setting
+    held = iter([600])
+
+    def process():
+        return SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=next(held) * MIB))
+
+    class Peaked(scaling.Meter):
+        def metrics(self):
+            values, reasons = super().metrics()
+            return values | {"peak_resident_bytes": peak * MIB}, reasons
+
+    monkeypatch.setattr(scaling.psutil, "Process", process)
+    monkeypatch.setattr("lib.measure.meter._disk_bytes", lambda: None)
+    monkeypatch.setattr(scaling, "Meter", Peaked)
+    found, reasons = scaling._layer(setting, entry, 24, torch.device("cpu"))
+    assert reasons.get("peak_activation_bytes") == reason
+    if expected:
+        assert found["peak_activation_bytes"] == [expected * MIB]
+
+
+HEAVY = """
+import torch
+from lib.attention.sdpa import Attention as Sdpa
+
+
+class Attention(Sdpa):
+    def __init__(self, config, layer_idx):
+        super().__init__(config, layer_idx)
+        self.more = torch.nn.Parameter(torch.ones(64 * 2**20 // 4))  # 64 MiB
+"""
+
+
+def test_weights_are_no_activations(tmp_path):
+    (tmp_path / "heavy.py").write_text(HEAVY)
+    measured(tmp_path / "out", variants=[str(tmp_path / "heavy.py"), "sdpa"], contexts=[256])
+    heavy, sdpa = (stored.load(tmp_path / "out" / f"{label}.json") for label in ("heavy", "sdpa"))
+    (with_weights,), (without,) = (one.point("layer", 256).samples["peak_activation_bytes"] for one in (heavy, sdpa))
+    assert abs(with_weights - without) < 16 * MIB

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib import record
-from lib.measure import energy, selfcheck
+from lib.measure import energy, sampler, selfcheck
 from lib.measure.meter import Meter, Window
 
 GREEN = {
@@ -14,21 +14,28 @@ GREEN = {
 METRICS = {"gpu_busy_fraction": 0.99, "mfu": 0.4, "idle_power_w": 80.0, "mean_power_w": 400.0}
 
 
-def meter(monkeypatch, on_gpu=True, states=(GREEN, GREEN), others=(0, 0), window_s=60.0):
-    """A meter that has measured `window_s` seconds at 400 W by the counter and by the trace."""
+SAMPLE = {"sm_clock_mhz": 1980, "temperature_c": 60, "power_limit_w": 700.0, "throttle_reasons": []}
+WARMED = {"steady": True, "seconds": 5.0}
+
+
+def meter(monkeypatch, on_gpu=True, first=SAMPLE, last=SAMPLE, others=(0, 0), window_s=60.0):
+    """A meter that has measured `window_s` seconds at 400 W by the counter and by the trace, with eight samples."""
     made = Meter(torch.device("cpu"))
     made.windows = [Window(0.0, window_s, 1000.0, 1000.0 + window_s)]
+    halves = [SAMPLE | first] * 4 + [SAMPLE | last] * 4
     if on_gpu:
         monkeypatch.setattr(made, "on_gpu", True)
         made.gpu_counter = energy.Counter("gpu_energy", monitor=object())
         made.gpu_counter.windows_j = [400.0 * window_s]
         made.trace = energy.Trace(*torch.tensor([[999.0], [400.0]], dtype=torch.float64).numpy())
-        made.states, made._others = list(states), list(others)
+        made.states, made._others = [GREEN, GREEN], list(others)
+        moments = [1000.0 + window_s * (place + 0.5) / 8 for place in range(8)]
+        made.samples = [sampler.Sample(m, **s, utilization_percent=97) for m, s in zip(moments, halves, strict=True)]
     return made
 
 
-def verdicts(made, metrics=METRICS, reasons=None, padding=0.0):
-    found = selfcheck.checks(made, metrics, reasons or {}, padding)
+def verdicts(made, metrics=METRICS, reasons=None, padding=0.0, warmed=WARMED):
+    found = selfcheck.checks(made, metrics, reasons or {}, padding, warmed)
     assert all(check.says for check in found)
     return {check.check: check.verdict for check in found}
 
@@ -43,19 +50,32 @@ def test_a_sound_run_is_green_throughout(monkeypatch):
         ("launch_bound", {"metrics": METRICS | {"gpu_busy_fraction": 0.94}}),
         ("mfu", {"metrics": METRICS | {"mfu": 1.01}}),
         ("padding", {"padding": 0.79}),
-        ("window_length", {"window_s": 29.0}),
+        ("window_length", {"window_s": 3.9}),
         ("other_processes", {"others": (0, 1)}),
         ("other_processes", {"others": (0, None)}),
-        ("clock_drift", {"states": (GREEN, GREEN | {"sm_clock_mhz": 1800})}),
-        ("temperature_drift", {"states": (GREEN, GREEN | {"temperature_c": 71})}),
-        ("throttling", {"states": (GREEN, GREEN | {"throttled_s": 6.0})}),
-        ("throttling", {"states": (GREEN, GREEN | {"throttle_reasons": ["power cap"], "throttled_s": None})}),
+        ("warm_up", {"warmed": WARMED | {"steady": False}}),
+        ("clock_drift", {"first": {"sm_clock_mhz": 2090}}),
+        ("clock_under_load", {"first": {"sm_clock_mhz": 1870}, "last": {"sm_clock_mhz": 1860}}),
+        ("temperature_drift", {"last": {"temperature_c": 71}}),
+        ("throttling", {"first": {"throttle_reasons": ["power cap"]}}),
     ],
 )
 def test_what_is_out_of_bounds_is_flagged_alone(flagged, changes, monkeypatch):
-    asked = {name: changes.pop(name) for name in ("metrics", "padding") if name in changes}
-    found = verdicts(meter(monkeypatch, **changes), **asked)
+    asked = {name: changes[name] for name in ("metrics", "padding", "warmed") if name in changes}
+    found = verdicts(meter(monkeypatch, **{n: v for n, v in changes.items() if n not in asked}), **asked)
     assert [check for check, verdict in found.items() if verdict != "green"] == [flagged]
+
+
+def test_the_shortest_window_counts_and_not_the_sum(monkeypatch):
+    made = meter(monkeypatch)
+    made.windows.append(Window(60.0, 61.5, 1060.0, 1061.5))
+    assert made.energy() == (None, "window_too_short") and verdicts(made)["window_length"] == "null"
+
+
+def test_a_throttled_share_is_never_above_one(monkeypatch):
+    held = SAMPLE | {"throttle_reasons": ["power cap", "heat (hardware)"]}
+    found = {c.check: c for c in selfcheck.checks(meter(monkeypatch, first=held, last=held), METRICS, {}, 0.0, WARMED)}
+    assert found["throttling"].value == 1 and "heat (hardware) 100.0%, power cap 100.0%" in found["throttling"].says
 
 
 @pytest.mark.parametrize(("trace_w", "verdict"), [(415.0, "green"), (430.0, "flagged"), (450.0, "null")])
@@ -67,16 +87,23 @@ def test_counter_against_integral(trace_w, verdict, monkeypatch):
     assert made.energy() == expected
 
 
-def test_what_a_card_does_not_say_is_null_and_never_green(monkeypatch):
-    silent = dict.fromkeys(GREEN)
-    found = verdicts(meter(monkeypatch, states=(silent, silent)))
-    assert {found[check] for check in ("clock_drift", "temperature_drift", "throttling")} == {"null"}
+SAMPLED = ("clock_drift", "clock_under_load", "temperature_drift", "throttling")
+
+
+def test_what_a_gpu_does_not_say_is_null_and_never_green(monkeypatch):
+    silent = dict.fromkeys(SAMPLE)
+    found = verdicts(meter(monkeypatch, first=silent, last=silent), warmed=WARMED | {"steady": None})
+    assert {found[check] for check in (*SAMPLED, "warm_up")} == {"null"}
+    made = meter(monkeypatch)
+    made.samples = []
+    checks = {check.check: check for check in selfcheck.checks(made, METRICS, {}, 0.0, WARMED)}
+    assert {(checks[name].verdict, checks[name].says) for name in SAMPLED} == {("null", record.REASONS["no_sample"])}
 
 
 def test_without_a_gpu_every_check_of_it_is_null_with_the_reason(monkeypatch):
     made, none = meter(monkeypatch, on_gpu=False), dict.fromkeys(METRICS)
     reasons = {"gpu_busy_fraction": "no_gpu", "mfu": "peak_unknown", "net_energy_j": "no_gpu"}
-    found = selfcheck.checks(made, none, reasons, 0.1)
+    found = selfcheck.checks(made, none, reasons, 0.1, {"steady": None, "seconds": 1.0})
     assert {check.check for check in found if check.verdict != "null"} == {"padding"}
     said = {check.says for check in found if check.verdict == "null"}
     assert said == {record.REASONS["no_gpu"], record.REASONS["peak_unknown"]}

@@ -12,7 +12,7 @@ from make import GREEDY, NINTH, STALLING, TINY, kernels, make_record, tiny_profi
 from matplotlib.text import Text
 
 from lib import attention, parameters, paths, record
-from lib.analysis import compare, figures
+from lib.analysis import compare, figures, ngrams
 from lib.study import plan, runner
 from lib.study.__main__ import main
 
@@ -74,11 +74,12 @@ def test_a_study_with_a_ninth_variant_and_others_that_fail(out, tiny, tmp_path, 
     assert sorted(runs["label"]) == ["ninth", "sdpa"] and runs["certified"].all()
     assert set(runs["profile"]) == {"tiny"} and runs["session"].nunique() == 1
     assert "ninth" in str([cell.get("outputs") for cell in nbformat.read(out / "summary.ipynb", as_version=4).cells])
-    assert {path.stem for path in (out / "figures").glob("*.svg")} == {draw.__name__ for draw in figures.FIGURES}
+    drawn = {draw.__name__ for draw in figures.FIGURES if not isinstance(draw(runs), str)}
+    assert {path.stem for path in (out / "figures").glob("*.svg")} == drawn
     labels = [text.get_text() for text in figures.training_time(runs).findobj(Text)]
-    assert "ninth" in labels and any(
-        "not measured" in text.get_text() for text in figures.gpu_energy(runs).findobj(Text)
-    )
+    assert "ninth" in labels and ": not measured: the run used no GPU." in figures.gpu_energy(runs)
+    assert ngrams.of_runs(runs).notna().all(axis=None) and runs["data"].iloc[0]["bigram_loss"] > 0
+    assert (runs["started_at"] <= runs["finished_at"]).all()
 
     # What has a record is not run again; after an edit of a variant's file, that one is.
     ninth.write_text(NINTH.replace("weight=0.5", "weight=0.25"))
@@ -120,12 +121,34 @@ def test_a_profile_is_checked_before_anything_runs(out, tmp_path, profile, said,
     assert not out.exists() or not os.listdir(out)
 
 
+def test_some_runs_now_and_the_rest_in_the_same_session_later(out, monkeypatch, capsys):
+    """For a machine that is lent by the minute: no run twice, one session, and the summary after the last."""
+    done, sessions, summaries = [], [], []
+
+    def run_one(run, profile, session, folder):
+        done.append(run["position"])
+        sessions.append(session)
+
+    monkeypatch.setattr(runner, "load_data", lambda runs: None)
+    monkeypatch.setattr(runner, "run_one", run_one)
+    monkeypatch.setattr(runner, "is_finished", lambda run, folder: run["position"] in done)
+    monkeypatch.setattr(runner, "summarize", lambda folder: summaries.append(len(done)))
+    words = ["--variants", "sdpa", "linear", "gqa", "--session", "s1", "--runs"]
+    assert main([*words, "2"]) == runner.RUNS_LEFT
+    assert "left to run: 1; the same command goes on" in capsys.readouterr().out
+    assert main([*words, "2"]) == 0
+    assert sorted(done) == [0, 1, 2] and set(sessions) == {"s1"} and summaries == [3]
+    with pytest.raises(SystemExit):
+        main([*words, "0"])
+
+
 def test_a_profile_that_is_not_there_lists_those_that_are(out, capsys):
     assert main(["params/papr.yaml"]) == 2
     assert "params/paper.yaml" in capsys.readouterr().err
 
 
-PROFILES = [path for path in sorted((ROOT / "params").glob("*.yaml")) if not path.stem.startswith("scaling_")]
+OTHERS = ("scaling_", "steps_")  # of other commands
+PROFILES = [path for path in sorted((ROOT / "params").glob("*.yaml")) if not path.stem.startswith(OTHERS)]
 
 
 @pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)

@@ -52,6 +52,47 @@ def test_warm_up_leaves_no_trace():
         assert torch.equal(one, other)
 
 
+def test_on_a_cpu_warm_up_is_as_long_as_it_was_asked_to_be_and_says_so():
+    trainer = make_trainer(warmup_steps=2)
+    seconds = trainer.warm_up()
+    assert len(seconds) == 2
+    assert trainer.warmed == {"steps": 2, "seconds": sum(seconds), "steady": None, "temperature_c": None}
+
+
+def test_on_a_gpu_warm_up_goes_on_until_it_rests_and_takes_the_rows_again(monkeypatch):
+    class Slow:
+        def __init__(self, device):
+            self.left, self.steady, self.temperature_c = 30, True, 54
+
+        def look(self):
+            self.left -= 1
+
+        def rising(self):
+            return self.left > 0
+
+    monkeypatch.setattr(training, "Warmth", Slow)
+    trainer, cold = make_trainer(dropout=0.1), make_trainer(dropout=0.1, warmup_steps=1)
+    assert len(trainer.warm_up()) == 30 > len(trainer.rows)
+    assert trainer.warmed["steps"] == 30 and trainer.warmed["steady"]
+    for one in (trainer, cold):
+        one.run()
+    assert torch.equal(trainer.losses, cold.losses)
+
+
+def test_pinned_memory_for_batches_is_there_before_the_window(monkeypatch):
+    """Without a GPU nothing can be pinned: what would be is noted instead."""
+    trainer, pinned = make_trainer(accumulation=2), []
+    monkeypatch.setattr(trainer, "pin_buffers", lambda: pinned.append(trainer.meter.windows))
+    trainer.warm_up()
+    assert pinned == [[]]
+    trainer, pinned = make_trainer(accumulation=2), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.shape) or tensor)
+    trainer.device = torch.device("cuda")
+    trainer.pin_buffers()
+    whole = [shape for shape in pinned if shape]
+    assert whole == [(4, 16)] * 2 * 2 * training.AHEAD_STEPS and len(pinned) == len(whole) * 3 / 2
+
+
 def test_losses_fall_and_every_step_has_one():
     trainer = run(ragged=False, epochs=8)
     losses = trainer.losses.numpy()

@@ -7,15 +7,31 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from lib.record.benchmark import Benchmark
+from lib.record.benchmark import AGAIN, Benchmark
 
 
 def title(found: Benchmark) -> str:
-    """Where the turns were taken, and beside which versions, in one line."""
+    """Where the turns were taken, and beside which versions; and what the ratios can say."""
     threads = f"{found.threads} thread{'s' if found.threads > 1 else ''}, fp32"
     where = threads if found.environment["device"] == "cpu" else "bf16"
     versions = ", ".join(f"{name} {version}" for name, version in found.versions.items())
-    return f"{found.environment['device_name']}, {where}; {versions}"
+    return f"{found.environment['device_name']}, {where}; {versions}\n{caution(found)}"
+
+
+def caution(found: Benchmark) -> str:
+    """How many rounds the ratios rest on, that no verdict follows from them, and what no difference looked like."""
+    rounds = sorted({len(taken_ms) for times_ms in found.times_ms.values() for taken_ms in times_ms.values()})
+    n = f"n = {rounds[0]}" if len(rounds) == 1 else f"n = {rounds[0]} to {rounds[-1]}" if rounds else "n = 0"
+    again = [
+        statistics.median(times_ms[f"{name}{AGAIN}"]) / statistics.median(times_ms[name])
+        for times_ms in found.times_ms.values()
+        for name in found.reference_implementations
+        if name in times_ms and f"{name}{AGAIN}" in times_ms
+    ]
+    noise = "no A/A control: noise unknown"
+    if again:
+        noise = f"a variant beside itself: {min(again):.3f} to {max(again):.3f}"
+    return f"{n} rounds, each ratio by itself: no correction for how many there are, and no verdict; {noise}"
 
 
 def ratios(times_ms: dict, implementations: dict) -> dict:
@@ -86,7 +102,8 @@ def paired(ours_ms: list[float], theirs_ms: list[float]) -> str:
     ratio = math.exp(logs.mean())
     if len(logs) < 2:
         return f"{ratio:.2f}"
-    low, high = (math.exp(end) for end in stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs)))
+    half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+    low, high = ratio * math.exp(-half), ratio * math.exp(half)
     return f"{ratio:.2f} [{low:.2f}, {high:.2f}]"
 
 
@@ -97,6 +114,6 @@ def missing(found: Benchmark) -> pd.DataFrame:
         rows += [
             {"implementation": n, "context": f"{context:,}", "why": why}
             for n, why in failed.items()
-            if n not in found.reference_implementations
+            if n.removesuffix(AGAIN) not in found.reference_implementations
         ]
     return pd.DataFrame(rows, columns=["implementation", "context", "why"])

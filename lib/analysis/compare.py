@@ -1,11 +1,10 @@
 """What may be compared with what, and how sure it is.
 
-Runs are compared only within a group (same setting, same device), and by the ratio to `sdpa` inside a block, so that
-whatever drifted from block to block cancels. The logarithms of these ratios are taken as normal: paired t intervals,
-Holm (1979) over the variants, equivalence by two one-sided tests (Schuirmann 1987).
+Runs are compared only within a group (same setting, same device), and with `sdpa` inside a block, so that whatever
+drifted from block to block cancels; `lib.analysis.paired` holds the statistics. Costs are compared by their ratio,
+losses by their difference in nats.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,16 +12,29 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy import stats
-from statsmodels.stats.multitest import multipletests
 
+from lib.analysis.paired import (
+    FEWEST_BLOCKS,
+    Paired,
+    PlaceEffects,
+    compared,
+    holm,
+    paired_t,
+    rank_ranges,
+    surely_lower,
+    verdict,
+)  # fmt: skip
 from lib.attention import CONTROL, REFERENCE
 from lib.errors import UsageError
-from lib.record import REASONS
+from lib.record import Metrics
 
-FEWEST_BLOCKS = 5  # below that, points only
-EQUIVALENT_WITHIN = 0.02
 BLOCK = ["session", "block"]
+LOSSES = ("validation_loss", "train_loss")  # in nats, so their differences are what ratios are to a cost
+COUNTED = (
+    "forward_flops_causal", "forward_flops_full", "forward_flops_counted", "attention_core_share", "parameters",
+    "cache_bytes", "checkpoint_bytes",
+)  # fmt: skip # the same in every run: no noise
+ORDER_FREE = (*LOSSES, *COUNTED, "tokens")  # the same in whichever place a run stands
 
 
 @dataclass(frozen=True)
@@ -64,13 +76,17 @@ def whole_blocks(runs: pd.DataFrame) -> pd.DataFrame:
     """
     seated = runs.dropna(subset=BLOCK)
     compared = seated["session"].isin(seated.loc[seated["label"] == REFERENCE, "session"])
-    every = sorted(set(seated.loc[compared, "label"]))
+    every = seated.loc[compared, "label"].unique()
+    device = seated["device_name"].astype(str) + seated["gpu_uuid"].fillna("").astype(str)
+    facts = seated.assign(known=seated["label"].isin(every), device=device).groupby(BLOCK)
+    once = (facts["label"].transform("size") == len(every)) & (facts["label"].transform("nunique") == len(every))
+    return seated[once & facts["known"].transform("all") & (facts["device"].transform("nunique") == 1)]
 
-    def is_whole(part):
-        return sorted(part["label"]) == every and len(part[["device_name", "gpu_uuid"]].drop_duplicates()) == 1
 
-    whole = [part for _, part in seated.groupby(BLOCK) if is_whole(part)]
-    return pd.concat(whole) if whole else runs.iloc[:0]
+def comparable(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of what is in whole blocks the runs of those alone, so that means are of the same seeds; of others all runs."""
+    whole = whole_blocks(runs)
+    return pd.concat([whole, runs[~runs["label"].isin(whole["label"])]]) if len(whole) else runs
 
 
 def balanced(runs: pd.DataFrame) -> bool:
@@ -95,12 +111,22 @@ def balanced(runs: pd.DataFrame) -> bool:
 
 
 def about_blocks(runs: pd.DataFrame) -> str:
-    """One sentence for beside a table: how many blocks are whole, and whether their order is balanced."""
-    blocks = len(whole_blocks(runs).groupby(BLOCK))
+    """For beside a table: how many blocks are whole, what may be said of them, and whether their order is balanced."""
+    whole = whole_blocks(runs)
+    blocks = len(whole.groupby(BLOCK))
     if not blocks:
-        return "No block is whole (every variant in one session on one device): runs are paired by seed, points only."
-    order = "balanced" if balanced(runs) else "not balanced"
-    return f"{blocks} whole block{'s' if blocks > 1 else ''}, the order of runs over them {order}."
+        return (
+            "No block is whole (every variant in one session on one device): runs are paired by seed, points only: no "
+            "interval, no verdict, no rank."
+        )
+    counted = f"{blocks} whole block{'s' if blocks > 1 else ''}"
+    if blocks < FEWEST_BLOCKS:
+        return f"{counted}, fewer than {FEWEST_BLOCKS}: points only, no interval, no verdict, no rank."
+    if balanced(runs):
+        return f"{counted}, the order of runs over them balanced; the place of each run is in the model."
+    if _places(whole) is None:
+        return f"{counted}, but not in which order their runs were: points only, no interval, no verdict, no rank."
+    return f"{counted}, the order of runs over them not balanced: the place of each run is in the model."
 
 
 def pairs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -121,180 +147,179 @@ def pairs(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)[["label", *BLOCK, "run", "reference", "whole"]]
 
 
-class Paired(NamedTuple):
-    """Comparisons with the reference: geometric mean ratio, its 95 % interval, raw p, and equivalence."""
+class Layout(NamedTuple):
+    """A metric in the whole blocks: a row per block, a column per label, NaN where it was not measured."""
 
-    ratio: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-    p: np.ndarray
-    within: np.ndarray
+    values: pd.DataFrame  # logarithms of a cost, nats of a loss
+    effects: PlaceEffects | None  # of the places; None where the order makes no difference
 
 
-def paired_t(logs) -> Paired:
-    """Two-sided paired t over the last axis of `logs` (..., n), the logarithms of ratios inside n blocks.
-
-    `within`: the 90 % interval lies inside 1/1.02 to 1.02, that is, both one-sided tests reject at 5 %. The margin is
-    symmetric on the logarithm, so that it makes no difference which of the two is the denominator.
-    """
-    logs = np.asarray(logs, dtype=float)
-    n, mean, error = logs.shape[-1], logs.mean(-1), stats.sem(logs, axis=-1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        p = 2 * stats.t.sf(np.abs(mean) / error, n - 1)
-    p = np.where(error == 0, np.where(mean == 0, 1.0, 0.0), p)  # a count, the same in every block
-    wide, narrow = (error * stats.t.ppf(quantile, n - 1) for quantile in (0.975, 0.95))
-    within = np.abs(mean) + narrow < math.log1p(EQUIVALENT_WITHIN)
-    return Paired(np.exp(mean), np.exp(mean - wide), np.exp(mean + wide), p, within)
+def laid_out(runs: pd.DataFrame, metric: str, as_ratio: bool) -> Layout | None:
+    """The whole blocks of `runs`. None where there is none, or nobody knows in which order their runs were."""
+    blocks = whole_blocks(runs)
+    if blocks.empty:
+        return None
+    values = blocks.assign(value=scaled(blocks[metric], as_ratio)).pivot(index=BLOCK, columns="label", values="value")
+    if metric in ORDER_FREE:
+        return Layout(values, None)
+    places = _places(blocks)
+    return None if places is None else Layout(values, PlaceEffects(places, values.notna()))
 
 
-def holm(p) -> np.ndarray:
-    """Raw p of the comparisons of one family -> adjusted by Holm's step-down."""
-    return multipletests(p, method="holm")[1]
+def _places(blocks: pd.DataFrame) -> np.ndarray | None:
+    """Which place each label has in each whole block, (blocks, labels); None where nobody knows."""
+    if "position" not in blocks:
+        return None
+    places = blocks.pivot(index=BLOCK, columns="label", values="position").to_numpy(dtype=float)
+    return None if np.isnan(places).any() or any(len(set(order)) < len(order) for order in places) else places
 
 
-def verdict(adjusted_p: float, within: bool) -> str:
-    """What may be said; a difference that is sure is called so even where it is small enough to be equivalent."""
-    return "significantly different" if adjusted_p < 0.05 else "equivalent within 2 %" if within else "inconclusive"
+def scaled(values: pd.Series, as_ratio: bool) -> pd.Series:
+    """Numbers as they are compared: the logarithm where it is above 0, for a ratio; as they are, for a difference."""
+    values = values.astype(float)
+    return np.log(values.where(values > 0)) if as_ratio else values
+
+
+NUMBERS = ("estimate", "low", "high", "p", "level")
 
 
 def ratios(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Each variant's `metric` over `sdpa`'s in the same block, a row per label.
 
-    `ratio` is the geometric mean over the `n` blocks in which both were measured and are above 0. From five blocks up:
-    `low` and `high`, the 95 % paired-t interval on the logarithm; `p`, Holm-adjusted; and `verdict`: *significantly
-    different* (p < 0.05), *equivalent within 2 %* (90 % interval inside it), or *inconclusive*. With fewer, or where a
-    label has no whole block and its runs are paired by seed, these are missing and `verdict` says so.
+    `ratio` is the geometric mean over the `n` blocks in which both were measured and are above 0; from five blocks up
+    without the effects of the places in their order (`lib.analysis.paired`), and with `low` and `high`, the 95 %
+    interval; `p`, Holm-adjusted; and `verdict`: *significantly different* (p < 0.05), *equivalent within 2 %* (two
+    one-sided tests, Holm-adjusted too), or *inconclusive*. With fewer blocks, where a label is in no whole block and
+    its runs are paired by seed, or where the order does not let place and variant be told apart, these are missing and
+    `verdict` says why. `level` is `sdpa`'s mean times the ratio: what misses a slow block is not lower for it.
 
-    Holm's family are the certified variants of this one table. The A/A control is a control, not a question: counted
+    Holm's families are the certified variants of this one table. The A/A control is a control, not a question: counted
     in, it would cost the variants power, and Holm would make it slower to sound the alarm; its `p` is the raw one, so
     it is called different by chance in one table of twenty. What fails its certificate has an interval, but no p.
     """
+    found = _against_reference(runs, metric, as_ratio=True)
+    found[["estimate", "low", "high", "level"]] = np.exp(found[["estimate", "low", "high", "level"]])
+    return found.rename(columns={"estimate": "ratio"})
+
+
+def differences(runs: pd.DataFrame, metric: str = "validation_loss") -> pd.DataFrame:
+    """As `ratios`, of a loss: `difference` in nats from `sdpa`'s in the same block, so with the same seed and rows.
+
+    0.02 nats are 2 % of the perplexity: the margin within which two are equivalent. The order of runs makes no
+    difference to a loss, so their places are not in the model.
+    """
+    return _against_reference(runs, metric, as_ratio=False).rename(columns={"estimate": "difference"})
+
+
+def _against_reference(runs: pd.DataFrame, metric: str, as_ratio: bool) -> pd.DataFrame:
+    """`ratios` and `differences`, on the scale on which they are compared."""
+    columns = ["label", "n", *NUMBERS, "verdict"]
     if REFERENCE not in set(runs["label"]):
-        return pd.DataFrame(columns=["label", "ratio", "n", "low", "high", "p", "verdict"])
-    paired, rows, family = pairs(runs), [], []
+        return pd.DataFrame(columns=columns).astype(dict.fromkeys(NUMBERS, float))
+    values, paired, layout = scaled(runs[metric], as_ratio), pairs(runs), laid_out(runs, metric, as_ratio)
+    whole = whole_blocks(runs)
+    reference = values[whole.index[whole["label"] == REFERENCE]].mean()
+    rows, family = [], []
     for label, own in runs.groupby("label"):
         mine = paired[paired["label"] == label]
-        values, references = (runs.loc[mine[end], metric].to_numpy(dtype=float) for end in ("run", "reference"))
-        usable = (values > 0) & (references > 0)
-        logs = np.log(values[usable] / references[usable])
-        row = dict.fromkeys(("ratio", "low", "high", "p")) | {"label": label, "n": len(logs)}
-        row["ratio"] = math.exp(logs.mean()) if len(logs) else None
-        if label == REFERENCE:
-            row["verdict"] = "the reference"
-        elif not mine["whole"].all():
-            row["verdict"] = f"n = {len(logs)}, not in one session"
-        elif len(logs) < FEWEST_BLOCKS:
-            row["verdict"] = f"n = {len(logs)}"
-        else:
-            found = paired_t(logs)
-            row |= {"low": float(found.low), "high": float(found.high), "within": bool(found.within)}
+        logs = values[mine["run"]].to_numpy() - values[mine["reference"]].to_numpy()
+        logs = logs[~np.isnan(logs)]
+        row = dict.fromkeys(columns) | {"label": label, "n": len(logs), "level": values[own.index].mean()}
+        row["estimate"] = logs.mean() if len(logs) else None
+        row["verdict"], tested = _verdict_or_test(label, mine, logs, layout)
+        if tested is not None:
+            row |= {"estimate": float(tested.mean), "low": float(tested.low), "high": float(tested.high)}
+            row |= {"p": float(tested.p), "equivalence_p": float(tested.equivalence_p)}
             if not own["certified"].all():
-                row["verdict"] = "fails its certificate"
-            else:
-                row["p"] = float(found.p)
-                family += [row] if label != CONTROL else []
+                row |= {"p": None, "verdict": "fails its certificate"}
+            family += [row] if row["verdict"] is None and label != CONTROL else []
+        if len(logs) and mine["whole"].all():
+            row["level"] = reference + row["estimate"]
         rows.append(row)
-    for row, p in zip(family, holm([row["p"] for row in family]) if family else [], strict=True):
-        row["p"] = float(p)
+    for of in ("p", "equivalence_p"):
+        for row, p in zip(family, holm([row[of] for row in family]), strict=True):
+            row[of] = float(p)
     for row in rows:
-        row.setdefault("verdict", None if row["p"] is None else verdict(row["p"], row["within"]))
-    table = pd.DataFrame(rows, columns=["label", "ratio", "n", "low", "high", "p", "verdict"])
-    return table.astype(dict.fromkeys(("ratio", "low", "high", "p"), float))
+        row["verdict"] = row["verdict"] or verdict(row["p"], row["equivalence_p"], "2 %" if as_ratio else "0.02 nats")
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))
 
 
-COSTS = ("tokens", "time_s", "energy_j")
+def _verdict_or_test(label, mine: pd.DataFrame, logs, layout: Layout | None) -> tuple[str | None, Paired | None]:
+    """Of one label: what is said without a test, or the test."""
+    if label == REFERENCE:
+        return "the reference", None
+    if not mine["whole"].all():
+        return f"n = {len(logs)}, not in one session", None
+    if len(logs) < FEWEST_BLOCKS:
+        return f"n = {len(logs)}", None
+    if layout is None:
+        return f"n = {len(logs)}, order unknown", None
+    columns = list(layout.values)
+    tested = compared(layout.values, layout.effects, columns.index(label), columns.index(REFERENCE))
+    return (f"n = {len(logs)}, place and variant not told apart", None) if tested is None else (None, tested)
 
 
-def to_target(runs: pd.DataFrame) -> pd.DataFrame:
-    """What each run had spent when its validation loss first reached the one at which `sdpa` ended in the same block.
+def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
+    """The first and last rank that each certified variant can have, from the lowest `metric` up; the control has none.
 
-    A row per run: `tokens` (useful ones), `time_s`, `energy_j`, each also over `sdpa`'s own (`tokens_ratio`...),
-    `censored`, `gap_nats`, `reason`. Between two validations the loss is taken as linear in the logarithm of the
-    tokens; tokens become seconds and joules by the run's own epochs, whose steps are taken as equally long. `censored`
-    is the sign to write before the numbers: ">" where the whole budget did not do (`gap_nats`: what its best
-    validation lacked), "<" where already the first validation after token 0, which has no logarithm, is better. A
-    number that is missing has its `reason`.
+    From the paired comparisons of all variants with each other over the blocks that both are in, Holm-adjusted over
+    all pairs: where two are not significantly different they share a rank. A variant with fewer than five whole blocks
+    in common with `sdpa` has none.
     """
-    rows = []
-    for pair in pairs(runs).itertuples():
-        reference = runs.loc[pair.reference]
-        found, theirs = (_to_target(run, reference) for run in (runs.loc[pair.run], reference))
-        for cost in COSTS:
-            if found.get(cost) and theirs.get(cost):
-                found[f"{cost}_ratio"] = found[cost] / theirs[cost]
-        rows.append({"label": pair.label, "session": pair.session, "block": pair.block, "whole": pair.whole} | found)
-    numbers = [f"{cost}{end}" for cost in COSTS for end in ("", "_ratio")] + ["gap_nats"]
-    table = pd.DataFrame(rows, columns=["label", *BLOCK, "whole", *numbers, "censored", "reason"])
-    return table.astype(dict.fromkeys(numbers, float) | dict.fromkeys(("censored", "reason"), object))
-
-
-def _to_target(run: pd.Series, reference: pd.Series) -> dict:
-    if not run["certified"]:
-        return {"reason": "fails its certificate"}
-    curve = [
-        (point["non_padding_tokens"], point["loss"]) for point in run["series_validation"] if point["loss"] is not None
-    ]
-    target = reference["series_validation"][-1]["loss"] if reference["series_validation"] else None
-    if target is None or not curve:
-        return {"reason": "no validation loss"}
-    reached = next((index for index, (_, loss) in enumerate(curve) if loss <= target), None)
-    if reached == 0:
-        return {"reason": "the target is reached without training"}
-    if reached is None:
-        tokens = curve[-1][0]
-        found = {"censored": ">", "gap_nats": min(loss for _, loss in curve) - target}
-    else:
-        (before, above), (tokens, below) = curve[reached - 1 : reached + 1]
-        found = {"censored": "<" if before == 0 and below < target else None}
-        if before > 0:
-            tokens = before * (tokens / before) ** ((above - target) / (above - below))
-    found |= {"tokens": tokens, "time_s": _spent(run, tokens, run["series_epoch_time_s"])}
-    if pd.isna(run["energy_j"]) or not run["series_epoch_energy_j"]:
-        reason = run["null_reasons"].get("energy_j")
-        return found | {"reason": REASONS.get(reason, "no energy by epoch")}
-    return found | {"energy_j": _spent(run, tokens, run["series_epoch_energy_j"])}
-
-
-def _spent(run: pd.Series, tokens: float, per_epoch: list[float]) -> float:
-    """The part of a per-epoch series that a run had spent after so many non-padding tokens, by its count of steps."""
-    seen = [0, *run["series_non_padding_tokens"]]
-    step = np.interp(tokens, seen, range(len(seen)))
-    return float(np.interp(step, np.linspace(0, len(seen) - 1, len(per_epoch) + 1), np.cumsum([0, *per_epoch])))
-
-
-def target_summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `to_target` in one per label: geometric means over its `n` blocks, `reached` in so many of them.
-
-    `censored` is the sign of the means where some block has one: means over bounds are bounds, and get no interval.
-    Where some blocks have upper and others lower bounds there is no mean; nor where a cost was not measured in each.
-    """
-    rows = []
-    for label, own in table.groupby("label"):
-        counted, reasons = own[own["tokens"].notna()], own["reason"].dropna()
-        signs = list(counted["censored"].dropna().unique())
-        row = {"label": label, "n": len(counted), "reached": int((counted["censored"] != ">").sum())}
-        row |= {"censored": signs[0] if len(signs) == 1 else None, "reason": next(iter(reasons), None)}
-        if len(signs) == 2:
-            row["reason"] = "not reached in some blocks, by the first validation in others"
-        else:
-            exact = not signs and label != REFERENCE and own["whole"].all()
-            for cost in COSTS:
-                row |= _summary_of(cost, counted, exact)
-        rows.append(row)
-    numbers = [f"{cost}{end}" for cost in COSTS for end in ("", "_ratio", "_low", "_high")]
-    summary = pd.DataFrame(rows, columns=["label", "n", "reached", "censored", *numbers, "reason"])
-    return summary.astype(dict.fromkeys(numbers, float) | dict.fromkeys(("censored", "reason"), object))
-
-
-def _summary_of(cost: str, own: pd.DataFrame, exact: bool) -> dict:
-    if own.empty or own[[cost, f"{cost}_ratio"]].isna().any(axis=None):
+    layout = laid_out(runs, metric, metric not in LOSSES)
+    if layout is None or REFERENCE not in layout.values:
         return {}
-    logs = np.log(own[f"{cost}_ratio"].to_numpy())
-    found = {cost: math.exp(np.log(own[cost]).mean()), f"{cost}_ratio": math.exp(logs.mean())}
-    if exact and len(logs) >= FEWEST_BLOCKS:
-        interval = paired_t(logs)
-        found |= {f"{cost}_low": float(interval.low), f"{cost}_high": float(interval.high)}
-    return found
+    certified = runs.groupby("label")["certified"].all()
+    values = layout.values
+    common = values.sub(values[REFERENCE], axis=0).notna().sum()
+    names = list(values)
+    ranked = [name for name in names if certified[name] and name != CONTROL and common[name] >= FEWEST_BLOCKS]
+    lower = surely_lower(values, layout.effects, names, ranked)
+    return rank_ranges(ranked, lower)
+
+
+class Noise(NamedTuple):
+    """The A/A control beside the reference: two runs of the same code. `low` and `high` are None at n = 1."""
+
+    estimate: float  # ratio, or nats of a loss
+    low: float | None
+    high: float | None
+    n: int
+
+
+def noise(runs: pd.DataFrame, metric: str) -> Noise | None:
+    """What the A/A control differs from `sdpa` by in `metric`, with its 95 % interval from two blocks up.
+
+    It estimates the noise of that metric and is no threshold: without any difference a variant exceeds it half the
+    time. None where there is no control, or it was not measured.
+    """
+    as_ratio = metric not in LOSSES
+    found = _against_reference(runs, metric, as_ratio).set_index("label")
+    if CONTROL not in found.index or not found.loc[CONTROL, "n"]:
+        return None
+    of, shown = found.loc[CONTROL], lambda value: float(np.exp(value) if as_ratio else value)
+    low, high, n = of["low"], of["high"], int(of["n"])
+    if n == 1:
+        return Noise(shown(of["estimate"]), None, None, n)
+    if pd.isna(low):  # fewer blocks than a verdict needs, or no known order: noise, and what drifts
+        mine, values = pairs(runs), scaled(runs[metric], as_ratio)
+        mine = mine[mine["label"] == CONTROL]
+        logs = values[mine["run"]].to_numpy() - values[mine["reference"]].to_numpy()
+        _, low, high, *_ = paired_t(logs[~np.isnan(logs)])
+    return Noise(shown(of["estimate"]), shown(low), shown(high), n)
+
+
+def unflagged(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs without a number from those that are flagged: their blocks stay, and lack them."""
+    is_flagged = runs["flags"].map(bool)
+    numbers = [name for name in Metrics.model_fields if name in runs]
+    return runs.assign(**{name: runs[name].astype(float).mask(is_flagged) for name in numbers})
+
+
+def flagged(runs: pd.DataFrame) -> pd.Series:
+    """By label, in how many of its runs some check is flagged: "1 of 8"."""
+    counted = runs["flags"].map(bool).groupby(runs["label"]).agg(["sum", "size"])
+    return counted.apply(lambda row: f"{row['sum']} of {row['size']}", axis=1)
 
 
 def pareto_front(costs, losses) -> np.ndarray:

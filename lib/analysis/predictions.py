@@ -4,17 +4,20 @@ import pandas as pd
 
 from lib.record.prediction import Prediction
 
+UNKNOWN = "it is unknown when these runs began, so no prediction of them counts"
+
 
 def residuals(runs: pd.DataFrame, predictions: list[Prediction]) -> pd.DataFrame:
-    """A row per variant that was predicted before any run was measured: both, and how far the measured one is above it.
+    """A row per variant that was predicted before any run began: both, and how far the measured one is above it.
 
-    `runs` are those of one group of `lib.compare`, so of one setting and device; their mean is taken. Of a variant the
-    newest prediction counts; one whose file has changed since has no row.
+    `runs` are those of one group of `lib.analysis.compare`, so of one setting and device; their mean is taken. Of a
+    variant the newest prediction counts; one whose file has changed since has no row. Without `started_at` in every
+    record nothing counts: the end and the window do not say when a run began, and what was seen of one variant may
+    have been used to predict another.
     """
     columns = ["variant", *(f"{unit}, {what}" for unit in "sJ" for what in ("predicted", "measured", "above"))]
-    here = runs["setting"].iloc[0], runs["device_name"].iloc[0]
-    begun = (runs["finished_at"] - pd.to_timedelta(runs["time_s"], unit="s")).min()
-    usable = [one for one in predictions if (one.setting, one.device_name) == here and one.made_at < begun]
+    begun = pd.NaT if runs["started_at"].isna().any() else runs["started_at"].min()
+    usable = [one for one in _of_these(runs, predictions) if one.made_at < begun]  # none where it is NaT
     newest = {said.label: said for one in sorted(usable, key=lambda one: one.made_at) for said in one.variants}
     rows = []
     for said in newest.values():
@@ -26,6 +29,21 @@ def residuals(runs: pd.DataFrame, predictions: list[Prediction]) -> pd.DataFrame
         if len(mine):
             rows.append([*row, said.bound])
     return pd.DataFrame(rows, columns=[*columns, "most of it predicted to go into"])
+
+
+def why_none(runs: pd.DataFrame, predictions: list[Prediction]) -> str:
+    """Why `residuals` has no row, in one sentence."""
+    if not _of_these(runs, predictions):
+        return "nothing was predicted of these runs"
+    if runs["started_at"].isna().any():
+        return UNKNOWN
+    return "nothing was predicted before the first of these runs began"
+
+
+def _of_these(runs: pd.DataFrame, predictions: list[Prediction]) -> list[Prediction]:
+    """The predictions of this setting on this device."""
+    here = runs["setting"].iloc[0], runs["device_name"].iloc[0]
+    return [one for one in predictions if (one.setting, one.device_name) == here]
 
 
 def table(found: pd.DataFrame) -> pd.DataFrame:

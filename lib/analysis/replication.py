@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from lib import attention, certificate, model
-from lib.analysis import compare, figures, published_flops, style
+from lib.analysis import compare, figures, loss_figures, ngrams, notes, published_flops, style
 from lib.errors import UsageError
 from lib.measure import flops
 from lib.paths import ROOT
@@ -24,6 +24,7 @@ LABELS = {  # in params/replication.yaml
 }
 LOSS = "loss_epoch_20"
 OURS = figures.PUBLISHED_BESIDE_OURS | {LOSS: ("Loss", "validation_loss")}  # a published figure's metric in our records
+SAME_LOSS = 1e-3  # nats: rounding moves the loss of one function by less, another function by more
 NOISE = 1e-9  # of the largest logit, in float64: far under what any weight on a token does
 
 
@@ -118,30 +119,36 @@ def flops_table() -> pd.DataFrame:
 
 
 def loss_curves(found: pd.DataFrame) -> plt.Figure:
-    """Validation loss by non-padding tokens, a panel per variant: ours solid, the published definition dashed."""
+    """Validation loss by non-padding tokens, a panel per variant: ours solid, the published definition dashed; the
+    n-gram tables of the same training tokens as grey lines."""
     style.use_style()
     figure, all_axes = plt.subplots(2, 4, figsize=(12, 5.6), sharex=True, sharey=True)
     colour, marker = (choose(list(attention.STUDY_ORDER)) for choose in (style.colours, style.markers))
+    called = style.titles(found)
     for axes, name in zip(all_axes.flat, attention.STUDY_ORDER, strict=True):
         for (said, label), line in zip(LABELS.items(), ("-", "--", ":"), strict=True):
             for points in found[found["label"] == label.format(name)]["series_validation"]:
                 x, y = ([point[key] for point in points] for key in ("non_padding_tokens", "loss"))
                 axes.plot(x, y, line, color=colour[name], marker=marker[name], markersize=4, label=said)
-        axes.set_title(name, loc="left")
-        axes.legend(frameon=False, fontsize=9, loc="upper right")
+        loss_figures.draw_tables(axes, found)
+        axes.set_title(called.get(name, name), loc="left")
+        axes.legend(frameon=False, fontsize=7, loc="upper right")
         axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # shared; room for the legends
+    axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # shared; room for the legends
     figure.supxlabel("non-padding tokens seen", fontsize=11)
     figure.supylabel("validation loss, nats per token", fontsize=11)
     figure.tight_layout()
+    notes.note(figure, found, {"validation loss": "validation_loss"}, [ngrams.sentence(found)])
     return figure
 
 
 def final_losses(found: pd.DataFrame) -> pd.DataFrame:
-    """Validation loss at the end, ours and as published."""
-    losses = found.groupby("label")["validation_loss"].mean()
+    """Validation loss at the end, ours and as published, beside the n-gram tables of the same training tokens."""
+    losses, tables = found.groupby("label")["validation_loss"].mean(), ngrams.tables(found)
     rows = [
-        {"variant": name} | {c: _number(losses.get(label.format(name))) for c, label in LABELS.items()}
+        {"variant": name}
+        | {c: _number(losses.get(label.format(name))) for c, label in LABELS.items()}
+        | {f"{table} table": _number(tables.get(table)) for table in ngrams.TABLES}
         for name in attention.STUDY_ORDER
     ]
     return pd.DataFrame(rows)
@@ -169,18 +176,19 @@ def table_of_claims(costs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
     """Each published claim: whether the published figures say so, and whether our records do, and by how much.
 
     All numbers are ratios to sdpa, of the paper's own and of ours; ours are of certified variants alone. `costs` are
-    the runs that show what a variant costs, `losses` those that show what it learns.
+    the runs that show what a variant costs, `losses` those that show what it learns. Our records say yes or no of what
+    is counted, and from five whole blocks up of what is measured; else there are numbers, and no verdict.
     """
-    shown = pd.read_csv(figures.PUBLISHED).set_index("variant")
+    published = pd.read_csv(figures.PUBLISHED).set_index("variant")
     rows = []
     for claim in pd.read_csv(CLAIMS).itertuples():
         about = claim.variants.split()
-        theirs = shown[claim.figure] / shown.loc[attention.REFERENCE, claim.figure]
+        theirs = published[claim.figure] / published.loc[attention.REFERENCE, claim.figure]
         records = losses if claim.figure == LOSS else costs
         row = {
             "claim": claim.claim,
             "said by": claim.source,
-            "published figures": _judged(theirs, about, claim.direction),
+            "published figures": f"{_yes(theirs, about, claim.direction)}: {_values(theirs, about)}",
             "our records": _ours(records, claim.figure, about, claim.direction),
             "what the published module does": "; ".join(f"{name}: {_sight(name)}" for name in about),
         }
@@ -188,28 +196,69 @@ def table_of_claims(costs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _judged(ratios: pd.Series, about: list[str], direction: str) -> str:
-    """Whether ratios bear a claim out, and the ratios that it rests on."""
+def _yes(ratios: pd.Series, about: list[str], direction: str) -> str:
+    """Whether numbers without noise bear a claim out; who shares a place with another does not hold it."""
     own, others = ratios[about], ratios.drop(about)
     if direction == "lowest":
-        true = own.max() <= others.min()
-    elif direction == "highest":
-        true = own.min() >= others.max()
-    else:
-        true = (own > 1).all()
-    values = ", ".join(f"{name} {ratio:.3f}" for name, ratio in own.items())
-    return f"{certificate.yes(true)}: {values}; the others {others.min():.3f} to {others.max():.3f}"
+        return certificate.yes(own.max() < others.min())
+    return certificate.yes(own.min() > others.max() if direction == "highest" else (own > 1).all())
+
+
+def _values(ratios: pd.Series, about: list[str]) -> str:
+    """The ratios that a claim rests on."""
+    values = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios[about].items())
+    others = ratios.drop(about)
+    return f"{values}; the others {others.min():.3f} to {others.max():.3f}"
 
 
 def _ours(runs: pd.DataFrame, figure: str, about: list[str], direction: str) -> str:
-    """The same from our records of certified variants, with the number of blocks; or why nothing was measured."""
+    """The same from our records of certified variants, with the number of blocks; or why nothing can be said."""
     _, metric = OURS[figure]
+    has_control = (runs["label"] == attention.CONTROL).any()
+    noise = notes.noise_in_words(compare.noise(runs, metric), metric) if has_control else "none among these runs"
     runs = runs[runs["certified"] & runs["label"].isin(attention.STUDY_ORDER)]
     if runs[metric].isna().any():
         reasons = {REASONS[why[metric]] for why in runs["null_reasons"] if metric in why}
         return f"not measured yet: {', '.join(sorted(reasons))}"
+    if figure == LOSS and (untested := [name for name in about if _same_function(runs, name)]):
+        context = runs["parameter_values"].iloc[0]["context"]
+        return f"not tested: at T = {context} ours of {', '.join(untested)} computes what sdpa does"
     found = compare.ratios(runs, metric).set_index("label")
-    return f"{_judged(found['ratio'].astype(float), about, direction)} (n = {found['n'].min()})"
+    ratios, n = found["ratio"].astype(float), found["n"].min()
+    if metric in compare.COUNTED:
+        return f"{_yes(ratios, about, direction)}: {_values(ratios, about)} (counted)"
+    above = ngrams.above_bigram(runs)
+    if figure == LOSS and (above[[*about, attention.REFERENCE]] > 0).any():
+        return f"no verdict, worse than a bigram table: {_values(ratios, about)} (n = {n}; A/A: {noise})"
+    said = _verdict(runs, metric, found, about, direction)
+    return f"{said}: {_values(ratios, about)} (n = {n}; A/A: {noise})"
+
+
+def _verdict(runs: pd.DataFrame, metric: str, found: pd.DataFrame, about: list[str], direction: str) -> str:
+    """Yes or no where the paired comparisons are sure of it, as in `compare.ranks`."""
+    if found["n"].min() < compare.FEWEST_BLOCKS:
+        return f"no verdict below {compare.FEWEST_BLOCKS} blocks"
+    if direction == "above sdpa":
+        mine, is_sure = found.loc[about, "ratio"].astype(float), (found.loc[about, "p"] < 0.05).all()
+        return "inconclusive" if not is_sure else certificate.yes((mine > 1).all())
+    ranks = compare.ranks(runs, metric)
+    if not set(about) <= set(ranks):
+        return "no verdict"
+    first, last = zip(*(ranks[name] for name in about), strict=True)
+    if direction == "highest":
+        first, last = ([1 + len(ranks) - place for place in places] for places in (last, first))
+    if max(last) <= len(about):
+        return "yes"
+    return "NO" if max(first) > len(about) else "inconclusive"
+
+
+def _same_function(runs: pd.DataFrame, name: str) -> bool:
+    """Whether a variant does the reference's work with its weights and loses what it loses: then it is no other."""
+    mine, theirs = (runs[runs["label"] == label] for label in (name, attention.REFERENCE))
+    alike = [set(mine[of]) == set(theirs[of]) for of in ("parameters", "forward_flops_causal")]
+    losses = [group.set_index(["session", "block", "seed"])["validation_loss"] for group in (mine, theirs)]
+    gaps = (losses[0] - losses[1]).dropna().abs()
+    return all(alike) and len(gaps) > 0 and bool((gaps < SAME_LOSS).all())
 
 
 @cache

@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from lib import attention
@@ -34,13 +35,27 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=STYLE)
 
 
-def save(figure: Figure, folder: Path, name: str) -> Figure:
-    """Writes `name`.svg and `name`.png, byte-identical for the same records; returns the figure, for the notebook."""
+def save(figure: Figure | str, folder: Path, name: str) -> Figure | Markdown:
+    """Writes `name`.svg and `name`.png, byte-identical for the same records; returns the figure, for the notebook.
+
+    A sentence that stands for a figure is returned as text, and what older records had drawn under its name goes.
+    """
+    if isinstance(figure, str):
+        for ending in ("svg", "png"):
+            (folder / f"{name}.{ending}").unlink(missing_ok=True)
+        return Markdown(figure)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
     figure.savefig(folder / f"{name}.png", metadata={"Software": None}, bbox_inches="tight")
     plt.close(figure)
     return figure
+
+
+def name_rows(axes, runs: pd.DataFrame, names: list[str], certified: pd.Series) -> None:
+    """Writes each variant's name beside its row, and whether it fails its certificate."""
+    title = titles(runs)
+    called = [title[name] if certified[name] else f"{title[name]}\n(not certified)" for name in names]
+    axes.set_yticks(range(len(names)), called)
 
 
 def labels(runs: pd.DataFrame) -> list[str]:

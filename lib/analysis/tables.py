@@ -1,9 +1,13 @@
 """The tables of the study, from records alone."""
 
-import pandas as pd
-from IPython.display import HTML
+import html
 
-from lib.analysis import compare
+import pandas as pd
+from IPython.display import HTML, Markdown
+
+from lib import attention
+from lib.analysis import compare, ngrams
+from lib.analysis.notes import NO_CONTROL, noise_in_words
 from lib.analysis.style import GIB, MIB, labels, titles
 from lib.errors import UsageError
 from lib.record import REASONS
@@ -20,33 +24,100 @@ RANKED = {
 
 
 def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
-    """The variants from the cheapest up by `by`, with the ratio to sdpa; the uncertified below, without a rank.
+    """The variants with what they cost and what they learn, beside sdpa; ranked by `by` from five whole blocks up.
 
+    Ranks are those of `compare.ranks`: "2–3" is shared by variants that are not told apart. Below five blocks no number
+    says which is cheaper: there is no rank, and the order is the study's. The uncertified stand below, without a rank.
     A number that was not measured is a dash; `unmeasured` says why.
     """
     if by not in RANKED:
         raise UsageError(f"rank by one of {', '.join(RANKED)}, not {by!r}")
-    means = runs.groupby("label")[list(RANKED)].mean(numeric_only=True).reindex(columns=list(RANKED))
-    means["certified"] = runs.groupby("label")["certified"].all()
-    means = means.sort_values(["certified", by], ascending=[False, True])
-    ratio = compare.ratios(runs, by).set_index("label")
-    rows, rank, title = [], 0, titles(runs)
-    for label, values in means.iterrows():
-        measured = not pd.isna(values[by])
-        rank += bool(values["certified"] and measured)
-        row = {"rank": rank if values["certified"] and measured else "–", "variant": title[label]}
+    found = {metric: _beside_reference(runs, metric) for metric in dict.fromkeys((*RANKED, by, "validation_loss"))}
+    cost, loss, above = found[by], found["validation_loss"], ngrams.above_bigram(runs)
+    ranks, title, flags = compare.ranks(runs, by), titles(runs), compare.flagged(runs)
+    certified = runs.groupby("label")["certified"].all()
+    rows = []
+    for label in sorted(labels(runs), key=lambda label: (not certified[label], *_place(label, ranks, cost))):
+        row = {"rank": _rank(ranks.get(label)), "variant": title[label]}
         for metric, (unit, scale, form) in RANKED.items():
-            row[unit] = "–" if pd.isna(values[metric]) else form.format(values[metric] / scale)
-        found = ratio.loc[label] if label in ratio.index else None
-        row["ratio to sdpa"] = "–" if found is None or pd.isna(found["ratio"]) else interval(found)
-        verdict = "" if found is None else found["verdict"]
-        row["verdict"] = verdict if values["certified"] else "fails its certificate"
-        rows.append(row)
+            level = found[metric].loc[label, "level"]
+            row[unit] = "–" if pd.isna(level) else form.format(level / scale)
+        if by != "validation_loss":
+            row |= {"ratio to SDPA": shown(cost.loc[label]), "n": _count(cost.loc[label, "n"])}
+            row["verdict"] = _verdict(cost.loc[label], certified[label])
+        row["loss − SDPA's, nats"] = shown(loss.loc[label])
+        row["verdict on the loss"] = _verdict_on_loss(loss.loc[label], certified[label], above[label], above)
+        row["loss − bigram table's"] = "–" if pd.isna(above[label]) else f"{above[label]:+.2f}"
+        rows.append(row | {"flagged": flags[label]})
     return pd.DataFrame(rows)
 
 
-def table(frame: pd.DataFrame, align: str | None = None):
-    """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content."""
+def _beside_reference(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """`compare.ratios` or `compare.differences` by label; without sdpa the levels alone."""
+    found = (compare.differences if metric in compare.LOSSES else compare.ratios)(runs, metric).set_index("label")
+    means = runs[metric].astype(float).groupby(runs["label"]).mean()
+    found = found.reindex(means.index)
+    return found.assign(level=found["level"].fillna(means), verdict=found["verdict"].fillna(""))
+
+
+def _place(label: str, ranks: dict, cost: pd.DataFrame) -> tuple:
+    """Where a variant stands: by rank, then by its number, then the unranked; all alike where nothing is ranked."""
+    return (*ranks[label], cost.loc[label, "level"]) if label in ranks else (len(ranks) + 1, 0, 0)
+
+
+def _count(n) -> str:
+    return "–" if pd.isna(n) else f"{n:.0f}"
+
+
+def _rank(found: tuple[int, int] | None) -> str:
+    if found is None:
+        return "–"
+    first, last = found
+    return f"{first}" if first == last else f"{first}–{last}"
+
+
+def _verdict(found: pd.Series, certified: bool) -> str:
+    if not certified:
+        return "fails its certificate"
+    return found["verdict"] if pd.isna(found["p"]) else f"{found['verdict']} (p = {found['p']:.2g})"
+
+
+def _verdict_on_loss(found: pd.Series, certified: bool, above: float, of_all: pd.Series) -> str:
+    """The verdict of the paired difference; none where a loss says nothing about attention (`lib.analysis.ngrams`)."""
+    if certified and not pd.isna(found["p"]) and max(above, of_all.get(attention.REFERENCE, above)) > 0:
+        return "none: worse than a bigram table"
+    return _verdict(found, certified)
+
+
+def without_flagged(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame | str:
+    """The same table without the numbers of flagged runs; a sentence where that makes no difference."""
+    if not runs["flags"].map(bool).any():
+        return "No run is flagged: without flagged runs the table is the same."
+    found = ranking(compare.unflagged(runs), by)
+    if found.equals(ranking(runs, by)):
+        return "Without the flagged runs the table is the same."
+    return found
+
+
+def noise(runs: pd.DataFrame) -> pd.DataFrame | str:
+    """What the A/A control differs from sdpa by, a row per metric of `ranking`: noise, and no threshold."""
+    if attention.CONTROL not in set(runs["label"]):
+        return NO_CONTROL
+    rows = []
+    for metric, (unit, _, _) in RANKED.items():
+        found = compare.noise(runs, metric)
+        said = "counted, the same in every run" if metric in compare.COUNTED else noise_in_words(found, metric)
+        rows.append({"metric": unit, "A/A control beside SDPA": said})
+    return pd.DataFrame(rows)
+
+
+def table(frame: pd.DataFrame | str, align: str | None = None):
+    """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content.
+
+    A sentence that stands for a table is shown as it is.
+    """
+    if isinstance(frame, str):
+        return Markdown(frame)
     content = pd.util.hash_pandas_object(frame.astype(str)).sum()
     styled = frame.style.hide().set_uuid(f"{content:x}")
     if align:
@@ -54,9 +125,24 @@ def table(frame: pd.DataFrame, align: str | None = None):
     return HTML(styled.to_html())
 
 
+def lines(sentences: list[str]):
+    """Sentences as a notebook shows them, a paragraph each."""
+    return HTML("".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences))
+
+
 def interval(found: pd.Series, of: str = "") -> str:
     ratio, low, high = (found[f"{of}_{end}" if of else end] for end in ("ratio", "low", "high"))
     return f"{ratio:.3f}" if pd.isna(low) else f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def shown(found: pd.Series) -> str:
+    """A row of `compare.ratios` or `compare.differences` with its interval, where it has one."""
+    if "ratio" in found:
+        return "–" if pd.isna(found["ratio"]) else interval(found)
+    if pd.isna(found["difference"]):
+        return "–"
+    ends = "" if pd.isna(found["low"]) else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['difference']:+.3f}{ends}"
 
 
 def certificates(runs: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,8 @@ what to do |
 | `forward(hidden_states, past_key_values=None, padding_mask=None, **_)` | (B, T, C) -> `((B, T, C), None)`. \
 `past_key_values.layers[layer_idx]` is what `new_cache` made. `padding_mask` is None or a (B, S) bool, False where a \
 key is left padding; right padding never comes, causality deals with it |
-| `new_cache()` | an empty cache of the variant's own kind for one layer (`transformers.cache_utils`) |
+| `new_cache()` | an empty cache of the variant's own kind for one layer (`transformers.cache_utils`). One that grows, \
+and is of a class of its own, may have `reserve(tokens)`: room for so many, so that no update moves what is there |
 | `core_flops(context, dense=False)` | FLOPs of one forward over one sequence outside the projections, with causality, \
 windows and buckets honoured; `dense=True`: as if every score were computed |
 | `cache_bytes(context, element_bytes)` | bytes of one layer's cache for one sequence of `context` tokens |

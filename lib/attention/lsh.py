@@ -212,11 +212,31 @@ class BucketLayer(DynamicLayer):
     """What is query and key (before its norm), the value, and the bucket in each round, of every token."""
 
     buckets = None
+    reserved = 0  # tokens that there is to be room for
+    room = ()  # of keys, values and buckets, with free places behind those that are taken
+
+    def reserve(self, tokens):
+        """From its first update on the layer has room for so many tokens, and moves none of them. A shallow copy then
+        is a branch: what it adds lies behind the tokens that both know."""
+        self.reserved = tokens
 
     def update(self, key_states, value_states, buckets, *_, **__):
-        keys, values = super().update(key_states, value_states)
-        self.buckets = buckets if self.buckets is None else torch.cat([self.buckets, buckets], dim=-1)  # (B, H, R, S)
-        return keys, values, self.buckets
+        past, taken = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
+        elsewhere = past and (not self.room or self.keys.data_ptr() != self.room[0].data_ptr())  # reordered, say
+        if taken > self.reserved or elsewhere:
+            keys, values = super().update(key_states, value_states)
+            # (B, H, R, S)
+            self.buckets = buckets if self.buckets is None else torch.cat([self.buckets, buckets], dim=-1)
+            return keys, values, self.buckets
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            heads = key_states.shape[:2]
+            self.room = [x.new_empty(*heads, self.reserved, x.shape[3]) for x in (key_states, value_states)]
+            self.room.append(buckets.new_empty(*heads, buckets.shape[2], self.reserved))
+        keys, values, known = self.room
+        keys[:, :, past:taken], values[:, :, past:taken], known[..., past:taken] = key_states, value_states, buckets
+        self.keys, self.values, self.buckets = keys[:, :, :taken], values[:, :, :taken], known[..., :taken]
+        return self.keys, self.values, self.buckets
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)

@@ -36,6 +36,7 @@ SIZES = {  # layers, width, heads, vocabulary
 GPT2_SMALL = list(SIZES)[1]
 CONTEXTS = tuple(2**power for power in range(6, 16))
 MEASURED_CONTEXTS = (64, 128, 256, 512, 1024)
+WARM_UPS, ROUNDS = 2, 8  # of "Measure here", at each length
 PAGES = 16  # drawn while a model writes
 REDRAWN_EVERY_S = 0.5  # while training
 
@@ -46,11 +47,11 @@ class Bench:
     def __init__(self, name: str, beside: str = "baseline", **options):
         self.picker, self.beside = Picker(name, **options), Choice(beside)
         self.trained: dict[str, tuple[GPT2, int]] = {}  # by a choice's label: the model, and its steps of training
-        self.screens: list[Screen] = []
+        self.of_models: list[Screen] = []  # what training changes; measurements and certificates stay
 
-    def screen(self, *words, **options) -> Screen:
+    def screen(self, *words, of_models: bool = False, **options) -> Screen:
         shown = Screen(*words, follow=self.picker, **options)
-        self.screens.append(shown)
+        self.of_models += [shown] if of_models else []
         return shown
 
     def model(self, choice: Choice) -> tuple[GPT2, str]:
@@ -68,7 +69,7 @@ class Bench:
                 options=[("mean of all", 0), *((str(h), h) for h in range(1, SIZE["heads"] + 1))], description="head"
             ),
         }
-        return self.screen("attention map", self.attention_page, controls=controls)
+        return self.screen("attention map", self.attention_page, controls=controls, of_models=True)
 
     def attention_page(self, choice: Choice, sentence: str, layer: int, head: int) -> list:
         model, said = self.model(choice)
@@ -117,7 +118,7 @@ class Bench:
             yield partial(training_page, runs)
         finally:
             self.trained |= {run.choice.label: (run.trainer.model, run.steps) for run in runs if run.steps}
-            for screen in self.screens:
+            for screen in self.of_models:
                 screen.changed()
 
     def generation(self, prompt: str) -> Screen:
@@ -125,7 +126,7 @@ class Bench:
             "prompt": _text("prompt", prompt),
             "new_tokens": widgets.IntSlider(value=32, min=4, max=160, step=4, description="new tokens"),
         }
-        return self.screen("generation", self.generation_pages, controls=controls, button="Generate")
+        return self.screen("generation", self.generation_pages, controls=controls, button="Generate", of_models=True)
 
     def generation_pages(self, choice: Choice, prompt: str, new_tokens: int):
         ids = [tokenizer().encode(prompt)]
@@ -327,26 +328,36 @@ def _log_log(axes, contexts) -> None:
     axes.set_xlabel("context, tokens")
 
 
-def measured_pages(choice: Choice, beside: Choice, repeats: int = 3):
-    """One layer of the quick profile, forward and backward over one sequence in fp32 on this CPU, by context: the
-    median time, and the bytes that forward keeps for backward."""
+def measured_pages(choice: Choice, beside: Choice, rounds: int = ROUNDS):
+    """One layer of the quick profile, forward and backward over one sequence in fp32 on this CPU, by context: every
+    time of `rounds` rounds, and the bytes that forward keeps for backward.
+
+    Both are warmed up at each length; then they take turns, and who begins changes from round to round.
+    """
     _, width, heads, _ = next(iter(SIZES.values()))
-    rows = []
+    choices, rows = list(dict.fromkeys((choice, beside))), []
     for context in MEASURED_CONTEXTS:
-        for one in dict.fromkeys((choice, beside)):
+        for one in choices:
             check(one, {"layers": 1, "width": width, "heads": heads, "positions": context})
-            layer = attention.load(one.attention)(gpt2_config(1, width, heads, context, 2), 0, **one.options)
-            hidden, seconds = torch.randn(1, context, width), []
-            for _ in range(repeats + 1):
-                begin = time.perf_counter()
-                layer(hidden)[0].sum().backward()
-                seconds.append(time.perf_counter() - begin)
-            rows.append({"label": one.label, "name": Choice(one.attention).label, "context": context})
-            rows[-1] |= {
-                "time_s": statistics.median(seconds[1:]),
-                "activation_bytes": certificate.activation_bytes(layer, hidden),
-            }
+        config, hidden = gpt2_config(1, width, heads, context, 2), torch.randn(1, context, width)
+        layers = {one.label: attention.load(one.attention)(config, 0, **one.options) for one in choices}
+        seconds = {label: [] for label in layers}
+        for number in range(WARM_UPS + rounds):
+            for label in list(layers)[:: 1 if number % 2 else -1]:
+                took_s = _forward_backward_s(layers[label], hidden)
+                seconds[label] += [took_s] if number >= WARM_UPS else []
+        for one in choices:
+            times_s = seconds[one.label]
+            row = {"label": one.label, "name": Choice(one.attention).label, "context": context, "times_s": times_s}
+            row |= {"time_s": statistics.median(times_s), "low_s": min(times_s), "high_s": max(times_s)}
+            rows.append(row | {"activation_bytes": certificate.activation_bytes(layers[one.label], hidden)})
         yield partial(measured_page, pd.DataFrame(rows), choice)
+
+
+def _forward_backward_s(layer, hidden: torch.Tensor) -> float:
+    begin = time.perf_counter()
+    layer(hidden)[0].sum().backward()
+    return time.perf_counter() - begin
 
 
 def measured_page(costs: pd.DataFrame, choice: Choice) -> list:
@@ -361,8 +372,33 @@ def measured_page(costs: pd.DataFrame, choice: Choice) -> list:
         _log_log(axes, MEASURED_CONTEXTS)
         axes.set_title(title, loc="left")
         axes.set_ylabel(unit)
+    for _, own in costs.groupby("label", sort=False):
+        all_axes[0].fill_between(own["context"], own["low_s"] / 1e-3, own["high_s"] / 1e-3, color="0.5", alpha=0.2)
     figure.tight_layout()
-    return [figure, "One sequence, width 128, 8 heads, fp32, on this machine's CPU now."]
+    rounds = len(costs["times_s"].iloc[0])
+    said = (
+        f"One sequence, width 128, 8 heads, fp32, on this machine's CPU now. Medians of {rounds} rounds in turns, "
+        f"after {WARM_UPS} to warm up; grey, and in brackets: the fastest and the slowest of them. Where the ratios of "
+        "the rounds lie on both sides of 1, nothing is told apart."
+    )
+    return [figure, said, _measured_table(costs, choice)]
+
+
+def _measured_table(costs: pd.DataFrame, choice: Choice) -> pd.DataFrame:
+    """A row per length and variant: median, fastest and slowest; and, round by round, the ratio of the choice to it."""
+    rows = []
+    for context, here in costs.groupby("context", sort=False):
+        mine = here.loc[here["label"] == choice.label, "times_s"].iloc[0]
+        for one in here.itertuples():
+            row = {"context": f"{context:,}", "variant": one.label, "ms": _range(np.array(one.times_s) / 1e-3, ".3g")}
+            ratios = np.array(mine) / np.array(one.times_s)
+            row[f"{choice.label} takes of it, by round"] = "–" if one.label == choice.label else _range(ratios, ".2f")
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _range(values: np.ndarray, form: str) -> str:
+    return f"{np.median(values):{form}} [{values.min():{form}} to {values.max():{form}}]"
 
 
 def training_page(runs: list[Lesson]) -> list:

@@ -6,7 +6,7 @@ import ipywidgets as widgets
 import pandas as pd
 
 from lib import paths, record
-from lib.analysis import compare, figures, growth, style, tables
+from lib.analysis import compare, figures, growth, growth_figures, growth_tables, style, tables
 from lib.errors import UsageError
 from lib.explore.widgets import Folded, Screen
 from lib.measure import assemble
@@ -55,10 +55,10 @@ def records_page(found: dict, group: str, figure, by: str, variants: tuple, run:
 
 
 LENGTH_FIGURES = {
-    "decision map": growth.decision_map_figure,
-    "forward and backward, s": partial(growth.growth_figure, metric="forward_backward_s", start=1024),
-    "peak memory": partial(growth.growth_figure, metric="peak_activation_bytes", start=1024),
-    "prefill, decoding and cache": growth.cache_and_decode_figure,
+    "decision map": growth_figures.decision_map_figure,
+    "forward and backward, s": partial(growth_figures.growth_figure, metric="forward_backward_s", start=1024),
+    "peak memory": partial(growth_figures.growth_figure, metric="peak_activation_bytes", start=1024),
+    "prefill, decoding and cache": growth_figures.cache_and_decode_figure,
 }
 
 
@@ -83,7 +83,7 @@ def lengths_page(found: dict, group: str, figure, variants: tuple) -> list:
     points = found[group][found[group]["label"].isin(variants)]
     if points.empty:
         raise UsageError("pick at least one variant")
-    return [figure(points), Folded("the points", growth.points_table(points))]
+    return [figure(points), Folded("the points", growth_tables.points_table(points))]
 
 
 def _offer(control, by, values) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pandas as pd
 
 from lib import attention, parameters, record
+from lib.data import ngrams
 from lib.errors import one_sentence_when_out_of_memory
-from lib.measure import energy, environment, flops, kernels, selfcheck
+from lib.measure import energy, environment, flops, kernels, sampler, selfcheck
 from lib.model import meta_model
 
 
@@ -47,7 +48,9 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
     window_s, energy_j = metrics["time_s"], metrics["energy_j"]
     causal_flops_per_s = step_flops * trainer.steps / window_s
     surroundings = environment.describe(device)
-    mfu = flops.mfu(causal_flops_per_s, surroundings["device_name"], trainer.precision)
+    trained = trainer.corpus.train.lengths[trainer.rows[: trainer.steps]]
+    model_flops_per_s = 3 * flops.non_padding(model, trained) / window_s
+    mfu = flops.mfu(model_flops_per_s, surroundings["device_name"], trainer.precision)
     at_context = next((row for row in latencies if row["context"] == p.context), None)
 
     def at_training_context(name):
@@ -79,10 +82,14 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
         reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
     padding_share = 1 - seen[-1] / (trainer.steps * trainer.rows_per_step * p.context)
     power_time_s, power_w = trainer.meter.power()
-    checks = selfcheck.checks(trainer.meter, metrics, reasons, padding_share)
+    tables = ngrams.losses(trainer.corpus, trainer.rows[: trainer.steps], p.validation_sequences)
+    meter = trainer.meter
+    checks = selfcheck.checks(meter, metrics, reasons, padding_share, trainer.warmed)
+    ran = kernels.names(model, p.context, trainer.autocast, compiled=p.compile)
     return record.Record(
         name=parameters.run_name(values),
         provenance=energy.provenance(),
+        started_at=trainer.started_at,
         finished_at=record.now(),
         label=parameters.display_name(values),
         title=parameters.title(values, model.transformer.h[0].attn),
@@ -93,24 +100,30 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
         parameters=values,
         study=record.study_position(),
         environment=surroundings,
-        data=trainer.corpus.facts,
+        data=trainer.corpus.facts | tables,
         certificate=record.Certificate(**certificate),
-        kernels=kernels.names(model, p.context, trainer.autocast),
+        kernels=ran,
+        kernels_null_reason="empty_profile" if None in ran.values() else None,
         metrics=record.Metrics(**metrics),
         series=record.Series(
             train_loss=losses,
             non_padding_tokens=seen,
             validation=trainer.validation,
-            epoch_time_s=trainer.meter.windows_s,
-            epoch_energy_j=[] if energy_j is None else trainer.meter.gpu_counter.windows_j,
-            log=trainer.meter.log(),
+            epoch_time_s=meter.windows_s,
+            epoch_energy_j=[] if energy_j is None else meter.gpu_counter.windows_j,
+            epoch_edges_j=[] if energy_j is None else meter.gpu_counter.edges_j,
+            gpu=meter.gpu_series(),
+            log=meter.log(),
             power_time_s=power_time_s,
             power_w=power_w,
             inference=latencies,
             **parts,
         ),
         null_reasons=reasons,
-        gpu_states=trainer.meter.states,
+        gpu_states=meter.states,
+        gpu_summary=sampler.summary([one for _, one in meter.inside]),
+        warm_up=trainer.warmed,
+        idle=meter.idle,
         checks=checks,
         flags=[check.check for check in checks if check.verdict == "flagged"],
     )

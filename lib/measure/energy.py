@@ -2,12 +2,18 @@
 
 Nothing else here reads power. A reading is a number, or null with one of `lib.record.REASONS`; never 0 for "unknown",
 never an estimate. The GPU's energy counter is the measurement; the power trace beside it is a check of the plumbing.
+
+The counter steps ten times a second (every 100 ± 2 ms on an H100): read at any moment it is up to a step old, and since
+a GPU draws more at a window's end than before its begin, a window of 7 s would lose 0.4 % of its joules, one of 0.6 s
+5 %. So a window is counted from one step to another, and what the idle GPU drew between them and the work is taken off;
+see `Counter`.
 """
 
 import contextlib
 import os
 import time
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +21,13 @@ import pynvml
 import torch
 from zeus.exception import ZeusBaseError
 
-SHORTEST_WINDOW_S = 10.0
+# A step of the counter is known to 10 ms (`TICK_WITHIN_S`), so the idle time at a window's two ends to 20 ms, and an
+# idle GPU draws no more than a working one: a window's joules are known to 20 ms of its own length. At 2 s that is 1 %,
+# half of the 2 % within which two variants are called equivalent.
+EDGES_S = 0.02
+SHORTEST_WINDOW_S = 2.0
+TICK_WITHIN_S = EDGES_S  # from the begin of the last read of the old value to the end of the first read of the new one
+TICK_TRIES = 5  # a busy machine may put this process aside between two reads: then the next step is taken
 STUCK_AFTER_S = 1.0  # counters move ten times a second or so: one that stands still for this long is stuck
 TRACE_PERIOD_S = 0.1
 PATIENCE_S = 10.0  # for the trace's process to answer
@@ -32,38 +44,95 @@ class Reading(NamedTuple):
     reason: str | None = None
 
 
+class Tick(NamedTuple):
+    """A step of a counter: when, by the steady clock, and what it then showed in joules."""
+
+    moment_s: float
+    joules: float
+
+
+def _watts(begin: Tick, end: Tick) -> float:
+    return (end.joules - begin.joules) / (end.moment_s - begin.moment_s)
+
+
 class Counter:
     """One kind of energy counter, read at both ends of each measured window.
 
     `monitor` is a `zeus.monitor.ZeusMonitor`, or None with the `reason` why there is none; `field` names the part of
     its measurement that counts (`gpu_energy` or `cpu_energy`). A counter that stops answering ends no run: it has no
     reading from then on.
+
+    `read` gives the counter's joules at once. Where it is given, windows go from step to step of the counter, while the
+    device idles: `begin` waits for two of them, `end` for three. The first ones let pass what the counter still owes of
+    the work before (it may be late by a step), and between the last two of `end` nothing but the idle GPU is counted.
+    That power, times the idle time between the steps and the work, is taken off: `edges_j`, window by window. Exact
+    where the idle power is the same over that third of a second (`after_w` shows it twice); the times are known to
+    `EDGES_S`.
     """
 
-    def __init__(self, field: str, monitor=None, reason: str | None = None):
-        self.field, self.monitor, self.reason = field, monitor, reason
+    def __init__(self, field: str, monitor=None, reason: str | None = None, read: Callable[[], float] | None = None):
+        self.field, self.monitor, self.reason, self.read = field, monitor, reason, read
         self.windows_j: list[float] = []
+        self.edges_j: list[float] = []  # taken off each window, of what the counter counted
+        self.after_w: list[tuple[float, float]] = []  # between steps 1 and 2, and 2 and 3, after each window
         self.stuck = False
         self._begun_s = 0.0
+        self._opened: Tick | None = None
+
+    def anew(self) -> "Counter":
+        """The same counter, without the windows that were measured so far."""
+        return Counter(self.field, self.monitor, self.reason, self.read)
 
     def begin(self) -> None:
         """Opens a window. The device has to be idle: Zeus is told not to wait for it (it would ask another device)."""
-        self._begun_s = time.perf_counter()
         if self.monitor is not None:
             with self._losing_it():
+                self._opened = (self._ticks(2) or [None])[-1]
                 # A cell that failed may have left its window open; that one is void.
                 self.monitor.begin_window("window", sync_execution=False, restart=True)
+        self._begun_s = time.perf_counter()
 
     def end(self) -> None:
         """Closes the window. The device has to be idle."""
-        if self.monitor is not None:
-            with self._losing_it(), warnings.catch_warnings():
-                # Zeus warns of 0 J, and advises an estimate in its place; here it becomes a reason.
-                warnings.simplefilter("ignore", UserWarning)
-                counted = getattr(self.monitor.end_window("window", sync_execution=False), self.field)
-                self.windows_j.append(sum((counted or {}).values()))
-                took_s = time.perf_counter() - self._begun_s
-                self.stuck |= self.windows_j[-1] == 0 and took_s > STUCK_AFTER_S
+        worked_s = time.perf_counter() - self._begun_s
+        if self.monitor is None:
+            return
+        with self._losing_it(), warnings.catch_warnings():
+            # Zeus warns of 0 J, and advises an estimate in its place; here it becomes a reason.
+            warnings.simplefilter("ignore", UserWarning)
+            first, closed = self._ticks(2) or (None, None)
+            counted = getattr(self.monitor.end_window("window", sync_execution=False), self.field)
+            joules, last, edges_j = sum((counted or {}).values()), self._ticks(1), 0.0
+            self.stuck |= joules == 0 and worked_s > STUCK_AFTER_S
+            if self._opened and closed and last:
+                self.after_w.append((_watts(first, closed), _watts(closed, *last)))
+                edges_j = self.after_w[-1][1] * (closed.moment_s - self._opened.moment_s - worked_s)
+            self.edges_j.append(edges_j)
+            self.windows_j.append(joules - edges_j)
+
+    def _ticks(self, count: int) -> list[Tick] | None:
+        """The next `count` steps; None of a counter that is not read or does not step."""
+        found = []
+        while self.read is not None and not self.stuck and len(found) < count:
+            found.append(self._next_tick())
+        return found if found and None not in found else None
+
+    def _next_tick(self) -> Tick | None:
+        since_s = time.perf_counter()
+        before_j, tries = self.read(), 0
+        give_up_s = since_s + STUCK_AFTER_S
+        while True:
+            asked_s = time.perf_counter()
+            joules, now_s = self.read(), time.perf_counter()
+            if joules != before_j:
+                tries += 1
+                if now_s - since_s <= TICK_WITHIN_S or tries == TICK_TRIES:
+                    return Tick((since_s + now_s) / 2, joules)
+                give_up_s = now_s + STUCK_AFTER_S
+            elif now_s > give_up_s:
+                self.stuck = True
+                return None
+            before_j, since_s = joules, asked_s
 
     @contextlib.contextmanager
     def _losing_it(self):
@@ -72,17 +141,29 @@ class Counter:
         except ERRORS as error:
             self.monitor, self.reason = None, _reason_of(error, LOST[self.field])
 
-    def reading(self, window_s: float) -> Reading:
-        """The sum over all windows, `window_s` seconds in all, if it can be trusted."""
+    def reading(self, shortest_s: float) -> Reading:
+        """The sum over all windows, the shortest of which took `shortest_s` seconds, if it can be trusted."""
+        return self._trusted(self.windows_j, shortest_s)
+
+    def last(self, window_s: float) -> Reading:
+        """The newest window, of `window_s` seconds, alone."""
+        return self._trusted(self.windows_j[-1:], window_s)
+
+    def _trusted(self, windows_j: list[float], shortest_s: float) -> Reading:
         if self.monitor is None:
             return Reading(None, self.reason)
-        if window_s < SHORTEST_WINDOW_S:
+        if shortest_s < SHORTEST_WINDOW_S:
             return Reading(None, "window_too_short")
-        if any(joules < 0 for joules in self.windows_j):
+        if any(below < 0 for below in (*windows_j, *(watts for pair in self.after_w for watts in pair))):
             return Reading(None, "counter_reset")
-        if self.stuck or not sum(self.windows_j) > 0:
+        if self.stuck or not sum(windows_j) > 0:
             return Reading(None, "counter_zero")
-        return Reading(sum(self.windows_j))
+        return Reading(sum(windows_j))
+
+
+def no_counter() -> Counter:
+    """Stands where joules are not asked for: nothing is waited for."""
+    return Counter("gpu_energy", reason="not_asked_for")
 
 
 def gpu_counter(device: torch.device) -> Counter:
@@ -104,7 +185,7 @@ def gpu_counter(device: torch.device) -> Counter:
             monitor = ZeusMonitor(gpu_indices=[0], cpu_indices=[], approx_instant_energy=False)
     except ERRORS as error:
         return Counter("gpu_energy", reason=_reason_of(error, "nvml_unavailable"))
-    return Counter("gpu_energy", monitor)
+    return Counter("gpu_energy", monitor, read=lambda: monitor.gpus.get_total_energy_consumption(0) / 1000)
 
 
 def cpu_counter() -> Counter:

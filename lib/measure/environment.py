@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lib.measure import energy
+from lib.measure import energy, sampler
+from lib.measure.sampler import ask
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "zeus", "papermill", "pandas", "matplotlib", "numpy")
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,15 +75,15 @@ def _gpu(device: torch.device) -> dict:
     except (pynvml.NVMLError, ValueError):
         return facts
     return facts | {
-        "driver": _ask(pynvml.nvmlSystemGetDriverVersion),
-        "max_sm_clock_mhz": _ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "memory_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
-        "persistence_mode": _ask(pynvml.nvmlDeviceGetPersistenceMode, handle),
+        "driver": ask(pynvml.nvmlSystemGetDriverVersion),
+        "max_sm_clock_mhz": ask(pynvml.nvmlDeviceGetMaxClockInfo, handle, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_MEM),
+        "persistence_mode": ask(pynvml.nvmlDeviceGetPersistenceMode, handle),
     }
 
 
 def gpu_state(device: torch.device) -> dict | None:
-    """What drifts while a GPU works: clock, heat, what holds the clock down, and for how long it has so far.
+    """What drifts while a GPU works: clock, heat, what throttles the clock, and for how long it has so far.
 
     None without a GPU or an answer; a value is None where NVML does not answer that question.
     """
@@ -94,36 +95,15 @@ def gpu_state(device: torch.device) -> dict | None:
         handle = energy.nvml_handle(device)
     except (pynvml.NVMLError, ValueError):
         return None
-    limit_mw = _ask(pynvml.nvmlDeviceGetPowerManagementLimit, handle)
-    reasons = _ask(pynvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
+    now = sampler.sample(handle, 0.0)
     policies = (pynvml.NVML_PERF_POLICY_POWER, pynvml.NVML_PERF_POLICY_THERMAL)
-    held = [_ask(pynvml.nvmlDeviceGetViolationStatus, handle, policy) for policy in policies]
+    held = [ask(pynvml.nvmlDeviceGetViolationStatus, handle, policy) for policy in policies]
     return {
-        "sm_clock_mhz": _ask(pynvml.nvmlDeviceGetClockInfo, handle, pynvml.NVML_CLOCK_SM),
-        "temperature_c": _ask(pynvml.nvmlDeviceGetTemperature, handle, pynvml.NVML_TEMPERATURE_GPU),
-        "performance_state": _ask(pynvml.nvmlDeviceGetPerformanceState, handle),
-        "power_limit_w": None if limit_mw is None else limit_mw / 1000,
-        "throttle_reasons": None if reasons is None else [name for bit, name in THROTTLE.items() if reasons & bit],
-        "throttled_s": None if None in held else sum(status.violationTime for status in held) / 1e9,
+        "sm_clock_mhz": now.sm_clock_mhz,
+        "temperature_c": now.temperature_c,
+        "performance_state": ask(pynvml.nvmlDeviceGetPerformanceState, handle),
+        "power_limit_w": now.power_limit_w,
+        "throttle_reasons": now.throttle_reasons,
+        # The longer of the two: both may hold at once.
+        "throttled_s": None if None in held else max(status.violationTime for status in held) / 1e9,
     }
-
-
-# Of NVML's reasons for a lower clock those that slow a working GPU (nvml.h, nvmlClocksEventReasons).
-THROTTLE = {
-    0x04: "power cap",
-    0x08: "hardware slowdown",
-    0x20: "heat (software)",
-    0x40: "heat (hardware)",
-    0x80: "power brake",
-}
-
-
-def _ask(question, *words):
-    """NVML's answer, or None where it has none."""
-    import pynvml
-
-    try:
-        answer = question(*words)
-    except pynvml.NVMLError:
-        return None
-    return answer.decode() if isinstance(answer, bytes) else answer

@@ -1,5 +1,6 @@
 """FLOPs: by arithmetic, as torch counts them, and as a share of what the device could do."""
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +23,15 @@ def analytic(model, context: int) -> dict:
         "forward_flops_full": projections + core_dense,
         "attention_core_share": core / (projections + core),
     }
+
+
+def non_padding(model, lengths) -> int:
+    """Causal FLOPs of one forward over rows that hold so many tokens each, their padding left out."""
+    return sum(
+        int(rows) * analytic(model, int(tokens))["forward_flops_causal"]
+        for tokens, rows in zip(*np.unique(lengths, return_counts=True), strict=True)
+        if tokens
+    )
 
 
 def _matrix_weights(module) -> int:
@@ -61,11 +71,13 @@ PEAK_FLOPS_PER_S = {
 }
 
 
-def mfu(causal_flops_per_s: float, device_name: str, precision: str) -> energy.Reading:
-    """Model FLOPs utilization (Chowdhery et al. 2022, appendix B): causal FLOP/s over the device's dense peak.
+def mfu(model_flops_per_s: float, device_name: str, precision: str) -> energy.Reading:
+    """Model FLOPs utilization (Chowdhery et al. 2022, appendix B): model FLOP/s over the device's dense peak.
 
-    `precision` is bf16 or fp32. Where the peak is not in the table, a CPU's too: None and `peak_unknown`.
+    Model FLOPs are those of `non_padding`, three forwards to a step: what the device computes of padding, or of scores
+    that causality hides, trains nothing. `precision` is bf16 or fp32. Where the peak is not in the table, a CPU's too:
+    None and `peak_unknown`.
     """
     if device_name not in PEAK_FLOPS_PER_S:
         return energy.Reading(None, "peak_unknown")
-    return energy.Reading(causal_flops_per_s / PEAK_FLOPS_PER_S[device_name][precision])
+    return energy.Reading(model_flops_per_s / PEAK_FLOPS_PER_S[device_name][precision])

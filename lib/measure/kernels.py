@@ -1,6 +1,7 @@
 """What torch's profiler sees: the kernels of an attention layer, and how much of a step the GPU computes."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 
@@ -9,40 +10,61 @@ import torch
 from lib.measure import energy
 from lib.model import devices
 
+PASSES = 5  # profiled: in a single one, whatever the machine did meanwhile makes one operator long and hides others
+SMALL_SHARE = 0.02  # of the time: what takes less is not named
 
-def names(model, context: int, autocast) -> dict[str, list[str]]:
+
+def names(model, context: int, autocast, compiled: bool = False) -> dict[str, list[str] | None]:
     """Names of what one attention layer runs, forward and backward: CUDA kernels on a GPU, ATen operators on a CPU.
 
-    Those with 2 % or more of the time, the longest first. Profiled outside the measured window.
+    Those with 2 % or more of the time by the median of several passes, the longest first; None where the profiler saw
+    nothing. In training mode and, where the run was `compiled`, of the layer compiled by itself: which of the compiled
+    model's kernels are the attention's cannot be told. Profiled outside the measured window.
     """
+    attention = model.transformer.h[0].attn
+    layer = torch.compile(attention) if compiled else attention
+    hidden = torch.randn(1, context, model.config.n_embd, device=model.device, requires_grad=True)
+    passes = {"forward": [], "backward": []}
+    mode = attention.training
+    attention.train()
+    with autocast():
+        for number in range(1 + PASSES):
+            output, forward = _profiled(model.device, lambda: layer(hidden)[0])
+            _, backward = _profiled(model.device, lambda out=output: out.sum().backward())
+            if number:  # the first one pays for start-up
+                passes["forward"].append(forward)
+                passes["backward"].append(backward)
+    attention.train(mode)
+    attention.zero_grad(set_to_none=True)
+    return {name: usual(found) for name, found in passes.items()}
+
+
+def _profiled(device: torch.device, run: Callable):
+    """What `run()` returns, and microseconds by name of what it ran."""
     from torch.profiler import ProfilerActivity, profile
 
-    on_gpu = model.device.type == "cuda"
+    on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    layer = model.transformer.h[0].attn
-    hidden = torch.randn(1, context, model.config.n_embd, device=model.device, requires_grad=True)
+    with profile(activities=activities, acc_events=True) as profiler:  # else PyTorch 2.11 warns
+        result = run()
+        devices.synchronize(device)
+    events = [e for e in profiler.key_averages() if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+    return result, {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
 
-    def profiled(run):
-        with profile(activities=activities, acc_events=True) as profiler:  # else PyTorch 2.11 warns
-            result = run()
-            devices.synchronize(model.device)
-        events = [e for e in profiler.key_averages() if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
-        spent = {e.key: e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events}
-        total = sum(spent.values())
-        return result, [n for n, t in sorted(spent.items(), key=lambda item: -item[1]) if t >= 0.02 * total]
 
-    with autocast():
-        for _ in range(2):  # the first time pays for start-up
-            output, forward = profiled(lambda: layer(hidden)[0])
-            _, backward = profiled(lambda out=output: out.sum().backward())
-    layer.zero_grad(set_to_none=True)
-    return {"forward": forward, "backward": backward}
+def usual(passes: list[dict[str, float]]) -> list[str] | None:
+    """Names with `SMALL_SHARE` or more of the time, the longest first, from the times by name of several passes."""
+    known = {name for one in passes for name in one}
+    spent = {name: statistics.median(one.get(name, 0.0) for one in passes) for name in known}
+    least = SMALL_SHARE * sum(spent.values())
+    return [name for name, time in sorted(spent.items(), key=lambda item: -item[1]) if time >= least > 0] or None
 
 
 def busy_fraction(device: torch.device, run: Callable[[], None]) -> energy.Reading:
     """Share of the time of `run()` in which the GPU computes: kernels of one run, profiled, over the time of another.
 
-    Two runs, so that the profiler's own time, which is the host's, is not taken for waiting.
+    Two runs, so that the profiler's own time, which is the host's, is not taken for waiting. A profile without a kernel
+    says nothing: None, as a profiler that lost its events looks the same.
     """
     if device.type != "cuda":
         return energy.Reading(None, "no_gpu")
@@ -56,7 +78,14 @@ def busy_fraction(device: torch.device, run: Callable[[], None]) -> energy.Readi
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:  # else PyTorch 2.11 warns
         run()
         devices.synchronize(device)
-    return energy.Reading(min(1.0, covered(_on_device(profiler.events())) / 1e6 / wall_s))
+    return _share(profiler.events(), wall_s)
+
+
+def _share(events, wall_s: float) -> energy.Reading:
+    ran = _on_device(events)
+    if not ran:
+        return energy.Reading(None, "empty_profile")
+    return energy.Reading(min(1.0, covered(ran) / 1e6 / wall_s))
 
 
 def _on_device(events) -> list[tuple[float, float]]:

@@ -1,11 +1,12 @@
-"""What a window costs: time, joules, memory, CPU, disk, read at its two ends and nowhere inside."""
+"""What a window costs: time, joules, memory, CPU, disk, read at its two ends and nowhere inside.
+
+Beside it, by processes of their own, runs what has to be seen inside: power, clock, heat, utilization.
+"""
 
 import contextlib
 import itertools
 import resource
 import statistics
-import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -14,12 +15,14 @@ import numpy as np
 import psutil
 import torch
 
-from lib.measure import energy, environment
+from lib.measure import energy, environment, sampler
 from lib.model import devices
 
 FLAGGED_DISAGREEMENT, REFUSED_DISAGREEMENT = 0.05, 0.10  # of the power trace's integral from the counter
 CLOCK_JUMP_S = 0.1  # a trace whose clock jumped by more cannot be laid over the window
-POWER_PARTS = 600  # of the power trace in a record
+POWER_PARTS = 600  # of the power trace in a record, and of the samples of clock and heat
+# The idle GPU has settled when two readings in a row of its power agree; else it is read when the patience is over.
+SETTLING_PART_S, SETTLED_WITHIN, SETTLING_LIMIT_S = 2.0, 0.02, 20.0
 
 
 class Window(NamedTuple):
@@ -41,10 +44,11 @@ class Meter:
         self.cpu_counter = energy.cpu_counter()
         self.idle_power = energy.Reading(None, self.gpu_counter.reason or "not_asked_for")  # watts
         self.windows: list[Window] = []
+        self.idle: dict | None = None  # how that was read
         self.marks: list[tuple[int, float]] = []  # (step, seconds of the window until the device got there)
-        self.states: list[dict] = []  # the GPU's clocks and heat, at the begin and after each window
+        self.states: list[dict] = []  # the idle GPU's clocks and heat, at the begin and after each window
+        self.samples: list[sampler.Sample] = []  # of the working GPU, in and between the windows
         self.trace: energy.Trace | None = None
-        self.utilization = energy.Reading(None, "not_asked_for" if device.type == "cuda" else "no_gpu")  # percent
         self.cpu_time_s = 0.0
         self.disk_bytes = 0
         self.open = False
@@ -70,34 +74,51 @@ class Meter:
     def rest(self, idle_s: float) -> energy.Reading:
         """Mean power in watts of the idle GPU with the model loaded, over `idle_s` seconds; 0 asks for none.
 
-        Only where the GPU has a counter; else it returns at once, with the reason.
+        Meant for after the run: a GPU that has worked is warmer and draws more than a cold one, and it is this GPU that
+        would have stood there idle instead. It is read once it has settled; `idle` says how long that took. Only where
+        the GPU has a counter; else it returns at once, with the reason.
         """
-        counter = energy.Counter(self.gpu_counter.field, self.gpu_counter.monitor, self.gpu_counter.reason)
-        if idle_s and counter.monitor is not None:
-            devices.synchronize(self.device)
-            counter.begin()
-            begin = time.perf_counter()
-            time.sleep(idle_s)
-            slept_s = time.perf_counter() - begin
-            counter.end()
-            idle = counter.reading(slept_s)
-            if energy.foreign_processes(self.device):
-                idle = energy.Reading(None, "foreign_process")
-            self.idle_power = energy.Reading(idle.joules and idle.joules / slept_s, idle.reason)
+        if self.gpu_counter.monitor is None:
+            self.idle_power = energy.Reading(None, self.gpu_counter.reason)
+        if not idle_s or self.gpu_counter.monitor is None:
+            return self.idle_power
+        devices.synchronize(self.device)
+        begin_s, watts, settled = time.perf_counter(), [], False
+        while not settled and time.perf_counter() - begin_s < SETTLING_LIMIT_S:
+            watts.append(self._idle_w(SETTLING_PART_S).joules)
+            if watts[-1] is None:
+                break
+            settled = len(watts) > 1 and abs(watts[-1] / watts[-2] - 1) <= SETTLED_WITHIN
+        settling_s, state = time.perf_counter() - begin_s, environment.gpu_state(self.device) or {}
+        self.idle = {"settling_s": settling_s, "settled": settled, "temperature_c": state.get("temperature_c")}
+        self.idle_power = self._idle_w(idle_s)
         return self.idle_power
+
+    def _idle_w(self, idle_s: float) -> energy.Reading:
+        counter = self.gpu_counter.anew()
+        counter.begin()
+        begin_s = time.perf_counter()
+        time.sleep(idle_s)
+        slept_s = time.perf_counter() - begin_s
+        counter.end()
+        found = counter.reading(slept_s)
+        if energy.foreign_processes(self.device):
+            return energy.Reading(None, "foreign_process")
+        return energy.Reading(found.joules and found.joules / slept_s, found.reason)
 
     @contextlib.contextmanager
     def watching(self):
-        """Power and utilization are sampled while the block inside it runs, by processes of their own."""
-        power, utilization = energy.PowerMonitor(self.device), Utilization(self.device)
+        """Power, clock, heat and utilization are sampled while the block inside runs, by processes of their own."""
+        power, states = energy.PowerMonitor(self.device), sampler.Sampler(energy.gpu_uuid(self.device))
         try:
             yield
         finally:
-            self.utilization, self.trace = utilization.mean_percent(), power.stop()
+            self.samples, self.trace = states.stop(), power.stop()
 
     @contextlib.contextmanager
     def window(self):
-        """Measures the block inside it, from an idle device to an idle device."""
+        """Measures the block inside it, from an idle device to an idle device. The GPU's counter is waited for outside
+        of it: what the device draws until then, and again after it, is taken off (`energy.Counter`)."""
         if not self.windows:
             self._look_around()
         self._reset_peaks()
@@ -113,13 +134,13 @@ class Meter:
         devices.synchronize(self.device)
         self.open = False
         end_s, end_wall_s = time.perf_counter(), time.time()
-        self.gpu_counter.end()
+        cpu_after, disk_after = time.process_time(), _disk_bytes()
         self.cpu_counter.end()
-        self.cpu_time_s += time.process_time() - cpu_before
+        self.gpu_counter.end()
+        self.cpu_time_s += cpu_after - cpu_before
         before_s = self.window_s
         self.marks += [(step, before_s + _between_s(begun, moment)) for step, moment in self._marked]
         self.windows.append(Window(begin_s, end_s, begin_wall_s, end_wall_s))
-        disk_after = _disk_bytes()
         self.disk_bytes = None if disk_after is None else self.disk_bytes + disk_after - disk_before
         self._read_peaks()
         self._look_around()
@@ -182,14 +203,45 @@ class Meter:
         return float(self.trace.joules_by(self._walls(), sum(end - begin for begin, end in self._walls())))
 
     @property
+    def inside(self) -> list[tuple[float, sampler.Sample]]:
+        """The samples inside the windows, with their second of the window; none where the wall clock jumped."""
+        return [] if self.clock_jump_s > CLOCK_JUMP_S else sampler.inside(self.samples, self._walls())
+
+    def utilization(self) -> energy.Reading:
+        """Mean GPU utilization in percent over the windows: NVML's share of time in which some kernel ran.
+
+        A sample says it of up to a second before it, so those of a window's first second, which may speak of the
+        validation before, do not count.
+        """
+        if not self.on_gpu:
+            return energy.Reading(None, "no_gpu")
+        late = [(begin + sampler.UTILIZATION_PERIOD_S, end) for begin, end in self._walls()]
+        samples = [] if self.clock_jump_s > CLOCK_JUMP_S else sampler.inside(self.samples, late)
+        percents = [one.utilization_percent for _, one in samples if one.utilization_percent is not None]
+        return energy.Reading(statistics.fmean(percents)) if percents else energy.Reading(None, "no_sample")
+
+    def gpu_series(self) -> list[dict]:
+        """The samples inside the windows, at most `POWER_PARTS`, evenly thinned."""
+        every = -(-len(self.inside) // POWER_PARTS) or 1
+        return [
+            {"time_s": round(time_s, 3)} | {name: getattr(one, name) for name in one._fields if name != "wall_s"}
+            for time_s, one in self.inside[::every]
+        ]
+
+    @property
+    def shortest_s(self) -> float:
+        """Seconds of the shortest window, by which energy is believed or not."""
+        return min(self.windows_s, default=0.0)
+
+    @property
     def disagreement(self) -> float | None:
         """The power trace's integral against the counter, as a share of the counter; None where one is missing."""
-        counted, integral_j = self.gpu_counter.reading(self.window_s).joules, self.trace_j
+        counted, integral_j = self.gpu_counter.reading(self.shortest_s).joules, self.trace_j
         return None if counted is None or integral_j is None else integral_j / counted - 1
 
     def energy(self) -> energy.Reading:
         """The GPU's joules over the window, after every gate."""
-        counted = self.gpu_counter.reading(self.window_s)
+        counted = self.gpu_counter.reading(self.shortest_s)
         if counted.joules is not None and self.foreign_processes:
             return energy.Reading(None, "foreign_process")
         if self.disagreement is not None and abs(self.disagreement) > REFUSED_DISAGREEMENT:
@@ -220,6 +272,7 @@ class Meter:
         """The window's metrics, and the reasons for those that are None."""
         window_s = self.window_s
         gpu, cpu, idle = self.energy(), self.cpu_counter.reading(window_s), self.idle_power
+        utilization = self.utilization()
         if gpu.joules is not None and idle.joules is not None and idle.joules * window_s >= gpu.joules:
             idle = energy.Reading(None, "not_idle")
         net = None if gpu.joules is None or idle.joules is None else gpu.joules - idle.joules * window_s
@@ -230,7 +283,7 @@ class Meter:
             "mean_power_w": None if gpu.joules is None else gpu.joules / window_s,
             "idle_power_w": idle.joules,
             "net_energy_j": net,
-            "gpu_utilization_percent": self.utilization.joules,
+            "gpu_utilization_percent": utilization.joules,
             "cpu_energy_j": cpu.joules,
             "cpu_time_s": self.cpu_time_s,
             "cpu_cores_used": self.cpu_time_s / window_s,
@@ -241,7 +294,7 @@ class Meter:
         }
         reasons = {"energy_j": gpu.reason, "mean_power_w": gpu.reason, "cpu_energy_j": cpu.reason}
         reasons |= {"idle_power_w": idle.reason, "net_energy_j": gpu.reason or idle.reason}
-        reasons["gpu_utilization_percent"] = self.utilization.reason
+        reasons["gpu_utilization_percent"] = utilization.reason
         reasons["peak_memory_bytes"] = reasons["peak_reserved_memory_bytes"] = "no_gpu"
         reasons["peak_resident_bytes"] = "gpu_run" if on_gpu else "peak_not_resettable"
         reasons["disk_bytes"] = "not_counted_here"
@@ -251,33 +304,6 @@ class Meter:
 def _between_s(begin, end) -> float:
     """Seconds between two moments of `Meter._now`; the device has to have passed both."""
     return begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin
-
-
-class Utilization:
-    """Samples GPU utilization twice a second in a process of its own (nvidia-smi), beside the measured window."""
-
-    def __init__(self, device: torch.device):
-        self.process = None
-        self.reason = "no_gpu"
-        self.samples = tempfile.TemporaryFile("w+")  # noqa: SIM115 - read after the process ended
-        if device.type == "cuda":
-            uuid = energy.gpu_uuid(device)
-            query = f"nvidia-smi -i {uuid} --query-gpu=utilization.gpu --format=csv,noheader,nounits -lms 500"
-            try:
-                self.process = subprocess.Popen(query.split(), stdout=self.samples, stderr=subprocess.DEVNULL)
-            except OSError:
-                self.reason = "nvidia_smi_unavailable"
-
-    def mean_percent(self) -> energy.Reading:
-        """Stops sampling; the mean, or None and the reason."""
-        if self.process is None:
-            return energy.Reading(None, self.reason)
-        self.process.terminate()
-        self.process.wait()
-        self.samples.seek(0)
-        lines = [line.strip() for line in self.samples.read().splitlines()]
-        numbers = [float(line) for line in lines if line.replace(".", "", 1).isdigit()]
-        return energy.Reading(statistics.fmean(numbers)) if numbers else energy.Reading(None, "nvidia_smi_unavailable")
 
 
 def _disk_bytes() -> int | None:
@@ -292,23 +318,26 @@ def _disk_bytes() -> int | None:
 class Stopwatch:
     """Times repetitions of one kind of work, `with` it, from an idle device to an idle device; the counter beside it.
 
-    `seconds` and `counter.windows_j` hold an entry for each repetition that ended without an error.
+    `seconds`, `walls` (begin and end by the wall clock) and `counter.windows_j` hold an entry for each repetition that
+    ended without an error. `counter` is the GPU's where none is given.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.counter = device, energy.gpu_counter(device)
+    def __init__(self, device: torch.device, counter: energy.Counter | None = None):
+        self.device, self.counter = device, counter or energy.gpu_counter(device)
         self.seconds: list[float] = []
+        self.walls: list[tuple[float, float]] = []
 
     def __enter__(self):
         devices.synchronize(self.device)
         self.counter.begin()
-        self.begin = time.perf_counter()
+        self.begin, self.begin_wall_s = time.perf_counter(), time.time()
         return self
 
     def __exit__(self, kind, *_):
         if kind is None:
             devices.synchronize(self.device)
             self.seconds.append(time.perf_counter() - self.begin)
+            self.walls.append((self.begin_wall_s, time.time()))
             self.counter.end()
 
     def reading(self) -> energy.Reading:
@@ -327,9 +356,9 @@ def energy_of(work, device: torch.device, window_s: float) -> energy.Reading:
     if watch.counter.monitor is None:
         return watch.counter.reading(window_s)
     work()
-    calls, begin = 0, time.perf_counter()
+    calls = 0
     with watch:
-        while time.perf_counter() - begin < window_s:
+        while time.perf_counter() - watch.begin < window_s:
             work()
             devices.synchronize(device)
             calls += 1

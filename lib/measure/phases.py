@@ -8,6 +8,7 @@ import statistics
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -50,7 +51,7 @@ def phases(trainer, steps: int, rounds: int = 3, warmup: int = 2) -> list[dict]:
 
     A row per phase: `time_s_per_step`, the median over `rounds` of `steps` steps, each from an idle device to an idle
     device; `minimum_time_s_per_step`; `energy_j_per_step` over all rounds, None with its `energy_null_reason` (a round
-    under 10 s has none). Forward keeps what backward will need, as in training. The rows "backward" and "optimizer"
+    under 2 s has none). Forward keeps what backward will need, as in training. The rows "backward" and "optimizer"
     are differences of these, `derived`, and as uncertain as both together: noise can make them negative.
     """
     work = {
@@ -70,14 +71,16 @@ def phases(trainer, steps: int, rounds: int = 3, warmup: int = 2) -> list[dict]:
 def slope(trainer, steps: int, rounds: int = 4, warmup: int = 2) -> dict:
     """Attention's own share: seconds and joules of forward and backward against the number of blocks that keep it.
 
-    In the other blocks `Bypassed` stands in: GPT-2's projections and nothing between them. So for `sdpa` the slope is
-    the price of one attention core, exactly; a variant with projections of its own (mla's latents, gqa's narrow keys)
-    is charged with what they cost beyond GPT-2's, or credited with what they save. The optimizer is left out: a core
-    has no weights, and so none change.
+    In the other layers `Bypassed` stands in: GPT-2's projections and nothing between them. So for `sdpa` the slope is
+    the price of one attention core with what brings heads apart and together, forward and backward; a variant with
+    projections of its own (mla's latents, gqa's narrow keys) is charged with what they cost beyond GPT-2's, or credited
+    with what they save. The bypass is not quite nothing: backward it fills the gradient of queries and keys with zeros,
+    where a core writes what it found. The optimizer is left out: a core has no weights, and so none change.
 
     Least squares with an intercept for each round: `time_s_per_core` with its 95 % interval (`_low`, `_high`), and
     `time_r_squared`, how much of the variation inside rounds a straight line explains; the same for `energy_j`, None
-    with `energy_null_reason` where some round was under 10 s or had no counter. `kept` are the numbers of blocks.
+    with `energy_null_reason` where some round was under 2 s or had no counter. `layers_with_attention` are the numbers
+    of layers that keep it.
     """
     blocks = trainer.model.transformer.h
     own = [block.attn for block in blocks]
@@ -104,7 +107,7 @@ def slope(trainer, steps: int, rounds: int = 4, warmup: int = 2) -> dict:
     energies = {kept: watch.reading() for kept, watch in watches.items()}
     reason = next((reading.reason for reading in energies.values() if reading.reason), None)
     times = {kept: np.divide(watch.seconds, steps) for kept, watch in watches.items()}
-    found = {"kept": counts, "time_s_per_step": [float(np.median(times[kept])) for kept in counts]}
+    found = {"layers_with_attention": counts, "time_s_per_step": [float(np.median(times[kept])) for kept in counts]}
     found |= _line("time_s_per_core", "time_r_squared", times)
     found |= {"energy_j_per_step": None, "energy_null_reason": reason}
     if reason is None:
@@ -127,7 +130,9 @@ class Bypassed(nn.Module):
 
     def forward(self, hidden_states, **_):
         values = self.c_attn(hidden_states).split(hidden_states.shape[2], dim=2)[2]  # (B, T, C)
-        return self.residual_dropout(self.c_proj(values.contiguous())), None
+        # What c_proj does, which itself would want the values in one piece: a copy that no attention makes.
+        out = torch.addmm(self.c_proj.bias, values.flatten(0, 1), self.c_proj.weight)  # (B T, C)
+        return self.residual_dropout(out.view_as(values)), None
 
 
 def _forward_backward(trainer, step: int) -> None:

@@ -7,6 +7,8 @@ from pydantic import Field, model_validator
 
 from lib.record.schema import Strict
 
+AGAIN = ", again (A/A)"  # behind a variant's name: its turn taken a second time in each round
+
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

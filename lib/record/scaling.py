@@ -1,4 +1,9 @@
-"""Records of cost by context length: one JSON file per variant, written by `lib.study.scaling`."""
+"""Records of cost by context length: one JSON file per variant, written by `lib.study.scaling`.
+
+A point is what some processes say of one part at one length. **One rule for what counts**: a process counts with the
+median of its samples, which a short disturbance does not move; a point with the geometric mean of its processes, so
+that the ratio of two points is the mean ratio. Exponents, fits, ratios and crossovers all start from these.
+"""
 
 import math
 import statistics
@@ -48,6 +53,7 @@ class Point(Strict):
     outcome: Literal[tuple(OUTCOMES)]
     says: str = ""
     rounds: Annotated[int, Field(ge=0)] = 0
+    sessions: list[str] = Field(default_factory=list)  # in which call of the study each round was run; empty: unknown
     samples: dict[str, Annotated[list[Sample], Field(min_length=1)]] = Field(default_factory=dict)
     null_reasons: dict[str, Literal[tuple(REASONS)]] = Field(default_factory=dict)
 
@@ -57,7 +63,11 @@ class Point(Strict):
         if self.outcome == "measured":
             if named != sorted(METRICS[self.part]) or not self.rounds:
                 raise ValueError(f"each metric of a {self.part} has samples or a reason, and no other has")
-        elif named or self.rounds or not self.says:
+            if any(len(samples) % self.rounds for samples in self.samples.values()):
+                raise ValueError("each of a point's processes takes equally many samples")
+            if len(self.sessions) not in (0, self.rounds):
+                raise ValueError("each of a point's processes has one session")
+        elif named or self.rounds or self.sessions or not self.says:
             raise ValueError("a point that was not measured says why, and holds nothing else")
         return self
 
@@ -66,13 +76,24 @@ class Point(Strict):
         return self.outcome == "measured" and self.rounds <= turn
 
     def joined(self, other: "Point") -> "Point":
-        """Both points' samples; a metric that either lacks, both lack. What ran out once is a point that ran out."""
+        """Both points' samples; a metric that either lacks, both lack. What ran out once is a point that ran out.
+
+        Where one does not know its sessions, the two together do not.
+        """
         if other.outcome != "measured":
             return other
         reasons = self.null_reasons | other.null_reasons
         shared = [metric for metric in METRICS[self.part] if metric not in reasons]
         both = {metric: self.samples[metric] + other.samples[metric] for metric in shared}
-        return self.model_copy(update={"rounds": self.rounds + other.rounds, "samples": both, "null_reasons": reasons})
+        sessions = self.sessions + other.sessions if self.sessions and other.sessions else []
+        changes = {"rounds": self.rounds + other.rounds, "sessions": sessions}
+        return self.model_copy(update=changes | {"samples": both, "null_reasons": reasons})
+
+    def processes(self, metric: str) -> list[float]:
+        """The median of each process's samples, in the order of the rounds; empty where the metric has none."""
+        samples = self.samples.get(metric, [])
+        each = len(samples) // max(self.rounds, 1)
+        return [statistics.median(samples[begin : begin + each]) for begin in range(0, len(samples), each or 1)]
 
 
 class Scaling(Strict):
@@ -144,8 +165,9 @@ def title(found: list[Scaling]) -> str:
 
 
 def frame(found: list[Scaling]) -> pd.DataFrame:
-    """A row per variant, metric and length: `samples`, their `median` and `minimum`, their number `n`; None and NaN
-    where the point was not measured (`outcome`, `says`) or the metric was not (`reason`)."""
+    """A row per variant, metric and length: all `samples`; the median of each of the `n` `processes`, by round, and
+    their `sessions`; `value`, the geometric mean of the processes. Empty and NaN where the point was not measured
+    (`outcome`, `says`) or the metric was not (`reason`)."""
     rows = [
         {
             "label": one.label,
@@ -155,14 +177,15 @@ def frame(found: list[Scaling]) -> pd.DataFrame:
             "outcome": point.outcome,
             "says": point.says,
             "reason": point.null_reasons.get(metric),
-            "samples": samples,
-            "median": statistics.median(samples) if samples else math.nan,
-            "minimum": min(samples, default=math.nan),
-            "n": len(samples),
+            "samples": point.samples.get(metric, []),
+            "processes": processes,
+            "sessions": point.sessions,
+            "value": statistics.geometric_mean(processes) if processes else math.nan,
+            "n": len(processes),
         }
         for one in found
         for point in one.points
         for metric in METRICS[point.part]
-        for samples in [point.samples.get(metric, [])]
+        for processes in [point.processes(metric)]
     ]
     return pd.DataFrame(rows)

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 2
 DEVICES = ("auto", "cpu", "cuda")
@@ -19,14 +19,17 @@ REASONS = {
     "counter_unsupported": "this GPU has no energy counter",
     "counter_zero": "the energy counter did not move",
     "counter_reset": "the energy counter went backwards",
-    "window_too_short": "under 10 s, too short for the energy counter",
+    "window_too_short": "a window under 2 s, too short for the energy counter",
     "foreign_process": "another process ran on the GPU",
     "counter_power_disagree": "the energy counter and the power trace differ by more than 10 %",
-    "not_idle": "the GPU drew as much before the run as in it",
+    "not_idle": "the GPU drew as much idle as in the run",
     "rapl_unavailable": "no energy counter of the CPU (RAPL)",
     "permission": "this user may not read the energy counter",
     "peak_unknown": "the device's peak FLOP/s is in no table of ours",
     "peak_not_resettable": "the system keeps no peak of its own for the window",
+    "peak_not_above": "the process did not rise above what it had held before",
+    "no_sample": "none of its samples fell into the window",
+    "empty_profile": "the profiler saw nothing run",
     "not_counted_here": "the system does not count it per process",
     "not_asked_for": "not asked for by the run's parameters",
 }
@@ -73,10 +76,16 @@ class Metrics(Strict):
 
 
 class Point(Strict):
-    """A validation: after how many non-padding tokens, at what loss (nats per token)."""
+    """A validation: after how many non-padding tokens, at what loss (nats per token).
+
+    Also the loss of the tokens that end a bigram which their row has held before, and of the rest; None where there is
+    no such token, or in a record from before the two were told apart.
+    """
 
     non_padding_tokens: int
     loss: Measured
+    repeated_bigram_loss: Measured = None
+    other_loss: Measured = None
 
 
 class Latency(Strict):
@@ -139,7 +148,7 @@ class Check(Strict):
 
 
 class GpuState(Strict):
-    """What drifts while a GPU works; None where NVML does not say."""
+    """What drifts from epoch to epoch; None where NVML does not say."""
 
     sm_clock_mhz: int | None
     temperature_c: int | None
@@ -147,6 +156,49 @@ class GpuState(Strict):
     power_limit_w: float | None
     throttle_reasons: list[str] | None
     throttled_s: float | None  # since the driver was loaded, by power or heat
+
+
+class GpuSample(Strict):
+    """The GPU at work, at a second of the window; None where NVML does not say."""
+
+    time_s: float
+    sm_clock_mhz: int | None
+    temperature_c: int | None
+    power_limit_w: float | None
+    throttle_reasons: list[str] | None
+    utilization_percent: Measured
+
+
+class GpuSummary(Strict):
+    """What all samples of a window say together. Shares are of the samples, so none is above 1."""
+
+    samples: int
+    sm_clock_mhz_minimum: int | None
+    sm_clock_mhz_median: float | None
+    sm_clock_mhz_maximum: int | None
+    temperature_c_begin: int | None
+    temperature_c_end: int | None
+    power_limit_w_minimum: float | None
+    power_limit_w_maximum: float | None
+    throttled_share: Annotated[float, Field(ge=0, le=1)] | None
+    throttled_by: dict[str, Annotated[float, Field(ge=0, le=1)]]
+
+
+class WarmUp(Strict):
+    """The steps before the window: how many, for how long, and whether heat and clock had come to rest by then."""
+
+    steps: int
+    seconds: float
+    steady: bool | None  # None where there is no GPU, or it does not say
+    temperature_c: int | None
+
+
+class Idle(Strict):
+    """How `idle_power_w` was read: after the run, once the GPU that had worked had settled, or when it did not."""
+
+    settling_s: float
+    settled: bool
+    temperature_c: int | None
 
 
 class Series(Strict):
@@ -161,6 +213,8 @@ class Series(Strict):
     inference: list[Latency]
     phases: list[Phase]  # empty where not asked for
     slope: Slope | None  # None where not asked for
+    epoch_edges_j: list[float] = []  # what the idle GPU drew between the counter's steps and an epoch: taken off
+    gpu: list[GpuSample] = []  # of the working GPU; empty without one, and in older records
 
 
 class Certificate(Strict):
@@ -192,6 +246,7 @@ class Record(Strict):
     schema_version: Literal[2] = SCHEMA_VERSION
     name: str
     provenance: Literal["measured", "synthetic"] = "measured"
+    started_at: AwareDatetime | None = None  # before warm-up; None in a record from before that was noted
     finished_at: datetime
     label: str  # the key by which runs are told apart
     title: str  # what figures and tables call it
@@ -204,11 +259,15 @@ class Record(Strict):
     environment: dict
     data: dict
     certificate: Certificate
-    kernels: dict[str, list[str]]
+    kernels: dict[str, list[str] | None]  # forward and backward
+    kernels_null_reason: Literal[tuple(REASONS)] | None = None
     metrics: Metrics
     series: Series
     null_reasons: dict[str, Literal[tuple(REASONS)]]
-    gpu_states: list[GpuState]  # at the begin of the window and after each epoch; empty without a GPU
+    gpu_states: list[GpuState]  # of the idle GPU, before the window and after each epoch; empty without a GPU
+    gpu_summary: GpuSummary | None = None  # of the working one
+    warm_up: WarmUp | None = None
+    idle: Idle | None = None  # None where no idle power was asked for or could be read
     checks: list[Check]
     flags: list[str]
     content_sha256: str = ""  # of all the rest; filled on writing
@@ -219,6 +278,18 @@ class Record(Strict):
         if missing != set(self.null_reasons):
             odd = ", ".join(sorted(missing ^ set(self.null_reasons)))
             raise ValueError(f"a metric is null exactly where null_reasons says why; not so for {odd}")
+        return self
+
+    @model_validator(mode="after")
+    def unknown_kernels_have_a_reason(self):
+        if (None in self.kernels.values()) != (self.kernels_null_reason is not None):
+            raise ValueError("kernels are null exactly where kernels_null_reason says why")
+        return self
+
+    @model_validator(mode="after")
+    def it_began_before_it_ended(self):
+        if self.started_at is not None and not self.started_at <= self.finished_at:
+            raise ValueError("a run cannot have ended before it began")
         return self
 
     @model_validator(mode="after")

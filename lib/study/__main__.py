@@ -1,8 +1,8 @@
 """`python -m lib.study [params/PROFILE.yaml]`: train.ipynb by papermill for every variant and seed, then summary.ipynb.
 
-Runs come in blocks: every variant once, and `sdpa` a second time as the A/A control, whose difference from itself is
-the smallest difference that means anything. The seed is the block's number; the order within blocks is balanced by a
-Williams square. What has a record is not run again; what fails is reported at the end and stops nothing else.
+Runs come in blocks: every variant once, and `sdpa` a second time as the A/A control, whose difference from itself
+estimates the noise. The seed is the block's number; the order within blocks is balanced by a Williams square. What has
+a record is not run again; what fails is reported at the end and stops nothing else.
 """
 
 import argparse
@@ -18,9 +18,14 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("profile", nargs="?", help="a YAML file of overrides; without one the notebook's defaults")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="names or .py files instead of the profile's")
     parser.add_argument("--blocks", type=int, metavar="N", help="how many blocks (seeds 0 to N - 1)")
+    parser.add_argument("--runs", type=int, metavar="N", help="at most N runs now; the same command goes on")
+    same = "the session that goes on: for who knows that machine, device and code are the same and the pause was short"
+    parser.add_argument("--session", metavar="NAME", help=same)
     parser.add_argument("--plan", action="store_true", help="only check and list the runs, and what they will take")
     parser.add_argument("--records", nargs="+", metavar="FOLDER", help="where --plan finds earlier records")
     options = parser.parse_args(words)
+    if options.runs is not None and options.runs < 1:
+        parser.error(f"--runs must be at least 1, not {options.runs}")
     lock = None
     try:
         runs, profile = plan.chosen(options.profile, options.variants, options.blocks)
@@ -31,12 +36,13 @@ def main(words: list[str] | None = None) -> int:
                 print(
                     f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})"
                 )
+            print(plan.about_order(runs))
             todo = [run for run, state in zip(runs, states, strict=True) if state == "to run"]
             print("\n".join(forecast.lines(todo, forecast.earlier(options.records))))
             return 0
         lock = runner.alone_in(folder)
         with runner.stoppable():
-            return runner.study(runs, profile, folder)
+            return runner.study(runs, profile, folder, options.session, options.runs)
     except UsageError as error:
         print(f"python -m lib.study: {error}", file=sys.stderr)
         return 2

@@ -91,6 +91,7 @@ def show(runs: list[dict], found: dict[int, str], folder: Path, records=None) ->
         numbers = [str(number) for number in found if found[number] == state]
         if numbers:
             print(f"blocks {says}: {', '.join(numbers)}")
+    print(plan.about_order(runs))
     todo = [run for run in runs if found[run["block"]] != "finished"]
     print("\n".join(forecast.lines(todo, forecast.earlier(records))), flush=True)
 

@@ -91,6 +91,31 @@ def chosen(
     return runs_of(overrides, variants, blocks, check), Path(path).stem if path else "quick"
 
 
+FEWEST_BLOCKS = 5  # below that the analysis gives points only
+
+
+def balanced_after(variants: int) -> int:
+    """In how many blocks the order of so many variants is balanced: a whole Williams square, and its multiples.
+
+    The A/A control is not counted: it wanders through all places, and leaves the balance of the others as it is.
+    """
+    return variants * (1 + variants % 2)
+
+
+def about_order(runs: list[dict]) -> str:
+    """What a plan's blocks let one say, before anything runs: points or intervals, and when the order is balanced."""
+    blocks = len({run["block"] for run in runs})
+    variants = {parameters.display_name(run["values"]) for run in runs} - {attention.CONTROL}
+    square = balanced_after(len(variants))
+    planned = f"{blocks} block{'s' if blocks > 1 else ''} planned"
+    order = f"the order of {len(variants)} variants is {'not ' if blocks % square else ''}balanced"
+    order += f" (it is after {square} blocks, and their multiples)" if blocks % square else ""
+    if blocks < FEWEST_BLOCKS:
+        return f"{planned}: points only, intervals, verdicts and ranks come from {FEWEST_BLOCKS} blocks up; {order}"
+    rest = "; the effect of each place is then estimated from these blocks alone" if blocks % square else ""
+    return f"{planned}: {order}{rest}"
+
+
 def orders(variants: int, blocks: int) -> list[list[int]]:
     """Orders of `variants` runs for each block, from a Williams square (Williams 1949): over a whole square every
     variant stands in every position, and follows every other, equally often."""

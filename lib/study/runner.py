@@ -113,14 +113,18 @@ def killed_for_memory() -> int:
     return 0
 
 
-def run_all(runs: list[dict], profile: str) -> dict[str, str]:
-    """Runs what is not finished; returns what failed, name to one line. Each failure is noted beside the records."""
+def run_all(runs: list[dict], profile: str, session: str | None = None, most: int | None = None) -> dict[str, str]:
+    """Runs what is not finished; returns what failed, name to one line. Each failure is noted beside the records.
+
+    `session` goes on where it is named: only for who knows that machine, device and code are those of its runs so far,
+    and the pause short. At most `most` runs; the others are left for the next time.
+    """
     folder = paths.out_folder()
     todo = [run for run in runs if not is_finished(run, folder)]
     if len(todo) < len(runs):
         print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
-    session, begin, failed = new_session(), time.monotonic(), {}
-    for number, run in enumerate(todo):
+    session, begin, failed = session or new_session(), time.monotonic(), {}
+    for number, run in enumerate(todo[:most]):
         name = parameters.run_name(run["values"])
         left = (time.monotonic() - begin) / number * (len(todo) - number) if number else None
         about = f", about {_minutes(left)} left" if left else ""
@@ -208,15 +212,26 @@ def load_data(runs: list[dict]) -> None:
     corpus.load(SimpleNamespace(**runs[0]["values"]))
 
 
-def study(runs: list[dict], profile: str, folder: Path) -> int:
-    """All runs, then the summary; returns the exit status. Raises UsageError, before any run, for unusable data."""
+RUNS_LEFT = 3  # exit status of a study that was to make some of its runs and has made them
+
+
+def study(runs: list[dict], profile: str, folder: Path, session: str | None = None, most: int | None = None) -> int:
+    """All runs, then the summary; returns the exit status. Raises UsageError, before any run, for unusable data.
+
+    With `most` runs at a time the summary waits for the last of them; until then the status is `RUNS_LEFT`. `session`:
+    see `run_all`.
+    """
     load_data(runs)
-    failed = run_all(runs, profile)
-    problem = summarize(folder)
-    if problem:
-        failed["summary"] = problem
+    left = sum(not is_finished(run, folder) for run in runs) - (len(runs) if most is None else most)
+    failed = run_all(runs, profile, session, most)
+    if left > 0:
+        print(f"left to run: {left}; the same command goes on")
     else:
-        print(f"tables and figures: {os.path.relpath(folder)}/summary.ipynb and figures/")
+        problem = summarize(folder)
+        if problem:
+            failed["summary"] = problem
+        else:
+            print(f"tables and figures: {os.path.relpath(folder)}/summary.ipynb and figures/")
     for name, reason in failed.items():
         print(f"FAILED {name}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed else RUNS_LEFT if left > 0 else 0

@@ -2,8 +2,9 @@
 
 Two parts for each length T: one attention `layer` forward and backward, with the most memory that it takes on top of
 its weights and input, and a whole small `model` that reads T tokens (prefill) and writes some (decode). Every sample
-comes from a process of its own, so that its memory is nobody else's and running out of it ends nothing else; rounds
-go through all variants at a length before the next. Memory or time that ran out is a point as well.
+comes from a process of its own, so that its memory is nobody else's and running out of it ends nothing else; a round
+goes through all variants at a length before the next, each round in another order. Memory or time that ran out is a
+point as well.
 
 One JSON file per variant, written after each sample; what it holds is not measured again.
 """
@@ -36,6 +37,8 @@ from lib.record.scaling import ENERGY, METRICS, Count, Point, Scaling, Setting
 from lib.study import plan, runner
 
 WARM_UP = 16  # tokens that start threads and libraries, before memory is looked at
+PRELOADED = ["lib.study.scaling"]  # by its name, since it may run as __main__
+LONGEST_WAIT_S = 7 * 24 * 3600  # for a process; poll(2) counts milliseconds in an int
 KEPT_FREE = 0.1  # of the free memory, for everything else that runs on a CPU's machine
 
 
@@ -45,7 +48,7 @@ class Plan(Setting):
     variants: list[str | dict]
     contexts: Annotated[list[Annotated[int, Field(ge=2)]], Field(min_length=1)]
     rounds: Count  # processes for each point, in turns over the variants
-    time_limit_s: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    time_limit_s: Annotated[float, Field(gt=0, le=LONGEST_WAIT_S)]
 
     @field_validator("contexts")
     @classmethod
@@ -88,6 +91,18 @@ def _entries(made: Plan) -> list[SimpleNamespace]:
     return entries
 
 
+def orders(variants: int, rounds: int) -> list[list[int]]:
+    """The order of the variants in each round: a row of a Williams square, in the next round the same row reversed.
+
+    After every second round all variants have had the same mean place, so a steady drift favours none; after the whole
+    square every variant has stood in every place and followed every other equally often (Williams 1949).
+    """
+    square = plan.orders(variants, variants * (1 + variants % 2))
+    once = [row for index, row in enumerate(square) if row[::-1] not in square[:index]]
+    both = [order for row in once for order in ((row, row[::-1]) if variants > 1 else (row,))]
+    return [both[turn % len(both)] for turn in range(rounds)]
+
+
 def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
     """Measures what `folder` lacks of the plan, telling `say` of each sample; returns what ended in an error.
 
@@ -103,10 +118,9 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
             points=[], **facts,
         )  # fmt: skip
         found[entry.label] = _resumed(new, folder)
-    failed = []
-    for turn in range(made.rounds):
-        order = _entries(made)[:: 1 if turn % 2 == 0 else -1]
-        for context, part, entry in ((c, p, e) for c in made.contexts for p in METRICS for e in order):
+    failed, entries, session = [], _entries(made), runner.new_session()
+    for turn, order in enumerate(orders(len(entries), made.rounds)):
+        for context, part, entry in ((c, p, entries[e]) for c in made.contexts for p in METRICS for e in order):
             done = found[entry.label].point(part, context)
             what = f"{entry.label}, {part}, {context} tokens"
             if (done and not done.lacks(turn)) or what in failed:
@@ -118,7 +132,8 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
                     failed.append(what)
                     say(f"FAILED {what}: {answer['says']}")
                     continue
-                point = Point(part=part, context=context, **answer)
+                sessions = [session] if answer["outcome"] == "measured" else []
+                point = Point(part=part, context=context, sessions=sessions, **answer)
             found[entry.label] = found[entry.label].with_point(point)
             scaling.write(found[entry.label], folder)
             say(f"round {turn + 1}: {what}: {_short(point)}")
@@ -171,7 +186,7 @@ def _apart(work, *words, limit_s: float):
     milliseconds, and nobody's threads, memory or CUDA are inherited.
     """
     start = multiprocessing.get_context("forkserver")
-    start.set_forkserver_preload(["lib.study", "lib.training"])
+    start.set_forkserver_preload(PRELOADED)
     receiving, sending = start.Pipe(duplex=False)
     killed_before = runner.killed_for_memory()
     process = start.Process(target=_answer, args=(sending, work, words), daemon=True)
@@ -251,7 +266,8 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
         work(*given)  # the warm-up at this length
     values, reasons = meter.metrics()
     peak = "peak_memory_bytes" if device.type == "cuda" else "peak_resident_bytes"
-    watch = Stopwatch(device)
+    grown_bytes = None if values[peak] is None else values[peak] - held
+    watch = Stopwatch(device, energy.no_counter())  # joules have a window of their own
     for _ in range(setting.repeats):
         with watch:
             work(*given)
@@ -260,10 +276,12 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
         joules = energy_of(lambda: work(*given), device, setting.energy_window_s)
     found = {
         "forward_backward_s": watch.seconds,
-        "peak_activation_bytes": [(values[peak] or 0) - held],
+        "peak_activation_bytes": [grown_bytes],
         "forward_backward_energy_j": [joules.joules],
     }
-    nulls = {"peak_activation_bytes": reasons.get(peak), "forward_backward_energy_j": joules.reason}
+    # What the warm-up freed is still the process's: few tokens may need no more than that.
+    hidden = None if grown_bytes is None or grown_bytes > 0 else "peak_not_above"
+    nulls = {"peak_activation_bytes": reasons.get(peak, hidden), "forward_backward_energy_j": joules.reason}
     return found, {metric: reason for metric, reason in nulls.items() if reason}
 
 

@@ -1,0 +1,245 @@
+"""Probes: the net, the plan, a tiny grid run and resumed, and what the tables and sentences say of known records."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from lib import attention, record
+from lib.analysis import capability
+from lib.data.tasks import TASKS
+from lib.errors import UsageError
+from lib.model.probe import BaseConv, ProbeNet
+from lib.record import probe
+from lib.study import plan, probes
+
+DEFAULTS = {name: line.default for name, line in plan.known_parameters("capability.ipynb").items()}
+TINY = DEFAULTS | {
+    "variants": ["sdpa", "linear"],
+    "rates": [1e-3, 3e-3],
+    "steps": 2,
+    "processes": 2,
+    "seeds_at_best": 2,
+}
+
+
+@pytest.fixture(autouse=True)
+def few_tests(monkeypatch):
+    monkeypatch.setattr(probes, "TEST_SEQUENCES", 8)
+
+
+def net_of(name, task="induction", **options):
+    torch.manual_seed(0)
+    return ProbeNet([(name, options)], 16, 32, 2, 64, True, True, False)
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_no_logit_depends_on_a_later_token(name):
+    net, ids = net_of(name).eval(), torch.randint(1, 16, (2, 24))
+    changed = ids.clone()
+    changed[:, 15] = (changed[:, 15] + 1) % 16
+    with torch.no_grad():
+        moved = (net(ids) - net(changed)).abs().amax((0, 2))  # (T,)
+    assert moved[:15].max() < 1e-5 < moved[15:].max()
+
+
+def test_the_convolution_is_of_the_last_three_tokens_times_a_projection():
+    conv, x = BaseConv(4), torch.randn(1, 6, 4)
+    kernel = conv.conv.weight[:, 0]  # (C, 3)
+    padded = torch.cat([torch.zeros(1, 2, 4), x], dim=1)
+    mixed = sum(kernel[:, i] * padded[:, i : i + 6] for i in range(3)) + conv.conv.bias
+    torch.testing.assert_close(conv(x), mixed * conv.projection(x))
+
+
+def test_weights_start_as_the_setting_says_for_every_variant():
+    for name in attention.variants():
+        for key, weight in net_of(name).named_parameters():
+            if weight.dim() >= 2 and weight.numel() > 500:
+                expected = 0.02 if key.startswith("embedding") else 1 / math.sqrt(32)
+                assert weight.std().item() == pytest.approx(expected, rel=0.15), (name, key)
+
+
+def test_state_bytes_are_what_the_mixers_count_and_a_pattern_s_are_their_sum():
+    pattern = [("sliding_window", {"window": 16}), ("sdpa", {})]
+    net = ProbeNet(pattern, 16, 32, 2, 64, True, False, False)
+    assert net.state_bytes(64) == 2 * 32 * 15 * 4 + 2 * 32 * 64 * 4
+    assert net_of("linear").state_bytes(64) == net_of("linear").state_bytes(8) == 2 * (16 * 16 + 16) * 4
+
+
+def test_a_grid_is_run_each_cell_once_and_more_seeds_at_the_best_rate(tmp_path):
+    made, said = probes.checked(TINY), []
+    assert probes.run_all(made, tmp_path, said.append) == []
+    found = probe.frame(probe.load_all(tmp_path))
+    assert len(found.groupby(["label", "rate", "seed"])) == 2 * 2 + 2 * 1  # both rates, and a second seed at one each
+    assert (found[found["seed"] == 1].groupby("label")["rate"].nunique() == 1).all()
+    assert found["state_bytes"].notna().all() and set(found["difficulty"]) == set(TASKS["recall"].tested_on)
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    (gone, *_) = before
+    gone.unlink()
+    said.clear()
+    probes.run_all(made, tmp_path, said.append)
+    assert sum("[1/1]" in line for line in said) == 1  # what is missing, and nothing else
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json") if path != gone} == {
+        path: content for path, content in before.items() if path != gone
+    }
+    again, first = json.loads(gone.read_text()), json.loads(before[gone])
+    assert (again["results"], again["curve"]) == (first["results"], first["curve"])  # the same cell, the same numbers
+
+
+def test_a_cell_that_fails_leaves_a_record_that_says_why_and_stops_nothing(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from lib.attention.sdpa import Attention as Sdpa\n\n\nclass Attention(Sdpa):\n"
+        "    def forward(self, hidden_states, **_):\n        raise RuntimeError('no such thing')\n"
+    )
+    values = TINY | {"variants": [str(tmp_path / "mine.py"), "sdpa"], "rates": [1e-3], "seeds_at_best": 1}
+    failed = probes.run_all(probes.checked(values), tmp_path / "out", lambda _: None)
+    found = probe.frame(probe.load_all(tmp_path / "out"))
+    lost = found[found["label"] == "mine"]
+    assert len(failed) == 1 and list(lost["says"]) == ["RuntimeError: no such thing"] and lost["accuracy"].isna().all()
+    assert found[found["label"] == "sdpa"]["accuracy"].notna().all()
+
+
+def test_a_loss_that_is_not_finite_is_a_result_of_its_own():
+    (cell,) = probes.cells(probes.checked(TINY | {"variants": ["sdpa"], "rates": [1e30], "steps": 20}))
+    found = probes.run(cell)
+    assert found.outcome == "loss_not_finite" and not found.results and "from step" in found.says
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tasks": ["recal"]}, "there is no task 'recal'; known: recall, "),
+        ({"tasks": []}, "tasks: "),
+        ({"tasks": [{"task": "recall", "convolution": 1}]}, "convolution of recall must be true or false, not 1"),
+        ({"variants": ["sdpa,,linear"]}, "names no attention, or an empty one between commas"),
+        ({"variants": ["sdpaa"]}, "Did you mean 'sdpa'"),
+        ({"variants": [{"attention": "sliding_window", "options": {"window": 16}}]}, "options of sliding_window go by"),
+        ({"variants": [{"attention": "sdpa", "options": {"sdpa": {"window": 16}}}]}, "sdpa has no option 'window'"),
+        ({"variants": [{"attention": "sdpa", "option": {}}]}, "there is no parameter 'option'"),
+        ({"variants": ["sdpa", "sdpa"]}, "sdpa stands twice for recall"),
+        ({"rates": [0.0]}, "rates.0: "),
+        ({"rates": [1e-3, 1e-3]}, "each rate once"),
+        ({"seeds": 0}, "seeds: "),
+    ],
+)
+def test_wrong_words_are_one_sentence(changes, says):
+    with pytest.raises(UsageError) as error:
+        probes.checked(TINY | changes)
+    assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_the_command_says_what_is_wrong_and_what_it_would_take(tmp_path, capsys):
+    assert probes.main([]) == 2 and "--write FOLDER" in capsys.readouterr().err
+    (tmp_path / "odd.yaml").write_text("tassks: [recall]\n")
+    assert probes.main([str(tmp_path / "odd.yaml")]) == 2 and "did you mean 'tasks'?" in capsys.readouterr().err
+    (tmp_path / "few.yaml").write_text("variants: [sdpa]\nrates: [1.0e-3]\nseeds_at_best: 5\n")
+    assert probes.main([str(tmp_path / "few.yaml"), "--plan"]) == 0
+    assert "1 cells of 1 variants and tasks, 0 finished, and up to 4 more seeds" in capsys.readouterr().out
+
+
+def cell(label, scaled, task="recall", rate=1e-3, seed=0, convolution=True, state=1000, **changes):
+    """A made-up cell: `scaled` by difficulty, the hardest last."""
+    of, net = TASKS[task], TASKS[task].net
+    results = [
+        {
+            "difficulty": difficulty, "context": 128, "state_bytes": state, "scaled_accuracy": value,
+            "accuracy": max(0.0, min(1.0, value)),
+        }
+        for difficulty, value in zip(of.tested_on, scaled, strict=True)
+    ]  # fmt: skip
+    setting = vars(net) | {
+        "task": task, "convolution": convolution, "warmup_share": 0.1, "weight_decay": 0.1, "test_sequences": 8,
+    }  # fmt: skip
+    values = {
+        "name": f"{task}-{label}-{rate}-{seed}-{convolution}", "started_at": record.now(), "finished_at": record.now(),
+        "time_s": 1.0, "label": label, "title": label.upper(), "setting": setting, "learning_rate": rate, "seed": seed,
+        "pattern": [{"attention": "sdpa", "options": {}, "attention_sha256": "0" * 64}], "parameters": 1,
+        "environment": {}, "outcome": "measured", "curve": [], "results": results,
+    }  # fmt: skip
+    return probe.Probe(**values | changes)
+
+
+def made(*more):
+    found = [cell("sdpa", (1.0, 1.0, value), rate=1e-2, seed=seed) for seed, value in enumerate((0.98, 1.0, 0.99))]
+    found += [cell("sdpa", (0.2, 0.1, 0.0)), cell("linear", (0.9, 0.8, 0.7), state=250), *more]
+    return probe.frame(found)
+
+
+def test_the_best_rate_counts_with_the_median_of_its_seeds_and_their_range():
+    row = capability.summary(made()).query("label == 'sdpa' and hardest").iloc[0]
+    assert (row["rate"], row["n"], row["median"], row["low"], row["high"]) == (1e-2, 3, 0.99, 0.98, 1.0)
+
+
+def test_more_seeds_at_one_rate_do_not_choose_it():
+    """The best rate is chosen by the seeds that every rate has, or the rate tried most often would have a say more."""
+    lucky = [cell("mla", (1, 1, value), rate=3e-3, seed=seed) for seed, value in enumerate((0.4, 1.0, 1.0))]
+    row = capability.summary(made(*lucky, cell("mla", (1, 1, 0.5)))).query("label == 'mla' and hardest").iloc[0]
+    assert (row["rate"], row["median"]) == (1e-3, 0.5)
+
+
+def test_a_task_that_sdpa_does_not_solve_is_named_and_not_shown():
+    unsolved = made(*(cell(label, (0.5, 0.5, 0.5, 0.4, 0.3), "induction") for label in ("sdpa", "linear")))
+    assert capability.shown_tasks(unsolved) == ["recall"]
+    assert any(
+        "Induction is not shown: sdpa reaches 0.50 where it must reach 0.95" in s for s in capability.remarks(unsolved)
+    )
+    alone = made(cell("linear", (1, 1, 1), "lookup_key_behind"))
+    assert any("sdpa was not tried" in said for said in capability.remarks(alone))
+    assert capability.conclusion(probe.frame([cell("sdpa", (0, 0, 0))])) == [
+        "Recall cannot be judged from these records: SDPA does not solve it in them."
+    ]
+
+
+def test_the_sentences_follow_from_the_records():
+    found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
+    said = " ".join(capability.conclusion(found))
+    assert "GQA and SDPA recall all" in said and "GQA does so with 50% of SDPA's memory" in said
+    assert "LINEAR 0.70 lie between" in said and "SLIDING_WINDOW 0.00: most of it is forgotten" in said
+    other = " ".join(capability.conclusion(made(cell("gqa", (1.0, 1.0, 0.3), state=500))))
+    assert "GQA 0.30: most of it is forgotten" in other
+
+
+def test_tables_show_medians_ranges_and_what_was_not_tried():
+    found = made(cell("linear", (0.5, 0.5, 0.5), convolution=False), cell("sdpa", (0.0, 0.0, 0.1), convolution=False))
+    table = capability.tasks_table(found).set_index("variant")
+    assert table.loc["SDPA", "Recall (MQAR), 32 pairs"] == "0.99 [0.98, 1.00] (n = 3)"
+    assert table.loc["LINEAR", "Recall (MQAR), 32 pairs"] == "0.70 (n = 1)"
+    both = capability.convolution_table(found).set_index("variant")
+    assert (
+        both.loc["SDPA", "without"] == "0.10 (n = 1)" and both.loc["LINEAR", "with the convolution"] == "0.70 (n = 1)"
+    )
+    rates = capability.rates_table(found).set_index("variant")
+    assert rates.loc["SDPA", "rate 0.001"] == "0.00 (n = 1)" and rates.loc["LINEAR", "rate 0.01"] == "–"
+    by = capability.difficulty_table(found).set_index("variant")
+    assert by.loc["LINEAR", "scaled accuracy by difficulty"] == "8: 0.90, 16: 0.80, 32: 0.70"
+    published = capability.published_table(found)
+    assert published[published["mixer"] == "LINEAR"]["numbers kept"].tolist() == ["62"]
+
+
+def test_every_seed_is_a_point_of_the_figure_at_its_state():
+    (axes,) = capability.recall_figure(made()).axes
+    points = {
+        line.get_label(): line.get_xydata().tolist() for line in axes.lines if not line.get_label().startswith("_")
+    }
+    assert points["SDPA"] == [[1000 / 1024, value] for value in (0.98, 1.0, 0.99)]
+    assert points["LINEAR"] == [[250 / 1024, 0.7]]
+    assert 0.99 in {line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("_")}  # the median
+
+
+def test_what_is_learnt_here_is_shown_with_its_accuracy():
+    shown = probes.learning(["sdpa"], "induction", seconds=0.05)
+    assert set(shown["label"]) == {"sdpa"} and shown["accuracy"].nunique() == 1 and shown["loss"].notna().all()
+    figure = capability.learning_figure(shown)
+    assert "accuracy" in figure.axes[0].get_legend().get_texts()[0].get_text()
+
+
+def test_a_record_comes_back_as_it_was_and_an_odd_one_is_named(tmp_path):
+    one = cell("sdpa", (1, 1, 1))
+    path = probe.write(one, tmp_path)
+    assert probe.load(path).results == one.results
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.warns(UserWarning, match="was changed after it was written"), pytest.raises(UsageError):
+        probe.load_all(tmp_path)
+    with pytest.raises(ValueError, match="says why"):
+        cell("sdpa", (1, 1, 1), results=[])
