@@ -32,6 +32,7 @@ REASONS = {
     "empty_profile": "the profiler saw nothing run",
     "not_counted_here": "the system does not count it per process",
     "not_asked_for": "not asked for by the run's parameters",
+    "older_record": "the record is older than this metric",
 }
 Measured = Annotated[float | None, Field(allow_inf_nan=False)]
 
@@ -41,7 +42,10 @@ class Strict(BaseModel):
 
 
 class Metrics(Strict):
-    """Every number that figures and tables may show. None has its reason in the record's `null_reasons`."""
+    """Every number that figures and tables may show. None has its reason in the record's `null_reasons`.
+
+    One that is added later has the default None; records from before it are read as `older_record`.
+    """
 
     time_s: float = Field(gt=0, allow_inf_nan=False)
     time_per_epoch_s: float = Field(gt=0, allow_inf_nan=False)
@@ -271,6 +275,15 @@ class Record(Strict):
     checks: list[Check]
     flags: list[str]
     content_sha256: str = ""  # of all the rest; filled on writing
+
+    @model_validator(mode="before")
+    @classmethod
+    def metrics_that_came_later_are_missing(cls, content):
+        if isinstance(content, dict) and all(isinstance(content.get(of), dict) for of in ("metrics", "null_reasons")):
+            known = cls.model_fields["metrics"].annotation.model_fields
+            later = {name for name, metric in known.items() if not metric.is_required()} - set(content["metrics"])
+            content = content | {"null_reasons": dict.fromkeys(later, "older_record") | content["null_reasons"]}
+        return content
 
     @model_validator(mode="after")
     def every_null_has_a_reason(self):
