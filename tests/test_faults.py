@@ -18,6 +18,7 @@ from lib.errors import UsageError
 from lib.study import plan, runner
 from lib.study.__main__ import main
 
+
 @pytest.fixture
 def out(tmp_path, monkeypatch):
     monkeypatch.setenv(paths.OUT_VARIABLE, str(tmp_path / "out"))

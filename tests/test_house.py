@@ -91,6 +91,7 @@ MAY_IMPORT = {
     "certificate": MODEL,
     "measure": MODEL | {"parameters", "certificate"},
     "progress": GROUND,
+    "startup": set(),
     "training": MODEL | {"parameters", "certificate", "measure"},
     "analysis": MODEL | {"parameters", "certificate", "measure", "published"},
     "study": MODEL | {"parameters", "certificate", "measure", "training"},
