@@ -15,7 +15,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def __getattr__(name: str):
-    """A room of lib/, imported when it is first asked for: `from lib import model`, or `lib.model` after `import lib`."""
+    """A room of lib/, imported when it is first asked for: `from lib import model`, `lib.model` after `import lib`."""
     from lib.startup import quick_imports
 
     if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:

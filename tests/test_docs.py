@@ -50,8 +50,8 @@ def test_links_and_named_files_are_there(page):
 @pytest.mark.parametrize(
     "text",
     [
-        "see [a](gone.md)", "see [a](numbers.md#no-such-heading)", "`lib/measure/gone.py` counts", "`python -m lib.gone`",
-        "tests in `tests/test_gone.py`",
+        "see [a](gone.md)", "see [a](numbers.md#no-such-heading)", "`lib/measure/gone.py` counts",
+        "`python -m lib.gone`", "tests in `tests/test_gone.py`",
     ],
 )  # fmt: skip
 def test_a_planted_dead_link_is_seen(text):
