@@ -18,3 +18,14 @@ def small_disk(tmp_path):
         pytest.skip("this user may mount no file system")
     yield disk
     subprocess.run(["umount", disk], check=True)
+
+
+# What takes minutes begins first, so that of two workers (`--dist loadfile`) none ends alone with one of these.
+LONG = (
+    "test_lab_explore.py", "test_faults.py", "test_study.py", "test_cluster.py", "test_lab.py", "scaling.ipynb",
+    "test_standin.py", "test_growth.py", "test_figures.py", "test_house.py", "explore.ipynb", "train.ipynb",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
