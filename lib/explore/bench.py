@@ -379,7 +379,7 @@ def measured_page(costs: pd.DataFrame, choice: Choice) -> list:
     said = (
         f"One sequence, width 128, 8 heads, fp32, on this machine's CPU now. Medians of {rounds} rounds in turns, "
         f"after {WARM_UPS} to warm up; grey, and in brackets: the fastest and the slowest of them. Where the ratios of "
-        "the rounds lie on both sides of 1, nothing is told apart."
+        "the rounds lie on both sides of 1, the comparison is inconclusive."
     )
     return [figure, said, _measured_table(costs, choice)]
 
