@@ -146,7 +146,7 @@ def test_a_profile_that_is_not_there_lists_those_that_are(out, capsys):
     assert "params/paper.yaml" in capsys.readouterr().err
 
 
-OTHERS = ("scaling_", "steps_")  # of other commands
+OTHERS = ("scaling_", "steps_", "probes")  # of other commands
 PROFILES = [path for path in sorted((ROOT / "params").glob("*.yaml")) if not path.stem.startswith(OTHERS)]
 
 
