@@ -22,8 +22,9 @@ def small_disk(tmp_path):
 
 # What takes minutes begins first, so that of two workers (`--dist loadfile`) none ends alone with one of these.
 LONG = (
-    "test_lab_explore.py", "test_faults.py", "test_study.py", "test_cluster.py", "test_lab.py", "scaling.ipynb",
-    "test_standin.py", "test_growth.py", "test_figures.py", "test_house.py", "explore.ipynb", "train.ipynb",
+    "test_study.py", "test_figures.py", "test_faults.py", "test_lab_explore.py", "test_cluster.py", "test_lab.py",
+    "test_probes.py", "capability.ipynb", "test_growth.py", "test_house.py", "train.ipynb", "explore.ipynb",
+    "test_standin.py", "test_attention.py", "scaling.ipynb", "test_scaling.py", "replication.ipynb", "summary.ipynb",
 )  # fmt: skip
 
 
