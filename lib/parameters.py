@@ -22,6 +22,7 @@ CHOICES = {
     "precision": PRECISIONS,
     "schedule": ("cosine", "constant"),
     "turns": ("roles", "joined"),
+    "packing": (False, True, "documents"),
 }
 AT_LEAST = {
     "seed": 0, "layers": 1, "width": 1, "heads": 1, "positions": 1, "context": 2, "batch_size": 1, "accumulation": 1,
@@ -62,8 +63,10 @@ def check_types(values: dict, known: dict[str, Declared]) -> dict:
         wanted = TYPES[known[name].type]
         if wanted is float and type(value) is int:
             value = float(value)
-        if type(value) is not wanted:
-            raise UsageError(f"{name} must be {known[name].type}, not {value!r}{_way_out(wanted, value)}")
+        others = [choice for choice in CHOICES.get(name, ()) if type(choice) is not wanted]
+        if type(value) is not wanted and not (isinstance(value, str) and value in others):
+            kinds = " or ".join([known[name].type, *map(repr, others)])
+            raise UsageError(f"{name} must be {kinds}, not {value!r}{_way_out(wanted, value)}")
         checked[name] = value
     return checked
 
@@ -135,6 +138,11 @@ def check_attention(p):
             kind = type(known[option])
             if kind in (bool, int, str) and type(value) is not kind:
                 raise UsageError(f"{p.attention}'s option {option} must be {kind.__name__}, not {value!r}")
+        if getattr(p, "packing", False) == "documents" and not attention.keeps_documents(variant):
+            raise UsageError(
+                f"{p.attention} cannot keep the documents of a row apart; use packing true or false, or a forward that "
+                "names seq_idx (lib/attention/__init__.py)"
+            )
         with torch.device("meta"):
             return variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.options)
     except ValueError as error:

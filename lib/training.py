@@ -164,21 +164,28 @@ class Trainer:
 
     def forward_backward(self, step: int, backward: bool = True) -> torch.Tensor:
         """Forward and backward over the batches of one step; returns its loss, on the device."""
-        batches = [self.corpus.train.batch(rows) for rows in self.rows[step]]
+        train = self.corpus.train
+        batches = [(*train.batch(rows), train.seq_idx(rows)) for rows in self.rows[step]]
         # The loss of a batch of `accumulation` parts is the mean over all their tokens, not the mean of means.
-        predicted = torch.tensor(sum(_labelled(labels[:, 1:]) for _, labels in batches))
+        # Where there is none to predict, the sum is 0 and so is the loss.
+        predicted = torch.tensor(max(1, sum(_labelled(labels[:, 1:]) for _, labels, _ in batches)))
         self.non_padding_tokens[step % self.steps] = self.corpus.train.lengths[self.rows[step]].sum()
         predicted = self._to_device(predicted)
         total = 0.0
-        for ids, labels in batches:
+        for ids, labels, seq_idx in batches:
             with self.autocast():
                 loss = self.forward(
-                    self._to_device(ids), labels=self._to_device(labels), use_cache=False, num_items_in_batch=predicted
-                ).loss
+                    self._to_device(ids), labels=self._to_device(labels), use_cache=False,
+                    num_items_in_batch=predicted, **self._documents(seq_idx),
+                ).loss  # fmt: skip
             if backward:
                 loss.backward()
             total = total + loss.detach()
         return total
+
+    def _documents(self, seq_idx: torch.Tensor | None) -> dict:
+        """The argument that keeps the documents of a row apart, where they are."""
+        return {} if seq_idx is None else {"seq_idx": self._to_device(seq_idx)}
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if self.device.type == "cuda":
@@ -196,12 +203,14 @@ class Trainer:
         count = min(self.p.validation_sequences, len(self.corpus.validation))
         totals, tokens = torch.zeros(2, device=self.device), np.zeros(2, dtype=np.int64)  # repeated bigrams, others
         for first in range(0, count, self.p.batch_size):
-            ids, labels = self.corpus.validation.batch(np.arange(first, min(first + self.p.batch_size, count)))
+            rows = np.arange(first, min(first + self.p.batch_size, count))
+            ids, labels = self.corpus.validation.batch(rows)
             counts = labels[:, 1:] != corpus.IGNORED  # (B, T - 1)
             repeated = counts & torch.from_numpy(ngrams.repeated_bigrams(ids.numpy()))
             kinds = torch.stack([repeated, counts & ~repeated])  # (2, B, T - 1)
             with self.autocast():
-                logits = self.model(self._to_device(ids), use_cache=False).logits  # (B, T, V)
+                documents = self._documents(self.corpus.validation.seq_idx(rows))
+                logits = self.model(self._to_device(ids), use_cache=False, **documents).logits  # (B, T, V)
             logits, wanted = logits[:, :-1].float().flatten(0, 1), self._to_device(labels)[:, 1:].flatten()
             losses = F.cross_entropy(logits, wanted, ignore_index=corpus.IGNORED, reduction="none")  # (B (T - 1))
             totals += (self._to_device(kinds).flatten(1) * losses).sum(1)

@@ -82,7 +82,7 @@ FIRST = (
     Stage("versions", ("{python}", "-c", VERSIONS), 5, 60),
 )
 STEPS_COMMAND = ("{python}", "-m", "lib.study.steps", "{profile}", "--write", "{file}", "--within-s", "{within_s}")
-STEPS = Stage("steps", STEPS_COMMAND, 120, 530)
+STEPS = Stage("steps", STEPS_COMMAND, 120)
 # Seconds of a run on an H100: the arithmetic is in the profiles' comments.
 BLOCKS = (Blocks("gpu_512", 9, 120), Blocks("gpu_4096", 9, 120), Blocks("gpu_phases", 9, 180, most=1))
 BLOCK_COMMAND = (

@@ -1,8 +1,17 @@
 """The certificate passes what is right, and each planted fault fails the check that is about it."""
 
+import functools
+import json
+import os
+from types import SimpleNamespace
+
 import pytest
 
 from lib import attention, certificate
+from lib.certificate import Setting, examinations, variant
+from lib.certificate.setting import QUICK
+from lib.certificate.twins import Twins
+from lib.errors import OutOfMemory
 
 VISIBLE = "torch.ones(T, S, dtype=torch.bool, device=k.device)"
 NO_PROJECTION = ("self.residual_dropout(self.c_proj(out))", "out", "gpt2_projection")
@@ -23,10 +32,10 @@ ORDERS = {  # where the heads are joined, and the same without turning heads and
     "mask).reshape(B, T, C)": "mask).transpose(1, 2).reshape(B, T, C)",
 }
 FUSED = {  # for sdpa, gqa and flash
-    "no mask": ("is_causal=mask is None and T > 1", "is_causal=False", "causal"),
+    "no mask": ("is_causal=T > 1 and mask is None", "is_causal=False", "causal"),
     "heads and tokens swapped": ("out.transpose(1, 2).reshape(B, T, C)", "out.reshape(B, T, C)", "causal"),
     "no output projection": NO_PROJECTION,
-    "mask aligned at the upper left": ("is_causal=mask is None and T > 1", "is_causal=mask is None", "cached_equal"),
+    "mask aligned at the upper left": ("is_causal=T > 1 and mask is None", "is_causal=mask is None", "cached_equal"),
 }
 
 
@@ -39,11 +48,35 @@ def planted(name, right, wrong, folder):
     return str(path)
 
 
-@pytest.mark.parametrize("name", attention.variants())
-def test_every_variant_passes(name):
-    said = certificate.certify(name, {})
-    assert said["passed"], said
+@functools.cache
+def certified(name, precision):
+    return variant._certificate(name, {}, Setting(precision=precision))
+
+
+def failed(path, check, **sizes):
+    """Whether a check fails, by the examinations that have a say in it alone."""
+    found = variant.examined(path, {}, Setting(**sizes), checks=(check,))
+    return any(one.check == check and one.passed is False for one in found)
+
+
+every_variant = pytest.mark.parametrize("name", attention.variants())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@every_variant
+def test_every_variant_passes(name, precision):
+    said = certified(name, precision)
+    assert said["passed"], [one for one in said["measures"] if one["passed"] is False]
+    assert {one["check"] for one in said["measures"]} == set(certificate.CLAIMS)
     assert max(said["reference_difference"], said["reference_gradient_difference"]) < 1e-9
+
+
+@every_variant
+def test_no_false_alarm_by_another_seed(name):
+    """CERTIFICATE_SEEDS=200 for as many as docs/certificate.md speaks of: too slow for every day."""
+    for seed in range(1, 1 + int(os.environ.get("CERTIFICATE_SEEDS", "2"))):
+        found = variant.examined(name, {}, Setting(precision=("fp32", "bf16")[seed % 2]), seed=seed)
+        assert not [one for one in found if one.passed is False], seed
 
 
 @pytest.mark.parametrize(
@@ -54,18 +87,12 @@ def test_every_variant_passes(name):
 )
 def test_a_planted_fault_is_caught(name, fault, tmp_path):
     _, (right, wrong, check) = fault
-    said = certificate.certify(planted(name, right, wrong, tmp_path), {})
-    assert not said["passed"]
-    assert said[check] is False, said
-
-
-every_variant = pytest.mark.parametrize("name", attention.variants())
+    assert failed(planted(name, right, wrong, tmp_path), check)
 
 
 @every_variant
 def test_no_output_projection_is_caught_in_each(name, tmp_path):
-    said = certificate.certify(planted(name, *NO_PROJECTION[:2], tmp_path), {})
-    assert said["gpt2_projection"] is False and not said["passed"]
+    assert failed(planted(name, *NO_PROJECTION[:2], tmp_path), "gpt2_projection")
 
 
 @every_variant
@@ -73,26 +100,105 @@ def test_heads_and_tokens_swapped_is_caught_in_each(name, tmp_path):
     """Heads laid out where tokens belong: what the published flash module did."""
     source = attention.find(name).read_text()
     right = next(line for line in ORDERS if line in source)
-    said = certificate.certify(planted(name, right, ORDERS[right], tmp_path), {})
-    assert not said["causal"] and not said["passed"]
+    assert failed(planted(name, right, ORDERS[right], tmp_path), "causal")
 
 
 @every_variant
 def test_weights_that_start_otherwise_than_gpt2_s_are_caught_in_each(name, monkeypatch):
     monkeypatch.setattr("lib.model._initialise", lambda *_: None)
-    said = certificate.certify(name, {})
-    assert said["gpt2_initialisation"] is False and not said["passed"]
+    assert failed(name, "gpt2_initialisation")
 
 
 def test_memory_and_flops_grow_as_they_should():
-    said = {name: certificate.certify(name, {}) for name in ("baseline", "sdpa", "sliding_window")}
+    said = {name: certified(name, "fp32") for name in ("baseline", "sdpa", "sliding_window")}
     assert said["baseline"]["memory_growth"] == pytest.approx(2, abs=0.1)
     assert said["sdpa"]["memory_growth"] == pytest.approx(1, abs=0.1)
     assert [round(one["flops_growth"]) for one in said.values()] == [2, 2, 1]
 
 
 def test_the_table_says_no_where_a_check_fails(tmp_path):
-    wrong = planted("baseline", *BASELINE["no mask"][:2], tmp_path)
-    table = certificate.table({"sdpa": certificate.certify("sdpa", {}), "wrong": certificate.certify(wrong, {})})
+    wrong = certificate.certify(planted("baseline", *BASELINE["no mask"][:2], tmp_path), {})
+    table = certificate.table({"sdpa": certified("sdpa", "fp32"), "wrong": wrong})
     assert list(table.loc["no output depends on a later token"]) == ["yes", "NO"]
     assert list(table.loc["passed"]) == ["yes", "NO"]
+    numbers = certificate.numbers(wrong).set_index("check")
+    assert numbers.loc["causal", "passed"] == "NO" and float(numbers.loc["causal", "largest"]) > 1e-3
+    assert numbers["of"].sum() == len(wrong["measures"])
+
+
+def test_a_check_that_an_older_record_lacks_is_a_dash_in_the_table():
+    said = certified("sdpa", "fp32")
+    older = {name: value for name, value in said.items() if name not in ("measures", "tested", "scope")}
+    shown = certificate.table({"older": older})["older"]
+    assert shown[certificate.CLAIMS["causal"]] == "yes" == shown[certificate.CLAIMS["reference"]]
+    assert shown[certificate.CLAIMS["precision"]] == "–"
+
+
+def test_it_says_what_it_tested_and_what_it_cannot():
+    said = certified("sdpa", "bf16")
+    assert said["tested"]["precision"] == "bf16" and said["tested"]["longest"] == 300
+    text = " ".join(said["scope"])
+    assert "2 layers of width 32 with 4 heads, bf16 on cpu" in text and "mistakes, not cheats" in text
+
+
+def test_a_run_s_own_sizes_are_examined():
+    given = {"layers": 3, "width": 24, "heads": 3, "positions": 70, "context": 40, "batch_size": 2, "dropout": 0.1,
+             "precision": "bf16", "device": "cpu", "inference_contexts": [8, 60], "new_tokens": 4}  # fmt: skip
+    setting = Setting.of(SimpleNamespace(**QUICK.values() | given))
+    twins = Twins("sdpa", {}, setting, 0)
+    assert len(twins.timed.transformer.h) == 3 and twins.timed.config.n_embd == 24 and twins.timed.config.n_head == 3
+    assert twins.timed.config.attn_pdrop == 0.1 and twins.plain.config.attn_pdrop == 0.0
+    assert (setting.rows, setting.longest, setting.decoded) == (3, 70, 64)
+    whats = " ".join(one.what for one in variant.examined("sdpa", {}, setting, checks=("causal",)))
+    for said in ("training, 2 x 40 tokens, bf16", "evaluation, 1 x 70 tokens, bf16", "1 x 70 tokens, float64"):
+        assert said in whats
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """How often a certificate was made, in a cache of the test's own."""
+    monkeypatch.setenv("ATTENTION_STUDY_CACHE", str(tmp_path / "cache"))
+    asked = []
+    monkeypatch.setattr(variant, "_certificate", lambda *given: asked.append(given) or {"passed": True})
+    return asked
+
+
+def test_a_certificate_is_made_once_for_the_same_file_options_and_setting(made, tmp_path, monkeypatch):
+    mine = tmp_path / "mine.py"
+    mine.write_text(attention.find("sdpa").read_text())
+    for _ in range(2):
+        assert certificate.certify(str(mine), {}, Setting(layers=3)) == {"passed": True}
+    assert len(made) == 1
+    certificate.certify(str(mine), {"x": 1}, Setting(layers=3))
+    certificate.certify(str(mine), {}, Setting(layers=3, precision="bf16"))
+    monkeypatch.setattr(variant.torch, "__version__", "another")
+    certificate.certify(str(mine), {}, Setting(layers=3))
+    mine.write_text(mine.read_text() + "\n")
+    certificate.certify(str(mine), {}, Setting(layers=3))
+    assert len(made) == 5
+
+
+def test_a_damaged_certificate_is_made_anew(made, tmp_path):
+    certificate.certify("sdpa", {}, Setting(layers=3))
+    (kept,) = (tmp_path / "cache").glob("*/certificate.json")
+    kept.write_text('{"passed": ')
+    assert certificate.certify("sdpa", {}, Setting(layers=3)) == {"passed": True}
+    assert json.loads(kept.read_text()) == {"passed": True} and len(made) == 2
+
+
+def test_gradients_go_as_far_as_memory_and_never_below_the_run_s_context(monkeypatch):
+    asked, right = [], examinations.gradient_leaks
+
+    def gradient_leaks(subject, x, rounds, shift):
+        asked.append(x.shape[1])
+        if x.shape[1] > limit:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return right(subject, x, rounds, shift)
+
+    monkeypatch.setattr(examinations, "gradient_leaks", gradient_leaks)
+    limit = 200
+    found = variant.examined("sdpa", {}, Setting(), checks=("causal",))
+    assert any("evaluation, 1 x 150 tokens" in one.what and one.passed for one in found) and 300 in asked
+    limit = 100
+    with pytest.raises(OutOfMemory, match="lower batch_size"):
+        variant.examined("sdpa", {}, Setting(), checks=("causal",))

@@ -21,7 +21,7 @@ def loss_and_gradients(forward, model, ids):
 @pytest.mark.parametrize("name", attention.variants())
 def test_the_whole_model_is_one_graph_and_computes_the_same(name):
     torch._dynamo.reset()
-    model = build_model(name, gpt2_config(2, 32, 4, 128, 50), seed=1).double().train()
+    model = build_model(name, gpt2_config(1, 32, 4, 128, 50), seed=1).double().train()
     ids = torch.randint(0, 50, (2, 61))
     compiled = loss_and_gradients(torch.compile(model, fullgraph=True, backend="aot_eager"), model, ids)
     for got, expected in zip(compiled, loss_and_gradients(model, model, ids), strict=True):

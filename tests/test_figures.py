@@ -266,3 +266,15 @@ def test_the_certificates_stand_in_a_row_per_variant_and_the_worst_run_counts(tm
     assert list(table.index) == ["sdpa", "gqa"]
     assert list(table["passed"]) == ["yes", "NO"] == list(table["causal"])
     assert set(table["prefix-equal"]) == {"yes"}
+
+
+def test_checks_that_failed_are_named_and_numbers_that_could_not_be_had_are_a_dash(tmp_path):
+    made = make_record("gqa").model_dump()
+    measure = {"what": "w", "largest": None, "allowed": None, "says": ""}
+    failed = [measure | {"check": check, "passed": passed} for check, passed in (("reach", False), ("causal", True))]
+    made["certificate"] |= {"measures": failed, "receptive_field": None, "memory_growth": None, "passed": False}
+    record.write(record.Record(**made), tmp_path)
+    record.write(make_record("sdpa"), tmp_path)
+    table = tables.certificates(compare.groups(record.read(tmp_path))[0].runs).set_index("variant")
+    assert list(table["failed"]) == ["–", "reach"]
+    assert list(table.loc["gqa", ["last token sees", "memory grows as"]]) == ["–"] * 2

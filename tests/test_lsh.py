@@ -137,7 +137,7 @@ FAULTS = {  # what is planted: the right code, the wrong one, the check that is 
     "newer members of the bucket": ("(distance >= 0) & ", "", "causal"),
     "older than the chunk": (" & (distance < K)", "", "reference_difference"),
     "other buckets": (" & (label[..., None] == labels[..., None, :])", "", "causal"),
-    "rounds share their buckets": ("* (self.buckets + 1)  #", "* 0  #", "prefix_equal"),
+    "rounds share their buckets": ("* span  #", "* 0  #", "prefix_equal"),
     "the last block before the first": ("labels[:, :, 0, :K] = -2", "", "causal"),
     "own block only": ("torch.cat([x.roll(1, 2), x]", "torch.cat([x, x]", "reference_difference"),
     "itself as any key": ("ALONE = -1e5", "ALONE = 1.0", None),
@@ -219,7 +219,7 @@ def test_padding_takes_no_place_in_a_bucket_and_the_paper_s_chunk_boundaries_ref
         out.append(layer(piece.contiguous(), past_key_values=cache, padding_mask=mask[:, :done])[0])
     assert torch.cat(out, dim=1).isfinite().all()
     torch.testing.assert_close(torch.cat(out, dim=1)[:, 11:], expected, rtol=1e-12, atol=1e-12)
-    with pytest.raises(ValueError, match="no left padding"):
+    with pytest.raises(ValueError, match="takes no padding"):
         make_layer(chunk_boundaries="reformer")(padded, padding_mask=mask)
 
 

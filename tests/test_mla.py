@@ -239,14 +239,14 @@ FAULTS = {  # what is planted: the right code, the wrong one, the check that is 
     "rotary key not rotated": ("_rotate(shared_key.unsqueeze(2), cos, sin).squeeze(2)", "shared_key", None),
     "positions start anew in decoding": ("torch.arange(past, past + T,", "torch.arange(0, T,", "cached_equal"),
     "another theta": ("speeds = THETA **", "speeds = 500.0 **", "reference_difference"),
-    "scale of the no-rope width": ("mask is None and S > 1,", "mask is None and S > 1, scale=D**-0.5,", None),
+    "scale of the no-rope width": ("S > 1 and mask is None,", "S > 1 and mask is None, scale=D**-0.5,", None),
     "scale of decoding": ("(q * q.shape[-1] ** -0.5)", "(q * D**-0.5)", "cached_equal"),
     "keys and values swapped": ("k, v = self.kv_b_proj", "v, k = self.kv_b_proj", "reference_difference"),
     "absorbed matrices swapped": ("w_uk, w_uv = self", "w_uv, w_uk = self", "cached_equal"),
     "rotary score left out in decoding": (" + q_rope @ shared_key.transpose(1, 2)", "", "cached_equal"),
-    "no causality": ("is_causal=mask is None and S > 1", "is_causal=False", "causal"),
+    "no causality": ("is_causal=S > 1 and mask is None", "is_causal=False", "causal"),
     "positions from the end": ("torch.arange(past, past + T,", "-torch.arange(past, past + T,", None),
-    "absolute length in the scale": ("mask is None and S > 1,", "mask is None and S > 1, scale=1 / S,", "prefix_equal"),
+    "absolute length in the scale": ("S > 1 and mask is None,", "S > 1 and mask is None, scale=1 / S,", "prefix_equal"),
 }
 
 

@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from lib.analysis import capability
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
 from lib.model.probe import BaseConv, ProbeNet
+from lib.paths import ROOT
 from lib.record import probe
 from lib.study import plan, probes
 
@@ -18,7 +22,7 @@ DEFAULTS = {name: line.default for name, line in plan.known_parameters("capabili
 TINY = DEFAULTS | {
     "variants": ["sdpa", "linear"],
     "rates": [1e-3, 3e-3],
-    "steps": 2,
+    "steps": 1,
     "processes": 2,
     "seeds_at_best": 2,
 }
@@ -136,6 +140,27 @@ def test_the_command_says_what_is_wrong_and_what_it_would_take(tmp_path, capsys)
     (tmp_path / "few.yaml").write_text("variants: [sdpa]\nrates: [1.0e-3]\nseeds_at_best: 5\n")
     assert probes.main([str(tmp_path / "few.yaml"), "--plan"]) == 0
     assert "1 cells of 1 variants and tasks, 0 finished, and up to 4 more seeds" in capsys.readouterr().out
+
+
+def test_one_cell_is_run_by_its_name_and_those_of_more_seeds_when_all_rates_are_there(tmp_path):
+    made = probes.checked(TINY | {"variants": ["sdpa"], "rates": [1e-3]})
+    (first,) = probes.cells(made)
+    later = first._replace(seed=1)
+    with pytest.raises(UsageError, match="those of more seeds come when all rates are finished"):
+        probes.run_one(made, tmp_path, later.name)
+    for one in (first, later):
+        assert probes.run_one(made, tmp_path, one.name, lambda _: None) == []
+    assert sorted(path.stem for path in tmp_path.glob("*.json")) == sorted([first.name, later.name])
+
+
+def test_snakemake_has_a_job_for_each_cell_and_waits_for_the_rates_before_more_seeds(tmp_path):
+    pytest.importorskip("snakemake")
+    (tmp_path / "few.yaml").write_text("variants: [sdpa, linear]\nrates: [1.0e-3, 3.0e-3]\n")
+    words = ["-s", str(ROOT / "workflow" / "probes.smk"), "--dry-run", "--quiet", "host"]
+    for profile, code, says in (("few.yaml", 0, r"cell +4"), ("none.yaml", 1, "snakemake: .*none.yaml")):
+        command = [sys.executable, "-m", "snakemake", *words, "--config", f"profile={profile}", "folder=out"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == code and re.search(says, done.stdout + done.stderr), done.stderr
 
 
 def cell(label, scaled, task="recall", rate=1e-3, seed=0, convolution=True, state=1000, **changes):

@@ -25,7 +25,9 @@ TINY = {
 @pytest.fixture(autouse=True)
 def certified(monkeypatch):
     """Certificates have tests of their own."""
-    monkeypatch.setattr(study.certificate, "certify", lambda attention, options: {"passed": attention != "linear"})
+    monkeypatch.setattr(
+        study.certificate, "certify", lambda attention, options, setting: {"passed": attention != "linear"}
+    )
 
 
 def measure(path, say=lambda line: None, within_s=float("inf"), **changes):

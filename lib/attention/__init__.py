@@ -9,7 +9,8 @@ A variant file defines `class Attention(torch.nn.Module)` and nothing outside it
 what to do |
 | `forward(hidden_states, past_key_values=None, padding_mask=None, **_)` | (B, T, C) -> `((B, T, C), None)`. \
 `past_key_values.layers[layer_idx]` is what `new_cache` made. `padding_mask` is None or a (B, S) bool, False where a \
-key is left padding; right padding never comes, causality deals with it |
+key is padding. Padding behind all tokens comes only where the cache does not keep every key (a window, a \
+state); elsewhere causality deals with it |
 | `new_cache()` | an empty cache of the variant's own kind for one layer (`transformers.cache_utils`). One that grows, \
 and is of a class of its own, may have `reserve(tokens)`: room for so many, so that no update moves what is there |
 | `core_flops(context, dense=False)` | FLOPs of one forward over one sequence outside the projections, with causality, \
@@ -18,18 +19,27 @@ windows and buckets honoured; `dense=True`: as if every score were computed |
 | `reference(hidden_states)` | the same output from an independent slow form with the same weights |
 
 Parameters named `c_attn` and `c_proj` start as GPT-2's do; matrices of any other name start as N(0, 0.02), vectors as
-the constructor leaves them (`lib.model`). Three more members may be left out:
+the constructor leaves them (`lib.model`). More members may be left out:
 
 | member | promise |
 | --- | --- |
+| `forward(..., seq_idx=None)` | named by a variant that keeps the documents of a packed row apart: None, or (B, T) \
+integers, equal within a document, each of which is as if alone. No cache comes with it. Without the name \
+such a row is refused |
+| `forward(..., position_ids=None)` | named by a variant that has positions of its own: (B or 1, T) integers; without \
+the name a variant knows the order of tokens alone |
+| `causal` | False: a later token moves an earlier output, so that padding behind all tokens comes in `padding_mask` |
 | `title` | what figures and tables call it, with the option that matters: "Window 128"; without one the file's name |
 | `own_initialisation` | True: all weights stay as the constructor leaves them |
+| `as_gpt2(config)` | a static method: options with which it is GPT-2's own attention, with weights of the same names, \
+so that the certificate can hold `reference` against that |
 | `projection_flops(context)` | FLOPs of the weights in one forward, where they are not two per token and weight of \
 every matrix |
 """
 
 import hashlib
 import importlib.util
+import inspect
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -81,6 +91,11 @@ def load(name: str) -> type:
     if not isinstance(getattr(module, "Attention", None), type):
         raise ValueError(f"{path.name} defines no class `Attention`; lib/attention/sdpa.py shows what one needs")
     return module.Attention
+
+
+def keeps_documents(layer) -> bool:
+    """Whether a variant, or a layer of one, keeps the documents of a packed row apart: its forward names `seq_idx`."""
+    return "seq_idx" in inspect.signature(layer.forward).parameters
 
 
 def source_sha256(name: str) -> str:

@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.attention_dropout = nn.Dropout(config.attn_pdrop)
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
         q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
@@ -39,6 +39,8 @@ class Attention(nn.Module):
         visible = torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T)
         if padding_mask is not None:
             visible = visible & padding_mask[:, None, None, :]  # (B, 1, T, S)
+        if seq_idx is not None:  # a packed row has no cache: T is S
+            visible = visible & (seq_idx[:, None, :, None] == seq_idx[:, None, None, :])
         scores = q @ k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, H, T, S)
         # The lowest finite number, not -inf: a row of left padding alone stays finite. Added as GPT-2 does, which the
         # backward pass need not know of, and in place.

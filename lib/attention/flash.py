@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         q, k, v = self._heads(hidden_states)
         if past_key_values is not None:
@@ -37,17 +37,18 @@ class Attention(nn.Module):
 
         S = k.shape[2]
         mask = None if T in (1, S) else causal_lower_right(T, S)
-        if padding_mask is not None:
+        if padding_mask is not None or seq_idx is not None:
             if q.is_cuda:
-                raise ValueError("flash takes no mask on CUDA, so no left padding; generate from prompts of one length")
-            visible = torch.ones(T, S, dtype=torch.bool).tril(S - T)
-            own = torch.eye(T, S, dtype=torch.bool).roll(S - T, dims=1)
-            mask = (visible & padding_mask[:, None, None, :]) | own  # (B, 1, T, S); own: no row without a key
+                raise ValueError(
+                    "flash takes no mask on CUDA, so neither left padding nor rows of several documents; give prompts "
+                    "of one length and one document a row, or use sdpa"
+                )
+            mask = visible_keys(T, S, padding_mask, seq_idx, k.device)
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             out = F.scaled_dot_product_attention(
                 q, k, v,
                 attn_mask=mask,
-                is_causal=mask is None and T > 1,
+                is_causal=T > 1 and mask is None,  # in this order: a bool under torch.compile too
                 dropout_p=self.attention_dropout if self.training else 0.0,
             )  # fmt: skip
         out = out.transpose(1, 2).reshape(B, T, C)
@@ -62,6 +63,10 @@ class Attention(nn.Module):
         if self.training and self.attention_dropout and not q.is_cuda:
             raise ValueError("PyTorch's flash kernel on the CPU has no dropout; use dropout 0")
         return [x.view(B, T, self.heads, C // self.heads).transpose(1, 2) for x in (q, k, v)]
+
+    @staticmethod
+    def as_gpt2(config):
+        return {}
 
     def new_cache(self):
         return DynamicLayer()
@@ -88,3 +93,14 @@ class Attention(nn.Module):
             mixed = torch.where(seen, mixed * keep + add * v[:, :, s : s + 1], mixed)
             top = torch.where(seen, new_top, top)
         return self.c_proj((mixed / total).transpose(1, 2).flatten(2))
+
+
+def visible_keys(T, S, padding_mask, seq_idx, device):
+    """(B, 1, T, S) bool: keys that a query sees, always its own, so that no row is empty. T is S with `seq_idx`."""
+    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
+    if seq_idx is not None:
+        visible = visible & (seq_idx[:, None, :, None] == seq_idx[:, None, None, :])
+    if padding_mask is not None:
+        own = torch.eye(T, S, dtype=torch.bool, device=device).roll(S - T, dims=1)
+        visible = (visible & padding_mask[:, None, None, :]) | own
+    return visible

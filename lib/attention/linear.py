@@ -32,7 +32,7 @@ class Attention(nn.Module):
         # `attn_pdrop` has nothing to act on: the weights of a query never exist, only their sums do.
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         qkv = self.c_attn(hidden_states)
         # Sums over thousands of positive terms: in bf16 a term under 1/256 of the sum would vanish.
@@ -45,7 +45,10 @@ class Attention(nn.Module):
 
             layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             before = zero_state(k, v) if layer is None or not layer.is_initialized else (layer.state, layer.normalizer)
-            out, *after = (self._recurrent if T == 1 else self._chunked)(q, k, v, *before)
+            if T == 1:
+                out, *after = self._recurrent(q, k, v, *before)
+            else:
+                out, *after = self._chunked(q, k, v, *before, seq_idx)
             if layer is not None:
                 layer.update(*after, tokens=T)
         out = out.reshape(B, T, C).to(qkv.dtype).contiguous()  # Conv1D views it
@@ -58,8 +61,12 @@ class Attention(nn.Module):
         out = divide(q @ state, q @ normalizer[..., None])  # (B, H, 1, D)
         return out.transpose(1, 2), state, normalizer
 
-    def _chunked(self, q, k, v, state, normalizer):
-        """(B, H, T, D) each -> out (B, T, H, D) and the state behind the last token."""
+    def _chunked(self, q, k, v, state, normalizer, seq_idx=None):
+        """(B, H, T, D) each -> out (B, T, H, D) and the state behind the last token.
+
+        With `seq_idx` (B, T) each document starts from nothing: what it reads before a chunk is the sum over the chunks
+        of its own before it.
+        """
         B, H, T, D = q.shape
         c = self.chunk
         N = -(-T // c)  # chunks; the last one is filled up with zeros, which add nothing to a sum
@@ -67,9 +74,18 @@ class Attention(nn.Module):
         # Chunks first: they are summed over, and what stands before or behind them is then a slice without a copy.
         q, k, v = (x.unflatten(2, (N, c)).permute(2, 0, 1, 3, 4).contiguous() for x in (q, k, v))  # (N, B, H, c, D)
 
-        states = torch.cat([state[None], k.mT @ v]).cumsum(0)  # (N+1, B, H, D, D): entry n stands before chunk n
-        normalizers = torch.cat([normalizer[None], k.sum(3)]).cumsum(0)  # (N+1, B, H, D)
-        scores = (q @ k.mT).tril()  # (N, B, H, c, c)
+        if seq_idx is None:
+            states = torch.cat([state[None], k.mT @ v]).cumsum(0)  # (N+1, B, H, D, D): entry n stands before chunk n
+            normalizers = torch.cat([normalizer[None], k.sum(3)]).cumsum(0)  # (N+1, B, H, D)
+            scores = (q @ k.mT).tril()  # (N, B, H, c, c)
+        else:
+            same, first, last, goes_on = documents(seq_idx, N, c)
+            scores = ((q @ k.mT) * same[:, :, None]).tril()
+            late = k * last[:, :, None, :, None]  # of the document in which a chunk ends
+            goes_on = goes_on.to(k.dtype)
+            states = torch.einsum("nmb,mbhde->nbhde", goes_on, late.mT @ v)  # (N+1, B, H, D, D)
+            normalizers = torch.einsum("nmb,mbhd->nbhd", goes_on, late.sum(3))  # (N+1, B, H, D)
+            q = q * first[:, :, None, :, None]  # only the document in which a chunk begins has a state before it
         out = divide(
             scores @ v + q @ states[:-1],
             scores.sum(-1, keepdim=True) + q @ normalizers[:-1, ..., None],
@@ -115,6 +131,20 @@ def zero_state(k, v):
     return k.new_zeros(B, H, D, v.shape[-1], dtype=state_dtype(k)), k.new_zeros(B, H, D, dtype=state_dtype(k))
 
 
+def documents(seq_idx, N, c):
+    """Which tokens of `seq_idx` (B, T), in N chunks of c, are of one document.
+
+    same (N, B, c, c): two of a chunk. first and last (N, B, c): a token and the first, or the last, of its chunk.
+    goes_on (N+1, N, B): the document at the end of chunk m stands at the begin of chunk n, m < n; never behind the row.
+    """
+    fill = seq_idx[:, -1:].expand(-1, N * c - seq_idx.shape[1])
+    chunks = torch.cat([seq_idx, fill], dim=1).unflatten(1, (N, c)).transpose(0, 1)  # (N, B, c)
+    begins, ends = chunks[..., 0], chunks[..., -1]  # (N, B)
+    before = torch.ones(N, N, dtype=torch.bool, device=seq_idx.device).tril(-1)
+    goes_on = F.pad((begins[:, None] == ends) & before[..., None], (0, 0, 0, 0, 0, 1))
+    return chunks[..., None] == chunks[:, :, None], chunks == begins[..., None], chunks == ends[..., None], goes_on
+
+
 def divide(numerator, denominator):
     # φ > 0, so the denominator is 0 only where there is no key at all (left padding, the last chunk's fill) or every
     # term underflowed; the numerator is 0 there too. No epsilon: it would bias every other query.
@@ -124,26 +154,26 @@ def divide(numerator, denominator):
 class StateLayer(CacheLayerMixin):
     """One layer's sums: `state` (B, H, D, D) and `normalizer` (B, H, D), the same size after any number of tokens.
 
-    transformers' own `LinearAttentionLayer` does not count tokens, and without a layer that does `generate` fails.
+    transformers' own `LinearAttentionLayer` does not count tokens, and without a layer that does `generate` fails. No
+    token can be taken back out of a sum: `is_croppable` is False, the model stateful, and nothing is drafted with it.
     """
 
     is_sliding = False
 
     def __init__(self):
         super().__init__()
-        self.state = self.normalizer = None
-        self.tokens = 0
+        self.reset()
 
     def lazy_initialization(self, key_states, value_states):
         self.state, self.normalizer = zero_state(key_states, value_states)
-        self.is_initialized = True
+        self.device, self.is_initialized = key_states.device, True
 
     def update(self, state, normalizer, tokens):
         if tokens > 1:  # slices of a chunked pass, which would keep the sums before its every chunk alive
             state, normalizer = state.clone(), normalizer.clone()
         self.state, self.normalizer = state, normalizer
         self.tokens += tokens
-        self.is_initialized = True
+        self.device, self.is_initialized = state.device, True
 
     def get_seq_length(self):
         return self.tokens
@@ -154,10 +184,31 @@ class StateLayer(CacheLayerMixin):
     def get_max_length(self):
         return -1
 
+    def crop(self, tokens_to_remove):
+        if tokens_to_remove and not tokens_to_remove >= self.tokens:
+            raise ValueError(
+                "a linear-attention cache is a sum, from which no token can be taken back; read the shorter text anew"
+            )
+
     def reset(self):
-        self.__init__()
+        self.state = self.normalizer = None
+        self.tokens, self.is_initialized = 0, False
+
+    def offload(self):
+        self._each(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        self._each(lambda x: x.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx):
+        self._each(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        self._each(lambda x: x[indices])
+
+    def _each(self, change):
         if self.is_initialized:
-            beam_idx = beam_idx.to(self.state.device)
-            self.state, self.normalizer = (x.index_select(0, beam_idx) for x in (self.state, self.normalizer))
+            self.state, self.normalizer = change(self.state), change(self.normalizer)

@@ -61,16 +61,20 @@ class Attention(nn.Module):
         self.attention_dropout = nn.Dropout(config.attn_pdrop)
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         qk, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in self.c_attn(hidden_states).split(C, dim=2))
         buckets = self.hash(qk)  # (B, H, R, T); qk, v: (B, H, T, D)
         if past_key_values is not None:
             qk, v, buckets = past_key_values.layers[self.layer_idx].update(qk, v, buckets)  # T -> S
+        span = self.buckets + 1  # labels of a round: its buckets, and one for padding
+        if (padding_mask is not None or seq_idx is not None) and self.chunk_boundaries == "reformer":
+            raise ValueError("chunk_boundaries='reformer' takes no padding and one document a row; both move them")
         if padding_mask is not None:
-            if self.chunk_boundaries == "reformer":
-                raise ValueError("chunk_boundaries='reformer' takes no left padding, which moves them; pad no row")
-            buckets = buckets.masked_fill(~padding_mask[:, None, None], self.buckets)  # a bucket of its own
+            buckets = buckets.masked_fill(~padding_mask[:, None, None], self.buckets)
+        if seq_idx is not None:  # each document has buckets of its own
+            buckets = buckets + span * seq_idx[:, None, None]
+            span = span * (seq_idx.max() + 1)
         if T == 1 and self.chunk_boundaries == "causal":
             out = self._newest(qk, v, buckets)
         else:
@@ -78,8 +82,8 @@ class Attention(nn.Module):
             # head: the scores of all do not fit its caches (at 8,192 tokens 1.5 times the time).
             heads = 1 if v.device.type == "cpu" else self.heads
             parts = zip(qk.split(heads, 1), v.split(heads, 1), buckets.split(heads, 1), strict=True)
-            out = torch.cat([self._sorted(*part) for part in parts], dim=1)[:, :, -T:]
-        out = out.transpose(1, 2).reshape(B, T, C)
+            out = torch.cat([self._sorted(*part, span) for part in parts], dim=1)[:, :, -T:]
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     @torch.no_grad()
@@ -93,8 +97,11 @@ class Attention(nn.Module):
         opposite = rotated.gather(-1, longest) < 0
         return (longest + opposite * (self.buckets // 2)).squeeze(-1).transpose(2, 3).to(torch.int16)
 
-    def _sorted(self, qk, v, buckets):
-        """All S queries, (B, H, S, D): each round sorted by bucket, rounds end to end, in N blocks of K places."""
+    def _sorted(self, qk, v, buckets, span):
+        """All S queries, (B, H, S, D): each round sorted by bucket, rounds end to end, in N blocks of K places.
+
+        A round's buckets are below `span`.
+        """
         R, S = buckets.shape[2:]
         K, D = self.chunk_length, qk.shape[-1]
         fill = -R * S % K
@@ -108,7 +115,7 @@ class Attention(nn.Module):
         q = rows(qk, index)  # (B, H, N, K, D)
         k, v = rows(torch.cat([unit(qk), v], dim=-1), beside_block_before(index)).split(D, dim=-1)  # (B, H, N, 2 K, D)
         if self.chunk_boundaries == "causal":
-            label = buckets + torch.arange(R, device=time.device)[:, None] * (self.buckets + 1)  # other in each round
+            label = buckets + torch.arange(R, device=time.device)[:, None] * span  # others in each round
             label = blocks(label, value=-1)  # (B, H, N, K)
             labels = beside_block_before(label)  # (B, H, N, 2 K)
             labels[:, :, 0, :K] = -2  # what wrapped around
@@ -240,24 +247,32 @@ class BucketLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove):
         super().crop(tokens_to_remove)
-        self.buckets = self.buckets[..., : self.get_seq_length()]
+        self._each(lambda buckets: buckets[..., : self.get_seq_length()])
 
     def reset(self):
         self.keys = self.values = self.buckets = None
         self.is_initialized = False
 
+    def offload(self):
+        super().offload()
+        self._each(lambda buckets: buckets.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        super().prefetch()
+        self._each(lambda buckets: buckets.to(self.device, non_blocking=True))
+
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
-        self._each_row(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._each(lambda buckets: buckets.index_select(0, beam_idx.to(buckets.device)))
 
     def batch_repeat_interleave(self, repeats):
         super().batch_repeat_interleave(repeats)
-        self._each_row(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._each(lambda buckets: buckets.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices):
         super().batch_select_indices(indices)
-        self._each_row(lambda x: x[indices])
+        self._each(lambda buckets: buckets[indices])
 
-    def _each_row(self, change):
+    def _each(self, change):
         if self.buckets is not None:
             self.buckets = change(self.buckets)

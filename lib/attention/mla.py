@@ -59,28 +59,36 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_ids=None, **_):
         B, T, C = hidden_states.shape
         cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         past = 0 if cache is None else cache.get_seq_length()
-        q, latent, shared_key = self._project(hidden_states, past, padding_mask)
+        if position_ids is None:
+            position_ids = self._positions(hidden_states, past, padding_mask)
+        q, latent, shared_key = self._project(hidden_states, position_ids)
         if cache is not None:
             latent, shared_key = cache.update(latent, shared_key)  # (B, S, L), (B, S, R)
 
         # `is_causal=True` aligns the mask at the upper left: with fewer queries than keys it hides what was cached.
         S = latent.shape[1]
         mask = None if T in (1, S) else causal_lower_right(T, S)
-        if padding_mask is not None:
-            visible = torch.ones(T, S, dtype=torch.bool, device=latent.device).tril(S - T)
-            own = torch.eye(T, S, dtype=torch.bool, device=latent.device).roll(S - T, dims=1)
-            mask = (visible & padding_mask[:, None, None, :]) | own  # (B, 1, T, S); own: no row without a key
+        if padding_mask is not None or seq_idx is not None:
+            mask = visible_keys(T, S, padding_mask, seq_idx, latent.device)
         attend = self._decode if T == 1 < S else self._rebuild
         out = attend(q, latent, shared_key, mask).reshape(B, T, C)
         return self.residual_dropout(self.c_proj(out)), None
 
-    def _project(self, hidden_states, past, padding_mask):
+    @staticmethod
+    def _positions(hidden_states, past, padding_mask):
+        """(1 or B, T): the real tokens before each, of which `past` are cached."""
+        T = hidden_states.shape[1]
+        if padding_mask is None:
+            return torch.arange(past, past + T, device=hidden_states.device)[None]
+        return (padding_mask.cumsum(1) - 1).clamp(min=0)[:, -T:]
+
+    def _project(self, hidden_states, position_ids):
         """(B, T, C) -> queries (B, T, H, D + R), normalised latents (B, T, L), rotated shared keys (B, T, R)."""
-        T, D = hidden_states.shape[1], self.head_width
+        D = self.head_width
         if self.q_lora_rank is None:
             q = self.q_proj(hidden_states)
         else:
@@ -92,14 +100,10 @@ class Attention(nn.Module):
 
         # Computed anew: a buffer would be cast to bf16 with the weights, or come back empty from a checkpoint.
         dtype, device = torch.promote_types(q.dtype, torch.float32), q.device
-        if padding_mask is None:
-            positions = torch.arange(past, past + T, dtype=dtype, device=device)  # (T,)
-        else:
-            positions = (padding_mask.cumsum(1) - 1).clamp(min=0)[:, -T:]  # (B, T)
         speeds = THETA ** (
             -torch.arange(0, self.qk_rope_head_dim, 2, dtype=dtype, device=device) / self.qk_rope_head_dim
         )
-        angles = (positions[..., None] * speeds)[..., None, :]  # (T or B T, 1, R/2)
+        angles = (position_ids[..., None] * speeds)[..., None, :]  # (1 or B, T, 1, R/2)
         cos, sin = angles.cos(), angles.sin()
         q = torch.cat([q[..., :D], _rotate(q[..., D:], cos, sin)], dim=3)
         return q, latent, _rotate(shared_key.unsqueeze(2), cos, sin).squeeze(2)
@@ -118,7 +122,7 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
             attn_mask=mask,
-            is_causal=mask is None and S > 1,
+            is_causal=S > 1 and mask is None,  # in this order: a bool under torch.compile too
             dropout_p=self.attention_dropout if self.training else 0.0,
         )  # fmt: skip
         return out[..., :D].transpose(1, 2)  # the call's own scale is that of the queries' width, 1/√(D + R)
@@ -176,6 +180,17 @@ class Attention(nn.Module):
             weights = (scores / (D + R) ** 0.5).softmax(-1)  # (B, H, t+1)
             rows.append(torch.einsum("bhs,bshd->bhd", weights, kv[:, : t + 1, :, D:]).flatten(1))  # (B, C)
         return self.c_proj(torch.stack(rows, dim=1))
+
+
+def visible_keys(T, S, padding_mask, seq_idx, device):
+    """(B, 1, T, S) bool: keys that a query sees, always its own, so that no row is empty. T is S with `seq_idx`."""
+    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
+    if seq_idx is not None:
+        visible = visible & (seq_idx[:, None, :, None] == seq_idx[:, None, None, :])
+    if padding_mask is not None:
+        own = torch.eye(T, S, dtype=torch.bool, device=device).roll(S - T, dims=1)
+        visible = (visible & padding_mask[:, None, None, :]) | own
+    return visible
 
 
 class RMSNorm(nn.RMSNorm):

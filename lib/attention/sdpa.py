@@ -28,7 +28,7 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         q, k, v = self._heads(hidden_states)
         if past_key_values is not None:
@@ -37,14 +37,12 @@ class Attention(nn.Module):
         # `is_causal=True` aligns the mask at the upper left: with fewer queries than keys it hides what was cached.
         S = k.shape[2]
         mask = None if T in (1, S) else causal_lower_right(T, S)
-        if padding_mask is not None:
-            visible = torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T)
-            own = torch.eye(T, S, dtype=torch.bool, device=k.device).roll(S - T, dims=1)
-            mask = (visible & padding_mask[:, None, None, :]) | own  # (B, 1, T, S); own: no row without a key
+        if padding_mask is not None or seq_idx is not None:
+            mask = visible_keys(T, S, padding_mask, seq_idx, k.device)
         out = F.scaled_dot_product_attention(
             q, k, v,
             attn_mask=mask,
-            is_causal=mask is None and T > 1,
+            is_causal=T > 1 and mask is None,  # in this order: a bool under torch.compile too
             dropout_p=self.attention_dropout if self.training else 0.0,
         )  # fmt: skip
         out = out.transpose(1, 2).reshape(B, T, C)
@@ -55,6 +53,10 @@ class Attention(nn.Module):
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
         return [x.view(B, T, self.heads, C // self.heads).transpose(1, 2) for x in (q, k, v)]
+
+    @staticmethod
+    def as_gpt2(config):
+        return {}  # as it is; leave this out where you compute something else
 
     def new_cache(self):
         return DynamicLayer()
@@ -76,3 +78,14 @@ class Attention(nn.Module):
             weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
             rows.append((weights[..., None] * v[:, :, : t + 1]).sum(2).flatten(1))  # (B, C)
         return self.c_proj(torch.stack(rows, dim=1))
+
+
+def visible_keys(T, S, padding_mask, seq_idx, device):
+    """(B, 1, T, S) bool: keys that a query sees, always its own, so that no row is empty. T is S with `seq_idx`."""
+    visible = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
+    if seq_idx is not None:
+        visible = visible & (seq_idx[:, None, :, None] == seq_idx[:, None, None, :])
+    if padding_mask is not None:
+        own = torch.eye(T, S, dtype=torch.bool, device=device).roll(S - T, dims=1)
+        visible = (visible & padding_mask[:, None, None, :]) | own
+    return visible

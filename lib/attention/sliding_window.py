@@ -29,21 +29,28 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
         q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        real = None if padding_mask is None else padding_mask[:, -T:]  # (B, T)
         if past_key_values is not None:
-            k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D), S < W + T
+            k, v, real = past_key_values.layers[self.layer_idx].update(k, v, real)  # (B, H, S, D), S < W + T; (B, S)
         S = k.shape[2]
-        if padding_mask is not None:
-            padding_mask = padding_mask[:, -S:]  # what the cache has let go needs no mask
-
-        if padding_mask is None and self.window >= S and T in (1, S):
-            out = self._attend(q, k, v, is_causal=T > 1)
+        if real is None and seq_idx is None and self.window >= S and T in (1, S):
+            causal = T > 1 and real is None  # `and` makes a bool of it under torch.compile too
+            out = self._attend(q, k, v, is_causal=causal)
         else:
-            # Queries whose keys are cached stand at the end: the places before them are computed and dropped.
-            out = self._blocks(F.pad(q, (0, 0, S - T, 0)), k, v, padding_mask)[:, :, S - T :]
+            q = F.pad(q, (0, 0, S - T, 0))  # queries whose keys are cached: computed, and dropped
+            if real is None:
+                out = self._blocks(q, k, v, seq_idx=seq_idx)
+            else:  # padding goes to the front, so that a window of W places holds W real keys
+                order = real.argsort(dim=1, stable=True)  # (B, S)
+                if seq_idx is not None:
+                    seq_idx = seq_idx.gather(1, order)
+                out = self._blocks(*(in_order(x, order) for x in (q, k, v)), real.gather(1, order), seq_idx)
+                out = in_order(out, order.argsort(1))
+            out = out[:, :, S - T :]
         out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
@@ -51,8 +58,8 @@ class Attention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, **options)
 
-    def _blocks(self, q, k, v, padding_mask):
-        """(B, H, S, D) each -> (B, H, S, D): blocks of W queries beside 2 W keys."""
+    def _blocks(self, q, k, v, real=None, seq_idx=None):
+        """(B, H, S, D) each -> (B, H, S, D): blocks of W queries beside 2 W keys. `real`, `seq_idx`: (B, S)."""
         B, H, S, D = q.shape
         W = min(self.window, S)
         N = -(-S // W)  # blocks; the last one is filled up
@@ -64,8 +71,11 @@ class Attention(nn.Module):
         band = (j > i) & (j <= i + W)  # (W, 2 W): query i is key i + W of its row
         exists = torch.arange(N, device=q.device)[:, None, None] * W + j >= W  # (N, 1, 2 W): no block before the first
         mask = (band & exists)[None]  # (1, N, W, 2 W)
-        if padding_mask is not None:
-            real = F.pad(padding_mask, (W, fill)).unfold(1, 2 * W, W)  # (B, N, 2 W)
+        if seq_idx is not None:
+            seq_idx = F.pad(seq_idx, (W, fill)).unfold(1, 2 * W, W)  # (B, N, 2 W): of the keys, then of the queries
+            mask = mask & (seq_idx[:, :, None] == seq_idx[:, :, W:, None])  # (B, N, W, 2 W)
+        if real is not None:
+            real = F.pad(real, (W, fill)).unfold(1, 2 * W, W)  # (B, N, 2 W)
             mask = (mask & real[:, :, None]) | (j == i + W)  # itself: no row without a key
         mask = mask.expand(B, N, W, 2 * W).reshape(B * N, 1, W, 2 * W)
         out = self._attend(q, k, v, attn_mask=mask)
@@ -78,6 +88,10 @@ class Attention(nn.Module):
         blocks = F.pad(x, (0, 0, W, fill)).view(B, H, N + 1, W, D)
         pairs = torch.cat([blocks[:, :, :-1], blocks[:, :, 1:]], dim=3)  # (B, H, N, 2 W, D)
         return pairs.transpose(1, 2).flatten(0, 1)
+
+    @staticmethod
+    def as_gpt2(config):
+        return {"window": config.n_positions}
 
     def new_cache(self):
         return WindowLayer(self.window)
@@ -105,23 +119,70 @@ class Attention(nn.Module):
         return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
 
 
+def in_order(x, order):
+    """(B, H, S, D) with its S places in the `order` (B, S)."""
+    return x.gather(2, order[:, None, :, None].expand_as(x))
+
+
 class WindowLayer(DynamicLayer):
-    """Keys and values of the last W - 1 tokens: with the next token itself they are its window."""
+    """Keys and values of the last W - 1 tokens: with the next token itself they are its window.
+
+    `real` (B, held) says which of them are no padding, None where all are; padding is let go first. As in transformers'
+    sliding layer, `activate_past_recording` keeps all until `crop` has said how many tokens to take back.
+    """
 
     is_sliding = True
-    is_croppable = False
+    real = None
 
     def __init__(self, window):
         super().__init__()
-        self.window, self.seen = window, 0
+        self.window, self.seen, self.record_past = window, 0, False
 
-    def update(self, key_states, value_states, *_, **__):
+    def activate_past_recording(self):
+        self.record_past = True
+
+    def update(self, key_states, value_states, real=None, *_, **__):
+        if real is not None or self.real is not None:
+            before = self.real
+            if before is None:
+                held = 0 if self.keys is None else self.keys.shape[2]
+                before = torch.ones(real.shape[0], held, dtype=torch.bool, device=real.device)
+            if real is None:
+                real = torch.ones(before.shape[0], key_states.shape[2], dtype=torch.bool, device=before.device)
+            self.real = torch.cat([before, real], dim=1)
         keys, values = super().update(key_states, value_states)
+        real = self.real
         self.seen += key_states.shape[2]
+        if not self.record_past:
+            self._let_go()
+        return keys, values, real
+
+    def _let_go(self):
+        keys, values = self.keys, self.values
         start = max(0, keys.shape[2] - (self.window - 1))
-        # Copies: a view would keep the whole prompt in memory behind a cache that looks small.
-        self.keys, self.values = keys[:, :, start:].clone(), values[:, :, start:].clone()
-        return keys, values
+        if start and self.real is not None:
+            order = self.real.argsort(dim=1, stable=True)  # (B, held)
+            keys, values = in_order(keys, order), in_order(values, order)
+            self.real = self.real.gather(1, order)[:, start:]
+        if start:  # copies: a view would keep the whole prompt in memory behind a cache that looks small
+            self.keys, self.values = keys[:, :, start:].clone(), values[:, :, start:].clone()
+
+    def crop(self, tokens_to_remove):
+        """As transformers': the number of tokens to take back, negative; a positive one is the length to keep."""
+        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(0, self.seen - tokens_to_remove)
+        remove, held = min(remove, self.seen), 0 if self.keys is None else self.keys.shape[2]
+        left = max(0, held - remove)
+        if remove and left < min(self.window - 1, self.seen - remove):
+            raise ValueError(
+                f"the window of {self.window} has let go of keys that the shorter text needs; call "
+                "cache.activate_past_recording() before the tokens that may be taken back"
+            )
+        if remove:
+            self.keys, self.values = self.keys[:, :, :left], self.values[:, :, :left]
+            self._each(lambda real: real[:, :left])
+            self.seen -= remove
+        if held:
+            self._let_go()
 
     def get_seq_length(self):
         return self.seen
@@ -130,5 +191,29 @@ class WindowLayer(DynamicLayer):
         return self.seen + query_length, 0
 
     def reset(self):
-        super().reset()
-        self.seen = 0
+        self.keys = self.values = self.real = None
+        self.is_initialized, self.seen = False, 0
+
+    def offload(self):
+        super().offload()
+        self._each(lambda real: real.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        super().prefetch()
+        self._each(lambda real: real.to(self.device, non_blocking=True))
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._each(lambda real: real.index_select(0, beam_idx.to(real.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda real: real.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._each(lambda real: real[indices])
+
+    def _each(self, change):
+        if self.real is not None:
+            self.real = change(self.real)

@@ -24,6 +24,7 @@ END_OF_TEXT = "<|endoftext|>"
 BUILTIN_VOCABULARY = 4096
 IGNORED = -100  # the label that cross-entropy leaves out
 PARTS = ("train", "validation")
+DOCUMENTS = "documents"  # of `packing`: rows are filled, and the documents in them kept apart
 FORM = 2  # of the cached tokens; another number makes them anew
 CHUNK = 1 << 22  # tokens looked at together, where all at once would fill the memory
 
@@ -38,6 +39,7 @@ class Rows:
     context: int
     padding_id: int
     train_on_padding: bool = False
+    ends: np.ndarray | None = None  # where in `tokens` documents end that are kept apart; None: a row is not split
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -45,14 +47,26 @@ class Rows:
     def batch(self, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and labels of some rows, (B, T) int64 each, padded on the right.
 
-        Padding is labelled -100, or with its own token where it is trained on.
+        Padding is labelled -100, or with its own token where it is trained on; the first token of a document that is
+        kept apart, -100: nothing before it says what it is.
         """
         ids = np.full((len(rows), self.context), self.padding_id, dtype=np.int64)
         labels = np.full_like(ids, self.padding_id if self.train_on_padding else IGNORED)
         for line, row in enumerate(rows):
             start, length = self.starts[row], self.lengths[row]
             ids[line, :length] = labels[line, :length] = self.tokens[start : start + length]
+        if self.ends is not None:
+            documents = self._documents(rows)
+            labels[:, 1:][documents[:, 1:] != documents[:, :-1]] = IGNORED
         return torch.from_numpy(ids), torch.from_numpy(labels)
+
+    def seq_idx(self, rows: np.ndarray) -> torch.Tensor | None:
+        """Which document each token of some rows is of, (B, T) int64; None where documents are not kept apart."""
+        return None if self.ends is None else torch.from_numpy(self._documents(rows))
+
+    def _documents(self, rows: np.ndarray) -> np.ndarray:
+        places = self.starts[rows][:, None] + np.arange(self.context)  # (B, T)
+        return np.searchsorted(self.ends, places, side="right")
 
     def order(self, count: int, seed: int) -> np.ndarray:
         """The first `count` rows of an endless stream: every row once in a shuffled order, then again, reshuffled."""
@@ -75,8 +89,10 @@ def load(p) -> Corpus:
     """Conversations as token rows, by the parameters `p` (`lib.parameters.resolve`).
 
     A hash of each conversation's text says whether it is for validation. `packing` False: a conversation a row, cut at
-    `context`. True: conversations one after the other in full rows. Raises UsageError for data that cannot be had, has
-    no conversations, or is too small to split.
+    `context`, and left out where it has no token to predict. True: conversations one after the other in full rows.
+    "documents": the same rows, in which each conversation is kept apart; what a row's end cuts off goes on in the next
+    as a document of its own. Raises UsageError for data that cannot be had, has no conversations, or is too small to
+    split.
     """
     talks, encoder = source(p.dataset, p.dataset_revision), load_tokenizer(p.tokenizer)
     end = encoder.convert_tokens_to_ids(encoder.eos_token)
@@ -106,7 +122,8 @@ def load(p) -> Corpus:
     facts = {
         **talks.facts,
         **counts,
-        "cut_conversations": 0 if p.packing else int(sum((lengths > p.context).sum() for _, lengths in parts.values())),
+        "cut_conversations": sum(_cut(lengths, p.context, p.packing) for _, lengths in parts.values()),
+        "unlabelled_conversations": 0 if p.packing else int(sum((lengths < 2).sum() for _, lengths in parts.values())),
         "train_sequences": len(rows["train"]),
         "validation_sequences": len(rows["validation"]),
         "train_tokens": int(rows["train"].lengths.sum()),
@@ -204,13 +221,23 @@ def _read(folder: Path) -> tuple[dict, dict[str, tuple[np.ndarray, np.ndarray]]]
     return facts["counts"], parts
 
 
-def _rows(tokens: np.ndarray, sizes: np.ndarray, context: int, packing: bool, padding_id: int) -> Rows:
+def _rows(tokens: np.ndarray, sizes: np.ndarray, context: int, packing: bool | str, padding_id: int) -> Rows:
+    ends = np.cumsum(sizes)
     if packing:  # the last tokens that fill no row are left out
         starts = np.arange(len(tokens) // context) * context
         lengths = np.full(len(starts), context)
-    else:
-        starts, lengths = np.cumsum(sizes) - sizes, np.minimum(sizes, context)
-    return Rows(tokens, starts, lengths, context, padding_id)
+    else:  # one token alone is predicted by nothing and predicts nothing: in a batch of its own its loss is 0 / 0
+        labelled = sizes > 1
+        starts, lengths = (ends - sizes)[labelled], np.minimum(sizes, context)[labelled]
+    return Rows(tokens, starts, lengths, context, padding_id, ends=ends if packing == DOCUMENTS else None)
+
+
+def _cut(sizes: np.ndarray, context: int, packing: bool | str) -> int:
+    """Conversations that are not seen whole: of those that fill rows, only where they are kept apart."""
+    if packing == DOCUMENTS:
+        ends = np.cumsum(sizes)
+        return int(((ends - sizes) // context != (ends - 1) // context).sum())
+    return 0 if packing else int((sizes > context).sum())
 
 
 def _fraction(text: str) -> float:
@@ -223,7 +250,8 @@ def fingerprint(rows: dict[str, Rows]) -> str:
     digest = hashlib.sha256()
     for name in PARTS:
         part = rows[name]
-        for array, kind in ((part.tokens, "<u4"), (part.starts, "<i8"), (part.lengths, "<i8")):
+        borders = [] if part.ends is None else [(part.ends, "<i8")]
+        for array, kind in ((part.tokens, "<u4"), (part.starts, "<i8"), (part.lengths, "<i8"), *borders):
             for first in range(0, len(array), CHUNK):
                 digest.update(array[first : first + CHUNK].astype(kind).tobytes())
     return digest.hexdigest()

@@ -135,6 +135,8 @@ def branched(cache: Cache) -> Cache:
 class Roomy(DynamicLayer):
     """transformers' growing layer with room for `reserved` tokens; beyond them it grows as that does."""
 
+    stands_for = DynamicLayer.__name__  # to `lib.model.caches.own`
+
     def __init__(self, reserved: int):
         super().__init__()
         self.room = ()

@@ -22,6 +22,8 @@ class Published(nn.Module):
     """
 
     own_initialisation = True
+    causal = False  # most see what is to come, so that padding behind all tokens moves them too
+    reads_padding = True
     counted = True  # whether the published counter saw its attention core: a fused kernel it counts as nothing
 
     def __init__(self, config, layer_idx, bias=True, masked=False):
@@ -33,6 +35,8 @@ class Published(nn.Module):
 
     def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
         T = hidden_states.shape[1]
+        if padding_mask is not None and not self.reads_padding:
+            raise ValueError("this published definition reads no padding mask; give rows of one length")
         if past_key_values is not None:
             nothing = hidden_states[..., :0]
             hidden_states, _ = past_key_values.layers[self.layer_idx].update(hidden_states, nothing)  # (B, S, C)

@@ -13,6 +13,7 @@ from lib.published import Published
 
 class Attention(Published):
     paper = "Attentions Under the Microscope, Flash (arXiv 2507.07247), from an audit of its code"
+    reads_padding = False
     counted = False
 
     def __init__(self, config, layer_idx):

@@ -13,6 +13,7 @@ HEADS = 8
 
 class Attention(Published):
     paper = "Attentions Under the Microscope, Group Query (arXiv 2507.07247), from an audit of its code"
+    reads_padding = False
 
     def __init__(self, config, layer_idx):
         if config.n_embd % HEADS:

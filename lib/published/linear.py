@@ -12,6 +12,7 @@ from lib.published import Published
 
 class Attention(Published):
     paper = "Attentions Under the Microscope, Linear (arXiv 2507.07247), from an audit of its code"
+    reads_padding = False
 
     def __init__(self, config, layer_idx):
         super().__init__(config, layer_idx)

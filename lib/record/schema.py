@@ -221,20 +221,34 @@ class Series(Strict):
     gpu: list[GpuSample] = []  # of the working GPU; empty without one, and in older records
 
 
+class CertificateMeasure(Strict):
+    """One measurement behind a check (`lib.certificate.CLAIMS`); `passed` None: it could not be had, `says` why."""
+
+    check: str
+    what: str
+    largest: Measured
+    allowed: Measured
+    passed: bool | None
+    says: str
+
+
 class Certificate(Strict):
     causal: bool
     prefix_equal: bool
     mixes: bool
-    receptive_field: int
+    receptive_field: int | None  # of `tested`'s context, in one layer; of 150 tokens where nothing was said yet
     cached_equal: bool
     gpt2_projection: bool
     gpt2_initialisation: bool
     reference_difference: Measured
     reference_gradient_difference: Measured
     parameters_vs_baseline: float
-    memory_growth: float
-    flops_growth: float
+    memory_growth: Measured
+    flops_growth: Measured
     passed: bool
+    measures: list[CertificateMeasure] = []  # empty in records from before the whole model was examined
+    tested: dict = {}  # sizes, lengths, precision and devices of the examination; empty there too
+    scope: list[str] = []  # the same, and what it cannot say, as sentences
 
 
 class StudyPosition(Strict):

@@ -88,6 +88,7 @@ class Steps(Strict):
     setting: Setting
     environment: dict
     entries: list[Entry]
+    examined: dict = Field(default_factory=dict)  # sizes and lengths of what `certified` speaks of
     rounds: list[Round] = Field(default_factory=list)
     failed: dict[str, dict[int, str]] = Field(default_factory=dict)  # label: length: why it has no turn there
     # label: length: share of a step in which the GPU computes

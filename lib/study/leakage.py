@@ -21,15 +21,21 @@ from lib.study import plan
 
 
 @torch.no_grad()
-def teacher_forced_and_autoregressive_loss(gpt2, ids: torch.Tensor) -> tuple[float, float]:
+def teacher_forced_and_autoregressive_loss(gpt2, ids: torch.Tensor, seq_idx=None) -> tuple[float, float]:
     """Mean loss of (B, T) token ids in nats per token: in one pass over all, as in training; and token by token.
 
     Token by token each prediction is made as in generation, from the tokens before it alone, everything computed
-    anew. For a causal model the two are the same; one that was trained to look ahead finds nothing there.
+    anew. For a causal model the two are the same; one that was trained to look ahead finds nothing there. `seq_idx`
+    (B, T) keeps the documents of a row apart.
     """
     gpt2.eval()
-    at_once = gpt2(ids, use_cache=False).logits.log_softmax(-1)
-    alone = [gpt2(ids[:, :t], use_cache=False).logits[:, -1].log_softmax(-1) for t in range(1, ids.shape[1])]
+
+    def log_probabilities(t):
+        documents = {} if seq_idx is None else {"seq_idx": seq_idx[:, :t]}
+        return gpt2(ids[:, :t], use_cache=False, **documents).logits.log_softmax(-1)
+
+    at_once = log_probabilities(ids.shape[1])
+    alone = [log_probabilities(t)[:, -1] for t in range(1, ids.shape[1])]
     next_ids = ids[:, 1:, None]
     losses = (-found.gather(2, next_ids).mean().item() for found in (at_once[:, :-1], torch.stack(alone, dim=1)))
     return tuple(losses)
@@ -50,8 +56,10 @@ def prefix_losses(profile: str, labels: Iterable[str], rows: int = 64) -> pd.Dat
         config = model.gpt2_config(p.layers, p.width, p.heads, p.positions, data.vocabulary, p.dropout)
         trainer = training.Trainer(model.build_model(p.attention, config, p.seed, **p.options), data, p)
         trainer.run()
-        ids, _ = data.validation.batch(np.arange(min(rows, len(data.validation))))
-        both = teacher_forced_and_autoregressive_loss(trainer.model, ids.to(trainer.device))
+        which = np.arange(min(rows, len(data.validation)))
+        ids, seq_idx = data.validation.batch(which)[0], data.validation.seq_idx(which)
+        given = (one if one is None else one.to(trainer.device) for one in (ids, seq_idx))
+        both = teacher_forced_and_autoregressive_loss(trainer.model, *given)
         found.append({"run": label, **dict(zip(("teacher_forced_loss", "autoregressive_loss"), both, strict=True))})
         print(found[-1], flush=True)
     return pd.DataFrame(found)

@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -254,10 +255,15 @@ def learning(variants: list, task: str, seconds: float, rate: float = 3e-3) -> p
 
 def run_all(made: Plan, folder: Path, say=print) -> list[str]:
     """Runs what `folder` lacks of the plan, telling `say` of each cell; returns what ended without results."""
+    failed = _run(cells(made), made, folder, say)
+    return failed + _run(further(made, folder), made, folder, say)
+
+
+def further(made: Plan, folder: Path) -> list[Cell]:
+    """The cells of more seeds at the best rates, once `folder` has those of all rates."""
     grid = cells(made)
-    failed = _run(grid, made, folder, say)
     more = [cell._replace(seed=seed) for cell in best(grid, folder) for seed in range(made.seeds_at_best)]
-    return failed + _run([cell for cell in more if cell.name not in {one.name for one in grid}], made, folder, say)
+    return [cell for cell in more if cell.name not in {one.name for one in grid}]
 
 
 def best(grid: list[Cell], folder: Path) -> list[Cell]:
@@ -373,22 +379,41 @@ def cost(made: Plan, folder: Path | None, earlier: Path = paths.ROOT / "records"
     return [*lines, f"to be expected: about {_minutes(total_s / at_once)} with {at_once} processes"]
 
 
+def planned(profile: str | None) -> Plan:
+    """The plan of a profile over the notebook's defaults. Raises UsageError."""
+    overrides, _ = plan.read_profile(profile, "capability.ipynb")
+    known = plan.known_parameters("capability.ipynb")
+    return checked({name: line.default for name, line in known.items()} | overrides)
+
+
+def run_one(made: Plan, folder: Path, name: str, say=print) -> list[str]:
+    """Runs the one cell of that name, for a cluster that runs each as a job; as `run_all` otherwise."""
+    cell = next((cell for cell in (*cells(made), *further(made, folder)) if cell.name == name), None)
+    if cell is None:
+        raise UsageError(
+            f"there is no cell {name!r} in this plan; those of more seeds come when all rates are finished"
+        )
+    return _run([cell], made, folder, say)
+
+
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.study.probes", description=inspect.cleandoc(__doc__))
     parser.add_argument("profile", nargs="?", help="a YAML file of overrides; without one the notebook's defaults")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="where the records go")
+    parser.add_argument("--only", metavar="NAME", help="just this cell, as `workflow/probes.smk` runs it")
     parser.add_argument("--plan", action="store_true", help="only check and count the cells, and what they will take")
     options = parser.parse_args(words)
     try:
-        overrides, _ = plan.read_profile(options.profile, "capability.ipynb")
-        known = plan.known_parameters("capability.ipynb")
-        made = checked({name: line.default for name, line in known.items()} | overrides)
-        print("\n".join(cost(made, options.write)), flush=True)
+        made = planned(options.profile)
+        if options.only is None:
+            print("\n".join(cost(made, options.write)), flush=True)
         if options.plan:
             return 0
         if options.write is None:
             raise UsageError("name the folder for the records: --write FOLDER")
-        failed = run_all(made, options.write, lambda line: print(line, flush=True))
+        say = partial(print, flush=True)
+        one = (options.only,) if options.only else ()
+        failed = (run_one if one else run_all)(made, options.write, *one, say)
     except UsageError as error:
         print(f"python -m lib.study.probes: {error}", file=sys.stderr)
         return 2

@@ -44,6 +44,7 @@ FIRST_STEPS, TIMED_STEPS, BEFORE_STEPS = 2, 3, 2  # never timed; to know how man
 # before the first round, and by the window before.
 FIRST_MARGIN, MARGIN = 1.15, 1.05
 BUSY_STEPS = 3
+EXAMINED_LAYERS, EXAMINED_TOKENS = 2, 2048
 
 
 QUICK = (Size(context=128, batch_size=4), Size(context=512, batch_size=1))
@@ -193,6 +194,18 @@ def _run(made: Plan, size: Size) -> SimpleNamespace:
     )  # fmt: skip
 
 
+def examined_as(made: Plan, device: torch.device) -> certificate.Setting:
+    """For the certificate: the model that is timed, trained at the shortest size, with two of its layers, which are
+    alike, and up to `EXAMINED_TOKENS`. All of it, in float64, would take more of a lent GPU than what is measured."""
+    shortest = min(made.sizes, key=lambda size: size.context)
+    longest = max(size.context for size in made.sizes)
+    return certificate.Setting(
+        layers=min(made.layers, EXAMINED_LAYERS), width=made.width, heads=made.heads,
+        positions=min(longest, max(shortest.context, EXAMINED_TOKENS)), context=shortest.context,
+        batch_size=shortest.batch_size, device=device.type, precision=devices.resolve_precision(made.precision, device),
+    )  # fmt: skip
+
+
 def _random_rows(size: Size, vocabulary: int) -> Corpus:
     count = max(ROWS, size.batch_size)
     tokens = np.random.default_rng(0).integers(0, vocabulary, count * size.context).astype(np.uint32)
@@ -217,7 +230,7 @@ class Session:
         entries = []
         for entry in entries_of(made):
             self.say(f"{entry.label}: certificate, weights")
-            passed = bool(certificate.certify(entry.attention, entry.options)["passed"])
+            passed = bool(certificate.certify(entry.attention, entry.options, examined_as(made, self.device))["passed"])
             self.benches[entry.label] = bench = Bench(entry, made, self.device)
             facts = {name: getattr(entry, name) for name in ("label", "title", "options")}
             facts |= {"attention": paths.portable(entry.attention), "certified": passed}
@@ -227,6 +240,7 @@ class Session:
             provenance=energy.provenance(), finished_at=record.now(),
             setting=Setting(**shared, device=self.device.type, precision=self.precision),
             environment=environment.describe(self.device), entries=entries,
+            examined=examined_as(made, self.device).values(),
         )  # fmt: skip
 
     def prepare(self, found: Steps) -> Steps:

@@ -1,0 +1,190 @@
+"""The answer of the README: what to pick when, from the committed records alone (`lib.analysis.evidence`).
+
+`python -m lib.analysis.answer` writes the sentences and the table between the marks in README.md, and the picture; a
+test holds that both are what the records give.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from lib import paths
+from lib.analysis import evidence as records
+from lib.analysis import style
+from lib.analysis.answer_figure import headline, picture
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, joined, times
+from lib.attention import CONTROL
+from lib.errors import UsageError
+
+STEPS = "records/steps-gpu/steps.json"
+CELLS = "records/capability-cpu"
+BEGIN, END = "<!-- The answer: written by `python -m lib.analysis.answer` -->", "<!-- End of the answer -->"
+
+
+def sentences(evidence: Evidence) -> list[str]:
+    """What to pick at the short length, at the long one, for the cache, and how sure that is."""
+    others, e = evidence.others, evidence
+    keepers = [label for label in others if e.recalls(label)]
+    said = []
+    for context in dict.fromkeys((e.short, e.long)):
+        free, kept = e.cheapest(context, TIME, others), e.cheapest(context, TIME, keepers)
+        at = f"**At {context:,} tokens"
+        if not free.labels:
+            said.append(f"{at} keep SDPA**: nothing trains in significantly less time.")
+            continue
+        same = [label for label in free.labels if label in kept.labels]
+        if same or not e.recall:
+            pick = kept if same else free
+            said.append(f"{at} take {joined([e.title[label] for label in pick.labels])}**: training time "
+                        f"{joined(pick.ratios)} beside SDPA's.")  # fmt: skip
+            continue
+        lost = joined([f"{e.title[label]} {_recalled(e, label)}" for label in free.labels])
+        then = (
+            f"with recall {joined([e.title[label] for label in kept.labels])} ({joined(kept.ratios)})"
+            if kept.labels else "with recall keep SDPA, since nothing that recalls is significantly faster"
+        )  # fmt: skip
+        said.append(
+            f"{at} without recall {joined([e.title[label] for label in free.labels])}** (training time "
+            f"{joined(free.ratios)}); {then}. Of {PAIRS} facts are recalled: {lost}."
+        )
+    cache = e.smallest(e.cache, keepers or others)
+    if cache.labels:
+        said.append(
+            f"**If the KV cache is what you pay for, {joined([e.title[label] for label in cache.labels])}**: "
+            f"{joined(cache.ratios)} at {CACHE_CONTEXT:,} tokens"
+            + (", and recalls as SDPA does." if keepers else "; what it recalls was not tried.")
+        )
+    return said
+
+
+def _recalled(evidence: Evidence, label: str) -> str:
+    found = evidence.recall.get(label)
+    return "not tried" if found is None else f"{max(0.0, found.median):.0%}"
+
+
+def how_sure(evidence: Evidence) -> list[str]:
+    """A line each: what the intervals rest on, the control, recall, and what is not shown."""
+    e, said = evidence, []
+    control = [
+        f"{times(row)} at {context:,}" for context in e.lengths if (row := e.ratio(CONTROL, context, TIME)) is not None
+    ]
+    setting = e.found.setting
+    said.append(
+        f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: {len(e.found.rounds)} rounds of "
+        f"training steps in turns, {setting.layers} layers of {setting.width}, {setting.precision}, on "
+        f"{e.machine}; paired ratios with 95 % intervals, Holm over the variants."
+    )
+    if control:
+        said.append(f"Noise: SDPA against itself took {joined(control)}.")
+    if e.recall:
+        n = min(one.n for one in e.recall.values())
+        said.append(
+            f"Recall: {PAIRS} pairs in 128 tokens, a small net, the best of three rates, the median of {n} or more "
+            f"seeds; a window of 16 stands for the window there."
+        )
+    said.append(f"Cache: each variant's own count, bf16, one sequence of {CACHE_CONTEXT:,} tokens.")
+    uncertified = [e.title[label] for label, entry in e.entries.items() if not entry.certified]
+    certified = sum(entry.certified for entry in e.entries.values())
+    said.append(
+        f"{certified} of {len(e.entries)} passed their certificate before they were timed"
+        + (f"; not picked: {joined(uncertified)}." if uncertified else ".")
+    )
+    return said
+
+
+def limits(evidence: Evidence) -> pd.DataFrame:
+    """The table "if you are limited by": a row per limit, without and with the wish to recall."""
+    e, others = evidence, evidence.others
+    keepers = [label for label in others if e.recalls(label)]
+    rows = []
+
+    def add(limit, pick_of):
+        for wish, among in (("", others), (", and recall counts", keepers)):
+            if wish and not e.recall:
+                continue
+            pick = pick_of(among)
+            if wish and rows and rows[-1]["pick"] == _picked(e, pick):
+                rows[-1]["if you are limited by"] += ", recall or not"
+                continue
+            rows.append({
+                "if you are limited by": limit + wish,
+                "pick": _picked(e, pick),
+                "it saves": joined(pick.ratios) if pick.labels else "–",
+                "it costs": _price(e, pick.labels),
+            })  # fmt: skip
+
+    for context in dict.fromkeys((e.short, e.long)):
+        add(f"time, {context:,} tokens", lambda among, at=context: e.cheapest(at, TIME, among))
+    if e.turns[ENERGY].notna().any():
+        for context in dict.fromkeys((e.short, e.long)):
+            add(f"joules, {context:,} tokens", lambda among, at=context: e.cheapest(at, ENERGY, among))
+    memory = e.memory.xs(e.long).to_dict() if len(e.memory.dropna()) else {}
+    if memory:
+        add(f"memory in training, {e.long:,} tokens", lambda among: e.smallest(memory, among))
+    add(f"KV cache, {CACHE_CONTEXT:,} tokens", lambda among: e.smallest(e.cache, among))
+    return pd.DataFrame(rows)
+
+
+def _picked(evidence: Evidence, pick: Pick) -> str:
+    return joined([f"**{evidence.title[label]}**" for label in pick.labels]) if pick.labels else "SDPA: nothing saves"
+
+
+def _price(evidence: Evidence, labels: list[str]) -> str:
+    """What else the picked cost: recall, and time at the long length where they are slower."""
+    said = []
+    for label in labels:
+        own = []
+        found = evidence.recall.get(label)
+        if found is not None and found.median < RECALLS:
+            own.append(f"recalls {max(0.0, found.median):.0%}")
+        for context in dict.fromkeys((evidence.short, evidence.long)):
+            row = evidence.ratio(label, context, TIME)
+            if row is not None and row.ratio > 1 and row.verdict == "significantly different":
+                own.append(f"time {times(row)} at {context:,}")
+        said.append(", ".join(own))
+    said = [one if len(labels) == 1 else f"{evidence.title[label]}: {one}"
+            for label, one in zip(labels, said, strict=True) if one]  # fmt: skip
+    return "; ".join(said) or "–"
+
+
+def markdown(evidence: Evidence) -> str:
+    """What stands between the marks."""
+    table = limits(evidence)
+    head = f"| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n"
+    body = "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
+    sure = "".join(f"- {line}\n" for line in how_sure(evidence))
+    said = "\n".join(f"- {line}" for line in sentences(evidence))
+    alt = " ".join(headline(evidence))
+    return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\nHow sure is that:\n\n{sure}\n{END}"
+
+
+def put(page: str, text: str) -> str:
+    """`page` with `text` between its marks. Raises UsageError where it has none."""
+    if BEGIN not in page or END not in page:
+        raise UsageError(f"the page has no place for the answer; it goes between {BEGIN!r} and {END!r}")
+    return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: text, page, count=1, flags=re.DOTALL)
+
+
+def main(words: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m lib.analysis.answer", description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=Path, default=paths.ROOT / STEPS, help="the record of `lib.study.steps`")
+    parser.add_argument("--cells", type=Path, default=paths.ROOT / CELLS, help="the folder of `lib.study.probes`")
+    parser.add_argument("--page", type=Path, default=paths.ROOT / "README.md", help="where the answer is written")
+    parser.add_argument("--figures", type=Path, default=paths.ROOT / "figures", help="where the picture is written")
+    options = parser.parse_args(words)
+    try:
+        evidence = records.read(options.steps, options.cells)
+        page = put(options.page.read_text(encoding="utf-8"), markdown(evidence))
+        style.save(picture(evidence), options.figures, "answer")
+        paths.write_whole(options.page, page)
+    except (UsageError, OSError) as error:
+        print(f"python -m lib.analysis.answer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

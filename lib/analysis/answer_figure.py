@@ -1,0 +1,160 @@
+"""The picture of the README's answer: a row per variant; recall, time, joules, memory, cache."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from lib.analysis import style
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence, joined, times
+from lib.record import REASONS
+
+BLUE, PALE, QUIET = "#0072b2", "#9ecae1", "0.4"
+ON_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # words over a row's line
+WORTH_A_WORD = 1.1  # a ratio further from 1 than this is written beside its point
+RATIOS, COUNTS, RECALL, EMPTY = 1.8, 1.15, 1.0, 1.15  # widths of the columns
+
+
+def picture(evidence: Evidence):
+    """A row per variant: recall, training time and joules over SDPA's with intervals, memory, cache."""
+    style.use_style()
+    e, labels = evidence, evidence.labels
+    memory = e.memory.xs(e.long).to_dict() if len(e.memory.dropna()) else {}
+    widths = [
+        RECALL if e.recall else EMPTY, RATIOS, RATIOS if e.turns[ENERGY].notna().any() else EMPTY,
+        COUNTS if memory else EMPTY, COUNTS,
+    ]  # fmt: skip
+    figure, axes = plt.subplots(
+        1, 5, figsize=(2.1 * sum(widths), 0.46 * len(labels) + 1.4), sharey=True,
+        gridspec_kw={"width_ratios": widths, "wspace": 0.12},
+    )  # fmt: skip
+    places = {label: len(labels) - 1 - index for index, label in enumerate(labels)}
+    axes[0].set_yticks(list(places.values()), [e.title[label] for label in places])
+    for axis in axes:
+        axis.grid(axis="x", visible=False)
+        axis.grid(axis="y", color="0.9")
+        axis.set_axisbelow(True)
+        axis.spines["left"].set_visible(False)
+        axis.set_ylim(-0.7, len(labels) - 0.3)
+    _recall_panel(axes[0], e, places)
+    _ratio_panel(axes[1], e, places, TIME, "Training time ÷ SDPA's")
+    _ratio_panel(axes[2], e, places, ENERGY, "Joules ÷ SDPA's")
+    _bar_panel(axes[3], places, memory, style.GIB, f"Training memory,\n{e.long:,} tokens", "GiB")
+    _bar_panel(axes[4], places, e.cache, style.MIB, f"KV cache,\n{CACHE_CONTEXT:,} tokens", "MiB")
+    _around(figure, e)
+    return figure
+
+
+def _around(figure, e: Evidence):
+    """The title, which is the conclusion, and what the numbers are of."""
+    size, setting = figure.get_size_inches(), e.found.setting
+    figure.suptitle(
+        "\n".join(headline(e)), x=0.0, y=1 + 0.05 / size[1], ha="left", va="bottom", fontweight="bold", fontsize=13
+    )
+    figure.text(
+        0.0, -0.35 / size[1],
+        f"Time, joules, memory: training steps of GPT-2 ({setting.layers} layers of {setting.width}, "
+        f"{setting.precision}) on {e.machine}, {len(e.found.rounds)} rounds in turns; bars: 95 % of the ratio.\n"
+        f"Recall: {PAIRS} pairs in 128 tokens, a point a seed, the tick their median; a window of 16 stands for the "
+        "window. Cache: by each variant's own definition, bf16.",
+        fontsize=9, color=QUIET, va="top",
+    )  # fmt: skip
+
+
+def headline(evidence: Evidence) -> list[str]:
+    """Two lines at most: the short length, and the long one."""
+    e, others = evidence, evidence.others
+    lines = []
+    for context in dict.fromkeys((e.short, e.long)):
+        pick = e.cheapest(context, TIME, others)
+        if not pick.labels:
+            lines.append(f"{context:,} tokens: keep SDPA; nothing trains in significantly less time.")
+            continue
+        factor = joined([times(e.ratio(label, context, TIME)).split(" [")[0] for label in pick.labels])
+        forgets = [label for label in pick.labels if e.recall and not e.recalls(label)]
+        if_recall = ", if recall is not needed" if forgets else ""
+        names = joined([e.title[label] for label in pick.labels])
+        lines.append(f"{context:,} tokens: {names}, time {factor}{if_recall}.")
+    return lines
+
+
+def _nothing(axis, words: str):
+    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=QUIET, style="italic",
+              bbox=ON_PAPER)  # fmt: skip
+    axis.set_xticks([])
+
+
+def _recall_panel(axis, e: Evidence, places: dict):
+    axis.set_title("Recall", loc="left")
+    if not e.recall:
+        _nothing(axis, "not tried")
+        return
+    axis.set_xlim(-5, 105)
+    axis.set_xlabel("% of facts")
+    for label, y in places.items():
+        own = e.points[e.points["label"] == label]["scaled"] * 100
+        if label not in e.recall:
+            axis.text(0, y, "not tried", va="center", color=QUIET, style="italic", fontsize=9, bbox=ON_PAPER)
+            continue
+        axis.plot(own.clip(lower=0), [y] * len(own), "o", color=PALE, markersize=5, clip_on=False)
+        axis.plot([max(0.0, e.recall[label].median) * 100], [y], "|", color=BLUE, markersize=15, markeredgewidth=3)
+
+
+def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
+    axis.set_title(title, loc="left")
+    if e.turns[metric].isna().all():
+        reasons = sorted(set(e.turns["energy_null_reason"].dropna()))
+        _nothing(axis, "\n".join(["not measured:", *(REASONS[reason] for reason in reasons)]))
+        return
+    axis.axvline(1, color=QUIET, linewidth=1)
+    axis.set_xscale("log", base=2)
+    lengths = list(dict.fromkeys((e.short, e.long)))
+    for context, up, face in zip(lengths, (0.18, -0.18), ("white", BLUE), strict=False):
+        for label, y in places.items():
+            row = e.ratio(label, context, metric)
+            if row is None:
+                why = e.found.failed.get(label, {}).get(context)
+                if why:
+                    axis.annotate(f"{context:,}: {why}", (1.05, y + up), va="center", fontsize=8, color=QUIET)
+                continue
+            _ratio(axis, row, y + up, face)
+        axis.plot([], [], "o", color=BLUE, markerfacecolor=face, label=f"{context:,} tokens")
+    low, high = axis.get_xlim()
+    axis.set_xlim(min(low / 1.8, 0.6), max(high * 1.8, 1.7))
+    axis.xaxis.set_major_formatter(plt.FuncFormatter(_factor))
+    axis.xaxis.set_minor_locator(plt.NullLocator())
+    axis.set_xlabel("less  ←  1  →  more")
+    if metric == TIME:
+        axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.09), ncols=2, frameon=False, fontsize=9, borderpad=0)
+
+
+def _ratio(axis, row, y: float, face: str):
+    if not np.isnan(row.low):
+        axis.plot([row.low, row.high], [y, y], color=PALE, linewidth=5, solid_capstyle="butt", zorder=1)
+    axis.plot([row.ratio], [y], "o", color=BLUE, markerfacecolor=face, markersize=7, zorder=2)
+    if abs(np.log(row.ratio)) > np.log(WORTH_A_WORD):
+        more = row.ratio > 1
+        end = np.nanmax([row.ratio, row.high]) if more else np.nanmin([row.ratio, row.low])
+        axis.annotate(
+            times(row).split(" [")[0], (end, y), xytext=(7 if more else -7, 0), fontsize=9, color=BLUE,
+            textcoords="offset points", ha="left" if more else "right", va="center",
+        )  # fmt: skip
+
+
+def _factor(x: float, _) -> str:
+    return "1" if x == 1 else f"×{x:g}" if x > 1 else f"÷{1 / x:g}"
+
+
+def _bar_panel(axis, places: dict, bytes_of: dict, unit: int, title: str, name: str):
+    axis.set_title(title, loc="left")
+    known = {label: bytes_of[label] / unit for label in places if not np.isnan(bytes_of.get(label, np.nan))}
+    if not known:
+        _nothing(axis, "not measured")
+        return
+    axis.barh([places[label] for label in known], list(known.values()), height=0.5, color=BLUE)
+    for label, value in known.items():
+        words = f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
+        axis.annotate(
+            words, (value, places[label]), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9,
+            bbox=ON_PAPER,
+        )  # fmt: skip
+    axis.set_xlim(0, max(known.values()) * 1.35)
+    axis.set_xlabel(name)

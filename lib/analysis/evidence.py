@@ -1,0 +1,172 @@
+"""What the records say of picking an attention: who costs less, by how much, and who recalls.
+
+From training steps that took turns (`lib.record.steps`: time, joules, memory), recall (`lib.record.probe`), and each
+variant's own count of its cache. A variant is *cheaper* only where it is certified and its paired ratio to SDPA is
+significantly below 1; of several, those that are not told apart from the lowest share the place. It *recalls* if
+the median of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the README's words of it, `answer_figure` its
+picture.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lib import attention
+from lib.analysis import capability, compare, style
+from lib.analysis import steps as tables
+from lib.attention import CONTROL, REFERENCE
+from lib.data.tasks import TASKS
+from lib.model import gpt2_config
+from lib.record import probe, steps
+from lib.record.steps import Steps
+
+RECALLS = 0.95
+TASK = "recall"
+PAIRS = max(TASKS[TASK].tested_on)
+CACHE_CONTEXT, CACHE_BYTES = 32_768, 2  # tokens; bytes of a number in bf16
+TIME, ENERGY = tables.METRICS
+SMALLER = 0.98  # a count below this share of SDPA's is a saving that is worth a word
+
+
+class Recall(NamedTuple):
+    """Scaled accuracy at the hardest recall, over the seeds of the best rate."""
+
+    median: float
+    low: float
+    high: float
+    n: int
+    title: str  # what was asked: a window has another width here
+
+
+class Pick(NamedTuple):
+    """Who costs least of what may be picked, and by how much."""
+
+    labels: list[str]  # not told apart from each other; empty: nobody costs less than SDPA
+    ratios: list[str]
+
+
+class Evidence:
+    """What the records say. `found`: the steps; `cells`: of `lib.record.probe.frame`, or None where there are none."""
+
+    def __init__(self, found: Steps, cells: pd.DataFrame | None):
+        self.found, self.entries = found, {entry.label: entry for entry in found.entries}
+        self.title = {entry.label: entry.title for entry in found.entries}
+        self.ratios = tables.ratios(found).set_index(["context", "metric", "label"])
+        self.lengths = [size.context for size in found.setting.sizes]
+        self.short, self.long = min(self.lengths), max(self.lengths)
+        self.turns = steps.frame(found)
+        self.memory = self.turns.groupby(["context", "label"])["peak_memory_bytes"].max()
+        self.cache = {label: self._cache(entry) for label, entry in self.entries.items()}
+        self.recall = _recall(cells) if cells is not None else {}
+        self.points = _points(cells) if cells is not None else pd.DataFrame(columns=["label", "scaled"])
+
+    def _cache(self, entry) -> int:
+        """Bytes that a whole model keeps of one sequence of `CACHE_CONTEXT` tokens."""
+        setting = self.found.setting
+        config = gpt2_config(setting.layers, setting.width, setting.heads, CACHE_CONTEXT, setting.vocabulary)
+        with torch.device("meta"):
+            layer = attention.load(entry.attention)(config, 0, **entry.options)
+        return setting.layers * layer.cache_bytes(CACHE_CONTEXT, CACHE_BYTES)
+
+    @property
+    def labels(self) -> list[str]:
+        """All but the control, from the most to the least expensive at the long length, SDPA first."""
+
+        def place(label):
+            if label == REFERENCE:
+                return (0, 0.0)
+            ratio = self.ratio(label, self.long, TIME)
+            return (1, np.inf if ratio is None else -ratio.ratio) if ratio is not None else (1, -np.inf)
+
+        return sorted((label for label in self.entries if label != CONTROL), key=place)
+
+    @property
+    def others(self) -> list[str]:
+        """What may be picked instead of SDPA: what is certified."""
+        return [label for label in self.labels if label != REFERENCE and self.entries[label].certified]
+
+    def ratio(self, label: str, context: int, metric: str):
+        """The paired ratio to SDPA, with `low`, `high` and `verdict`; None where there is none."""
+        key = (context, metric, label)
+        row = self.ratios.loc[key] if key in self.ratios.index else None
+        return None if row is None or np.isnan(row.ratio) else row
+
+    def recalls(self, label: str) -> bool:
+        return label in self.recall and self.recall[label].median >= RECALLS
+
+    def cheapest(self, context: int, metric: str, among: list[str]) -> Pick:
+        """Of `among` those that cost significantly less than SDPA and share the lowest rank."""
+        lower = [
+            label for label in among
+            if (row := self.ratio(label, context, metric)) is not None
+            and row.ratio < 1 and row.verdict == "significantly different"
+        ]  # fmt: skip
+        ranks = compare.ranks(tables.runs(self.found, context), metric)
+        lower = sorted((label for label in lower if label in ranks), key=lambda label: ranks[label])
+        first = min((ranks[label][0] for label in lower), default=0)
+        best = [label for label in lower if ranks[label][0] == first]
+        return Pick(best, [times(self.ratio(label, context, metric)) for label in best])
+
+    def smallest(self, bytes_of: dict, among: list[str]) -> Pick:
+        """Of `among` those that need the fewest bytes, if fewer than SDPA; counts, so there is no interval."""
+        known = {label: bytes_of[label] for label in among if not np.isnan(bytes_of.get(label, np.nan))}
+        fewest = min(known.values(), default=np.inf)
+        reference = bytes_of.get(REFERENCE, np.nan)
+        if not fewest < SMALLER * reference:
+            return Pick([], [])
+        best = [label for label, value in known.items() if value <= fewest / SMALLER]
+        return Pick(best, [f"{size(known[label])} for {size(reference)}" for label in best])
+
+    @property
+    def machine(self) -> str:
+        return self.found.environment["device_name"]
+
+
+def _rows_of_recall(cells: pd.DataFrame) -> pd.DataFrame:
+    found = capability.summary(cells)
+    found = found[(found["task"] == TASK) & found["hardest"] & found["convolution"]]
+    return found if TASK in capability.shown_tasks(cells) else found.iloc[:0]
+
+
+def _recall(cells: pd.DataFrame) -> dict[str, Recall]:
+    return {
+        row.label: Recall(row.median, row.low, row.high, row.n, row.title)
+        for row in _rows_of_recall(cells).itertuples()
+    }
+
+
+def _points(cells: pd.DataFrame) -> pd.DataFrame:
+    best = capability.at_best(cells)
+    best = best[(best["task"] == TASK) & best["convolution"]]
+    return best[best["difficulty"] == best["difficulty"].max()][["label", "scaled"]]
+
+
+def times(row) -> str:
+    """A ratio as people say it: "÷ 6.1 [6.0, 6.2]" for less, "× 1.30 [1.28, 1.32]" for more."""
+    ends = [row.low, row.high]
+    if row.ratio < 1:
+        ends = [1 / row.high, 1 / row.low]
+    digits = 2 if max(row.ratio, 1 / row.ratio) < 2.95 else 1
+    interval = "" if np.isnan(row.low) else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return f"{'÷' if row.ratio < 1 else '×'} {max(row.ratio, 1 / row.ratio):.{digits}f}{interval}"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that leaves the fewest digits."""
+    unit, name = (style.GIB, "GiB") if count >= 10 * style.GIB else (style.MIB, "MiB")
+    value = count / unit
+    return f"{value:,.0f} {name}" if value >= 99.5 else f"{value:.3g} {name}"
+
+
+def joined(parts: list[str]) -> str:
+    """A, B and C."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def read(steps_file: Path, cells_folder: Path) -> Evidence:
+    """The evidence in these records. Raises UsageError where the steps are none."""
+    cells = probe.frame(probe.load_all(cells_folder)) if any(cells_folder.glob("*.json")) else None
+    return Evidence(steps.load(steps_file), cells)

@@ -1,0 +1,617 @@
+"""What is asked of a variant's model, one examination after another; each yields the measurements of its checks.
+
+Where numbers must be exactly zero, they are taken from the model that is timed: its dtype under its autocast, on its
+device, in training and in evaluation. Where two ways must agree, the twin in float64 answers, because rounding there
+hides nothing; how far the timed model is from the twin is a measurement of its own.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from lib import attention
+from lib.certificate import counts
+from lib.certificate.measures import TOLERANCE, deviation, fact, largest, relative, within
+from lib.certificate.probes import (
+    Floats,
+    changed_tails,
+    gradient_leaks,
+    moved_later,
+    pieces_of,
+    places,
+    prefix_difference,
+    row_difference,
+)
+from lib.certificate.twins import Twins, as_reference, attentions, cache_of, loud
+from lib.errors import is_out_of_memory
+
+FLOOR = {"fp32": 1e-5, "bf16": 0.03}  # root mean square that rounding alone may cost a layer, relative
+WORSE = 2.0  # how much further than its own reference, rounded alike, a layer may be
+GRADIENTS_WORSE = 5.0  # and its gradients: a product more on the way
+STEP = 1e-7  # relative; of a finite difference in float64
+SLOPE = 1e-4  # relative; what such a difference may be off
+SEEN = 1e-12  # of the largest gradient; what less moves nothing
+UNSEEN = 0.25  # share of a long row that a definition by content may miss, though it missed nothing of a short one
+LONGEST_LAYER = 2048  # tokens for which a layer alone is asked how far it sees
+PASS_OVER_USEFUL = 3.5  # FLOPs counted in one pass over those of the formula: masks, fills and blocks are computed too
+STEP_OVER_USEFUL = 1.5  # in decoding, where there is next to nothing to mask; one of the two has to hold
+COUNTED_OVER_DENSE = 1.75
+USEFUL_OVER_COUNTED = 1.05
+GROWTH_APART = 0.4  # between the exponents of T, of the formula and of what is counted
+BYTES = 0.01  # relative; what the formula for the cache may be off
+MOVED = 0.9  # share of a weight's numbers with a gradient that a step has to move
+COUNTED_AT = 1024  # tokens, where what does not grow with T no longer counts
+
+
+def by_gradient(twins: Twins):
+    """`causal`, `rows_independent`: exactly no gradient by a later token or another row, in the model that is timed."""
+    s, model = twins.setting, twins.timed
+    tokens = twins.tokens_of(model)
+    passes = [("training", s.rows, s.length), ("evaluation", s.rows_at(s.longest), s.longest)]
+    if (s.batch_size, s.context) != (s.rows, s.length):
+        passes.insert(1, ("training", s.batch_size, s.context))
+    for mode, rows, length in passes:
+        for volume, turned in (("", contextlib.nullcontext), (", loud", lambda: loud(model))):
+            model.train(mode == "training")
+            with turned():
+                length, (later, other) = _leaks_as_far_as_memory_goes(s, tokens, rows, length, shift=len(volume))
+            model.eval()
+            where = f"{mode}, {rows} x {length:,} tokens, {s.precision}{volume}"
+            yield within("causal", f"gradient by a later token, {where}", later, 0.0)
+            if other is not None:
+                yield within("rows_independent", f"gradient by another row, {where}", other, 0.0)
+
+
+def _leaks_as_far_as_memory_goes(s, tokens, rows: int, length: int, shift: int):
+    """The tokens, at most `length`, that there is memory for, and their `gradient_leaks`.
+
+    A run needs gradients of its context only: for no more than these must there be memory.
+    """
+    while True:
+        try:
+            return length, gradient_leaks(tokens, tokens.draw(rows, length), 1 if rows > 2 else 2, shift)
+        except (RuntimeError, MemoryError) as error:
+            if length <= s.context or not (isinstance(error, MemoryError) or is_out_of_memory(str(error))):
+                raise
+        length = max(s.context, length // 2)  # here, where the error no longer holds what was computed
+
+
+def by_value(twins: Twins):
+    """`causal`, `prefix_equal`, `rows_independent`, `mixes`, `training_equal`, `repeatable`: in float64, all layers."""
+    s, model, tokens = twins.setting, twins.exact, twins.tokens
+    with torch.no_grad():
+        long = tokens.draw(s.rows_at(s.longest), s.longest)
+        several = tokens.draw(s.rows, s.length)
+        full, out = tokens(long), tokens(several)
+        cut = prefix_difference(tokens, long, full, s.prefixes)
+        yield within("prefix_equal", f"{len(s.prefixes)} prefixes of {s.longest:,} tokens, float64", cut, TOLERANCE)
+        power = long[:, : 2 ** (s.longest.bit_length() - 1)]
+        of_power = full if power.shape == long.shape else tokens(power)
+        for x, y, shifts in ((long, full, (0, 30)), (power, of_power, (2,)), (several, out, (3,))):
+            moved = max(changed_tails(tokens, x, y, shift) for shift in shifts)
+            where = f"{x.shape[0]} x {x.shape[1]:,} tokens, float64"
+            yield within("causal", f"all later tokens drawn anew, {where}", moved, TOLERANCE)
+        alone = row_difference(tokens, several, out)
+        yield within("rows_independent", "a row alone, and beside others, float64", alone, TOLERANCE)
+        moved = moved_later(tokens, long, full)
+        yield fact("mixes", "a changed token moves a later output", moved > TOLERANCE and math.isfinite(moved))
+        model.train()
+        trained, long_trained, again = tokens(several), tokens(long), tokens(long)
+        model.eval()
+        after_all = relative(tokens(several), out)
+        yield within("training_equal", "several rows, float64", relative(trained, out), TOLERANCE)
+        yield within("training_equal", f"{s.longest:,} tokens, float64", relative(long_trained, full), TOLERANCE)
+        yield within("repeatable", "the same input again, in training", relative(again, long_trained), TOLERANCE)
+        yield within("repeatable", "the same input again, after all this", after_all, TOLERANCE)
+
+
+def by_layer(twins: Twins):
+    """`precision`, and `causal`, `prefix_equal`, `training_equal`, `cached_equal`, `prefill_equal` in that precision.
+
+    Each layer in the run's precision, on the same input as its twin in float64. A deviation is a root mean square over
+    that of what is expected, and what is allowed depends on how far rounding alone moves the definition.
+    """
+    worst: dict[tuple[str, str], tuple[float, float]] = {}
+    for layer, twin in twins.layers():
+        for check, what, found, allowed in _of_layer(twins, layer, twin):
+            before = worst.get((check, what), (-math.inf, 1.0))
+            if not found / allowed <= before[0] / before[1]:  # NaN is the worst
+                worst[check, what] = found, allowed
+    for (check, what), (found, allowed) in worst.items():
+        yield within(check, f"{what}, {twins.setting.precision}, the worst layer", found, allowed)
+
+
+def _of_layer(twins: Twins, layer, twin):
+    """(check, what, found, allowed) of one layer."""
+    s = twins.setting
+    length = min(s.context, twins.reference_length)
+    hidden = twins.hidden(1, length, twins.device, torch.float32)
+    exact = hidden.to(twins.exact_device, torch.float64)
+    subject = Floats(layer, s.width, hidden, twins.autocast)
+    first, middle, last = (t + 1 for t in places(length, 3))
+    with torch.no_grad():
+        expected = twin(exact)[0].to(twins.device)
+        allowed = _allowed(twin, exact, s.precision)
+        out = subject(hidden)
+        yield "precision", "output, evaluation", deviation(out, expected), allowed
+        fresh = torch.cat([hidden[:, :middle], subject.draw(1, length - middle)], dim=1)
+        moved = deviation(subject(fresh)[:, :middle], out[:, :middle])
+        yield "causal", "all later tokens drawn anew, alone", moved, allowed
+        for n in (first, last):
+            yield "prefix_equal", "alone", deviation(subject(hidden[:, :n]), out[:, :n]), allowed
+        cache, pieces = cache_of(attentions(twins.plain)), _prefill_and_tokens(hidden, 4)
+        with twins.autocast():
+            prefill, *tokens = [layer(piece, past_key_values=cache)[0] for piece in pieces]
+        ends = expected.split([prefill.shape[1], length - prefill.shape[1]], dim=1)
+        yield "prefill_equal", "alone", deviation(prefill, ends[0]), allowed
+        yield (
+            "cached_equal",
+            f"{len(tokens)} tokens, alone",
+            deviation(torch.cat(tokens, dim=1), ends[1]),
+            2 * allowed,
+        )
+    layer.train()
+    ours, trained = _gradients(subject, layer, hidden)
+    layer.eval()
+    yield "training_equal", "alone", deviation(trained, expected), allowed
+    theirs, _ = _gradients(Floats(twin, s.width, exact), twin, exact)
+    yield "precision", "gradients, training", deviation(ours, theirs), GRADIENTS_WORSE * allowed
+
+
+def _allowed(twin, hidden, precision: str) -> float:
+    """How far a layer may be from float64: rounding's own share, or some times what rounding does to the definition.
+
+    A definition by content, such as a hash, answers otherwise where rounding breaks a tie: its reference, given rounded
+    weights and a rounded input, says how much that is.
+    """
+    if precision == "fp32":
+        return FLOOR[precision]
+    rounded = copy.deepcopy(twin)
+    for weight in rounded.parameters():
+        weight.copy_(weight.bfloat16().double())
+    moved = deviation(rounded.reference(hidden.bfloat16().double()), twin.reference(hidden))
+    return max(FLOOR[precision], WORSE * moved) if math.isfinite(moved) else FLOOR[precision]
+
+
+def _gradients(subject, layer, hidden) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients by the input and all weights of a fixed sum of the outputs, in one vector; and the output."""
+    weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(hidden)
+    out, leaves = subject.traced(hidden)
+    wanted = [*leaves, *layer.parameters()]
+    found = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+    found = [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+    return torch.cat([g.double().cpu().flatten() for g in found]), out.detach()
+
+
+@torch.no_grad()
+def with_cache(twins: Twins):
+    """`cached_equal`, `prefill_equal`: token by token, in one and in pieces; float64, all layers, and the caches."""
+    s, model, tokens = twins.setting, twins.exact, twins.tokens
+    n = s.decoded
+    ids = tokens.draw(2, n)
+    out = tokens(ids)
+    scale = largest(out)
+
+    def feed(pieces, cache=None, begin=0):
+        """The cache behind the pieces of the text from `begin` on, and how far its logits are from one pass's."""
+        cache, apart = model.new_cache() if cache is None else cache, 0.0
+        for size in pieces:
+            end = begin + size
+            logits = model(ids[:, begin:end], past_key_values=cache, use_cache=True).logits
+            apart, begin = max(apart, relative(logits, out[:, begin:end], scale)), end
+        return cache, apart
+
+    first = min(n, 72)
+    cache, apart = feed([1] * first)
+    yield within("cached_equal", f"{first} tokens, one by one, float64", apart, TOLERANCE)
+    apart = _caches_apart(feed([first])[0], cache)
+    yield within("prefill_equal", f"the caches of {first} tokens in one and one by one", apart, TOLERANCE)
+    prompts = sorted({min(length, n - 1) for length in (*s.inference_contexts, s.context, 1)})
+    apart = max(feed([prompt, *[1] * min(4, n - prompt)])[1] for prompt in prompts)
+    yield within("cached_equal", f"tokens behind prefills of {prompts}, float64", apart, TOLERANCE)
+    cache, apart = feed(pieces_of(n))
+    yield within("prefill_equal", f"{n:,} tokens in {len(pieces_of(n))} pieces, float64", apart, TOLERANCE)
+    apart = _caches_apart(feed([n])[0], cache)
+    yield within("prefill_equal", f"the caches of {n:,} tokens in one and in pieces", apart, TOLERANCE)
+    half = n // 2
+    cache, _ = feed([half])
+    model(tokens.draw(2, half), use_cache=True)  # another text, with a cache of its own
+    _, apart = feed([1], cache, half)
+    yield within("prefill_equal", "with another text's prefill in between, float64", apart, TOLERANCE)
+
+
+def _caches_apart(a, b) -> float:
+    """The largest difference of what two caches hold, relative to each tensor; infinity where shapes differ."""
+    worst = 0.0
+    for mine, theirs in zip(a.layers, b.layers, strict=True):
+        mine, theirs = dict(counts.tensors_of(mine)), dict(counts.tensors_of(theirs))
+        if mine.keys() != theirs.keys() or any(mine[k].shape != theirs[k].shape for k in mine):
+            return math.inf
+        worst = max([worst, *(relative(mine[k], theirs[k]) for k in mine)])
+    return worst
+
+
+def with_padding(twins: Twins):
+    """`padding_equal`: rows padded on the left are what they are alone, in one pass and in decoding; float64."""
+    model, tokens = twins.exact, twins.tokens
+    n = min(twins.setting.decoded, 150) - 1
+    lengths = [n, max(1, n - 4), max(1, n // 3)]
+    alone, new = [tokens.draw(1, length) for length in lengths], tokens.draw(3, 1)
+    ids = torch.cat([nn.functional.pad(row, (n - row.shape[1], 0)) for row in alone])
+    mask = torch.cat([torch.arange(n)[None] >= n - length for length in lengths]).long().to(ids.device)
+    try:
+        with torch.no_grad():
+            out = model(ids, attention_mask=mask, use_cache=True)
+            after = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            nexts = model(new, attention_mask=after, past_key_values=out.past_key_values, use_cache=True).logits
+            singles = [tokens(torch.cat([row, new[i : i + 1]], dim=1))[0] for i, row in enumerate(alone)]
+    except (ValueError, NotImplementedError) as error:
+        yield fact("padding_equal", "left padding", None, f"it refuses: {error}")
+        return
+    scale = max(largest(single) for single in singles)
+    one_pass = max(relative(out.logits[i, n - lengths[i] :], singles[i][:-1], scale) for i in range(3))
+    yield within("padding_equal", f"{n:,} tokens, float64", one_pass, TOLERANCE)
+    behind = max(relative(nexts[i, -1], singles[i][-1], scale) for i in range(3))
+    yield within("padding_equal", "a token behind it, float64", behind, TOLERANCE)
+
+
+def against_reference(twins: Twins):
+    """`reference`: the whole model's output and gradients beside one whose layers are their references; float64."""
+    s, model, tokens = twins.setting, twins.exact, twins.tokens
+    ids = tokens.draw(2, s.gradient_length)
+    weights = {name: weight for name, weight in model.named_parameters() if ".attn." in name}
+
+    def outcome():
+        out, leaves = tokens.traced(ids)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out)
+        wanted = [*leaves, *weights.values()]
+        found = torch.autograd.grad((out * weight).sum(), wanted, allow_unused=True)
+        return out.detach(), [torch.zeros_like(w) if g is None else g for w, g in zip(wanted, found, strict=True)]
+
+    out, ours = outcome()
+    with as_reference(model):
+        expected, theirs = outcome()
+    yield within("reference", f"output, {ids.shape[1]:,} tokens", relative(out, expected), TOLERANCE)
+    top = max(largest(gradient) for gradient in theirs)
+    apart = max(relative(a, b, max(largest(b), 1e-3 * top)) for a, b in zip(ours, theirs, strict=True))
+    yield within("reference", f"gradients, {ids.shape[1]:,} tokens", apart, TOLERANCE)
+    length = twins.reference_length
+    if length > ids.shape[1]:
+        long = tokens.draw(1, length)
+        with torch.no_grad():
+            out = tokens(long)
+            with as_reference(model):
+                expected = tokens(long)
+        yield within("reference", f"output, {length:,} tokens", relative(out, expected), TOLERANCE)
+
+
+def of_the_reference(twins: Twins):
+    """`reach`, `reference_causal`, `gpt2_equal`: what the reference itself sees, layer by layer; float64."""
+    s, length = twins.setting, twins.setting.gradient_length
+    far = min(s.longest, LONGEST_LAYER)
+    leak, cut, unlike, blind = 0.0, 0.0, 0, 0
+    for layer in attentions(twins.exact):
+        hidden = twins.hidden(1, length, twins.exact_device, torch.float64)
+        mine, (own_leaf,) = Floats(layer, s.width, hidden).traced(hidden)  # first: some draw what the reference reads
+        theirs, (leaf,) = Floats(layer.reference, s.width, hidden).traced(hidden)
+        sees = _seen(theirs, leaf, length - 1)
+        unlike += int((_seen(mine, own_leaf, length - 1) != sees).sum())
+        half = length // 2
+        gradient = _gradient(theirs, leaf, half)
+        leak = max(leak, _ratio(largest(gradient[half + 1 :]), largest(gradient)))
+        with torch.no_grad():
+            layer(hidden[:, :half].contiguous())
+            prefix = layer.reference(hidden[:, :half].contiguous())
+        cut = max(cut, relative(prefix, theirs[:, :half], largest(theirs)))
+        if sees.all():  # of a definition that sees all, all must be seen however far
+            hidden = twins.hidden(1, far, twins.exact_device, torch.float64)
+            mine, (leaf,) = Floats(layer, s.width, hidden).traced(hidden)
+            blind = max(blind, int((~_seen(mine, leaf, far - 1)).sum()))
+    yield within("reach", f"of {length:,} tokens, seen by layer or reference alone", unlike, 0.0)
+    yield within("reach", f"of {far:,} tokens, unseen though the reference sees all it has", blind / far, UNSEEN)
+    yield within("reference_causal", "gradient of the reference by a later token", leak, 0.0)
+    yield within("reference_causal", "a prefix of the reference's input", cut, TOLERANCE)
+    yield from _beside_gpt2(twins)
+
+
+def receptive_field(twins: Twins) -> int:
+    """How many tokens the last of `context` depends on in one layer, itself included: in that which sees least."""
+    hidden = twins.hidden(1, twins.setting.context, twins.exact_device, torch.float64)
+    fields = []
+    for layer in attentions(twins.exact):
+        out, (leaf,) = Floats(layer, twins.setting.width, hidden).traced(hidden)
+        fields.append(int(_seen(out, leaf, hidden.shape[1] - 1).sum()))
+    return min(fields)
+
+
+def _gradient(out, leaf, t) -> torch.Tensor:
+    """How much each token moves output t: (T,)."""
+    weight = torch.randn(out.shape[-1], dtype=out.dtype).to(out.device)  # a plain sum may cancel
+    (gradient,) = torch.autograd.grad((out[:, t] * weight).sum(), leaf, retain_graph=True)
+    return gradient.abs().amax(dim=(0, 2))
+
+
+def _seen(out, leaf, t) -> torch.Tensor:
+    """Which tokens move output t: (T,) bool."""
+    gradient = _gradient(out, leaf, t)
+    return gradient > SEEN * gradient.max()
+
+
+def _beside_gpt2(twins: Twins):
+    """The reference beside GPT-2's own attention, with the options that the variant says make it so."""
+    s, config = twins.setting, twins.config()
+    variant = attention.load(twins.name)
+    if not hasattr(variant, "as_gpt2"):
+        yield fact("gpt2_equal", "GPT-2's own attention", None, "it names no options (as_gpt2) that make it GPT-2's")
+        return
+    options = twins.options | variant.as_gpt2(config)
+    layer = variant(config, 0, **options).double().eval()
+    gpt2 = attention.load("baseline")(config, 0).double().eval()
+    for weight in layer.parameters():
+        torch.nn.init.normal_(weight, 0.0, 1 / math.sqrt(s.width))
+    missing = gpt2.load_state_dict(layer.state_dict(), strict=False)
+    if missing.missing_keys or missing.unexpected_keys:
+        yield fact("gpt2_equal", "GPT-2's own attention", False, "with as_gpt2's options its weights have other names")
+        return
+    hidden = torch.randn(2, s.gradient_length, s.width, dtype=torch.float64)
+    with torch.no_grad():
+        apart = relative(layer.reference(hidden), gpt2(hidden)[0])
+    said = "as_gpt2 says that it is; a variant that computes something else leaves as_gpt2 out"
+    yield dataclasses.replace(within("gpt2_equal", "output, float64", apart, TOLERANCE), says=said)
+
+
+def of_gradients(twins: Twins):
+    """`gradients`: slopes along a drawn direction of all weights, beside differences; float64, training."""
+    s, model, tokens = twins.setting, twins.exact, twins.tokens
+    length = min(s.context, twins.reference_length)
+    ids = tokens.draw(1, length)
+    weights = list(model.parameters())
+    direction = [torch.randn_like(weight) * weight.abs().mean() for weight in weights]
+    model.train()
+    try:
+        out = tokens(ids)
+        towards = torch.randn(out.shape, dtype=torch.float64).to(out)
+        found = torch.autograd.grad((out * towards).sum(), weights, allow_unused=True)
+        terms = [(g * d).sum() for g, d in zip(found, direction, strict=True) if g is not None]
+        slope = torch.stack(terms).sum().item()
+        scale = torch.stack(terms).square().sum().sqrt().item()
+        ends = []
+        with torch.no_grad():
+            for step in (STEP, -2 * STEP):
+                for weight, along in zip(weights, direction, strict=True):
+                    weight.add_(along, alpha=step)
+                ends.append((tokens(ids) * towards).sum().item())
+            for weight, along in zip(weights, direction, strict=True):
+                weight.add_(along, alpha=STEP)
+    finally:
+        model.eval()
+    difference = (ends[0] - ends[1]) / (2 * STEP)
+    off = abs(difference - slope) / scale if scale > 0 else math.inf
+    yield within("gradients", f"slope along a drawn direction, {length:,} tokens, training, float64", off, SLOPE)
+
+
+def of_weights(twins: Twins):
+    """`weights_trained`: each is a parameter, of which every row and column has a gradient, and a step moves it."""
+    s, model = twins.setting, twins.build().train()
+    layers = attentions(model)
+    outside = sorted({name for index, layer in enumerate(layers) for name in _drawn_outside(twins, layer, index)})
+    yield _none("no drawn tensor is outside the parameters", outside)
+    yield _none("no weight is frozen", [name for name, weight in _named(layers) if not weight.requires_grad])
+
+    tokens = twins.tokens_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=s.learning_rate, weight_decay=0.0)
+    out = tokens(tokens.draw(s.rows_at(s.length), s.length)).float()
+    (out * torch.randn(out.shape).to(out)).sum().backward()
+    yield _none("every row and column of a weight has a gradient", list(_without_gradient(layers)))
+    before = {name: weight.detach().clone() for name, weight in _named(layers)}
+    optimizer.step()
+    stuck = []
+    for name, weight in _named(layers):
+        live = None if weight.grad is None else weight.grad != 0
+        if live is None or (live.any() and (weight.detach() != before[name])[live].double().mean() < MOVED):
+            stuck.append(name)
+    yield _none("a step moves every weight", stuck)
+    yield within("weights_trained", "form and decoding follow changed weights", _left_behind(twins), TOLERANCE)
+
+
+def _none(what: str, found: list[str]):
+    return fact("weights_trained", what, not found, ", ".join(found[:3]))
+
+
+def _named(layers):
+    return [
+        (f"layer {index}: {name}", weight)
+        for index, one in enumerate(layers)
+        for name, weight in one.named_parameters()
+    ]
+
+
+def _without_gradient(layers):
+    """Weights, of a matrix also rows and columns, whose gradient is missing or zero."""
+    for index, layer in enumerate(layers):
+        for path, module in layer.named_modules():
+            weight = getattr(module, "weight", None)
+            if isinstance(module, nn.Linear | Conv1D) and isinstance(weight, nn.Parameter):
+                moved = weight.grad is not None and weight.grad != 0
+                if weight.grad is None or not (moved.any(0).all() and moved.any(1).all()):
+                    yield f"layer {index}: {path}.weight"
+        for name, weight in layer.named_parameters():
+            if weight.grad is None or not torch.isfinite(weight.grad).all():
+                yield f"layer {index}: {name}"
+
+
+def _drawn_outside(twins: Twins, layer, index: int):
+    """Names of random tensors of a layer that no optimizer moves although its output has a slope by them.
+
+    Random is what another seed makes otherwise. A buffer without a slope, such as the rotations of a hash, is none.
+    """
+    other = twins.layer_of_another_seed(index)
+    theirs = dict(_unregistered(other))
+    for name, tensor in _unregistered(layer):
+        if name in theirs and _differs(tensor, theirs[name]):
+            yield f"layer {index}: {name}"
+    theirs = dict(other.named_buffers())
+    for name, tensor in layer.named_buffers():
+        if tensor.is_floating_point() and _differs(tensor, theirs[name]) and _has_slope(twins, layer, name, tensor):
+            yield f"layer {index}: {name}"
+
+
+def _differs(mine, theirs) -> bool:
+    return mine.shape != theirs.shape or not torch.equal(mine.detach().cpu(), theirs.detach().cpu())
+
+
+def _unregistered(layer):
+    """(name, tensor) of floating tensors that a layer keeps beside its parameters and buffers."""
+    for path, module in layer.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            for thing in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(thing, nn.Module):
+                    yield from (
+                        (f"{path}.{key}.{name}".lstrip("."), weight) for name, weight in thing.named_parameters()
+                    )
+                elif isinstance(thing, torch.Tensor) and thing.is_floating_point():
+                    yield f"{path}.{key}".lstrip("."), thing
+
+
+def _has_slope(twins: Twins, layer, name: str, buffer) -> bool:
+    hidden = twins.hidden(1, min(40, twins.setting.length), buffer.device, torch.float32)
+    moved = buffer.detach().clone().requires_grad_()
+    with torch.enable_grad(), twins.autocast():
+        out = functional_call(layer, {name: moved}, (hidden,))[0]
+    if not out.requires_grad:
+        return False
+    (slope,) = torch.autograd.grad(out.float().square().sum(), moved, allow_unused=True)
+    return slope is not None and bool(slope.any())
+
+
+@torch.no_grad()
+def _left_behind(twins: Twins) -> float:
+    """How far a layer that has run, and decoded, is from its reference once its weights are others; float64."""
+    layers, worst = attentions(twins.exact), 0.0
+    hidden = twins.hidden(1, min(40, twins.setting.length), twins.exact_device, torch.float64)
+    pieces = _prefill_and_tokens(hidden, 2)
+
+    def both(layer):
+        cache = cache_of(layers)
+        decoded = [layer(piece.contiguous(), past_key_values=cache)[0] for piece in pieces]
+        return layer(hidden)[0], torch.cat(decoded, dim=1)
+
+    for layer in layers:
+        both(layer)
+        before = [weight.clone() for weight in layer.parameters()]
+        for weight in layer.parameters():
+            weight.mul_(torch.rand(weight.shape, dtype=torch.float64).to(weight) + 0.5)
+        given = both(layer)
+        expected = layer.reference(hidden)
+        worst = max([worst, *(relative(one, expected) for one in given)])
+        for weight, old in zip(layer.parameters(), before, strict=True):
+            weight.copy_(old)
+    return worst
+
+
+def of_gpt2(twins: Twins):
+    """`gpt2_projection`, `gpt2_initialisation`: what surrounds the mixing, and how training begins, is GPT-2's."""
+    hidden = twins.hidden(1, min(40, twins.setting.length), twins.exact_device, torch.float64)
+    used = [_uses_projection(layer, hidden) for layer in attentions(twins.exact)]
+    yield fact("gpt2_projection", "a (C, C) matrix and a bias named c_proj, which the output goes through", all(used))
+    odd = list(_initialised_otherwise(twins.build(), twins.setting.layers))
+    yield fact("gpt2_initialisation", "N(0, 0.02), the projection's over √(2 L), biases 0", not odd, ", ".join(odd[:3]))
+
+
+@torch.no_grad()
+def _uses_projection(layer, hidden) -> bool:
+    """Whether the output goes through a (C, C) matrix and a bias named c_proj, as GPT-2's does."""
+    projection, width = getattr(layer, "c_proj", None), hidden.shape[-1]
+    if projection is None or tuple(projection.weight.shape) != (width, width) or projection.bias is None:
+        return False
+    before, bias = layer(hidden)[0], projection.bias.clone()
+    projection.bias += 1.0
+    shifted = layer(hidden)[0] - before
+    projection.bias.copy_(bias)
+    return bool((shifted - 1.0).abs().max() < TOLERANCE)
+
+
+def _initialised_otherwise(model, layers: int):
+    """Weights of attention that do not begin as GPT-2's: as `lib.model` draws them."""
+    for name, weight in model.named_parameters():
+        if ".attn." in name and weight.dim() >= 2:
+            expected = 0.02 / math.sqrt(2 * layers) if name.endswith("c_proj.weight") else 0.02
+            by_chance = 5 / math.sqrt(2 * weight.numel())  # five standard errors of a standard deviation
+            if not abs(weight.std().item() / expected - 1) <= max(0.1, by_chance):
+                yield name
+        elif ".attn." in name and name.endswith("bias") and weight.any():
+            yield name
+
+
+def of_cache_bytes(twins: Twins):
+    """`cache_bytes`: the formula beside what a cache holds, after a prefill and some tokens, in the run's precision."""
+    model, tokens = twins.plain, twins.tokens_of(twins.plain)
+    off, kept = 0.0, 0.0
+    for n in sorted({max(1, twins.setting.decoded // 3), twins.setting.decoded}):
+        cache, ids, length = model.new_cache(), tokens.draw(1, n), 0
+        for piece in _prefill_and_tokens(ids, 3):
+            with torch.no_grad(), twins.autocast():
+                model(piece, past_key_values=cache, use_cache=True)
+            length, held = length + piece.shape[1], counts.held(cache)
+            size = max(tensor.element_size() for tensor in held)
+            formula = sum(layer.cache_bytes(length, size) for layer in attentions(model))
+            off = max(off, abs(counts.bytes_of(held) - formula) / max(1, formula))
+            kept = max(kept, counts.storage_bytes(held) / max(1, counts.bytes_of(held)) - 1)
+    yield within("cache_bytes", "the formula off what the cache holds", off, BYTES)
+    yield within("cache_bytes", "memory kept alive beyond that", kept, BYTES)
+
+
+def of_core_flops(twins: Twins):
+    """`core_flops`: the formula beside what is counted, in one pass, in decoding and over a doubling of the length."""
+    s, T = twins.setting, COUNTED_AT
+    layer, hidden = twins.layer_for(T), torch.randn(1, T, s.width)
+    products, elementwise = counts.core_operations(layer, hidden)
+    useful, dense = layer.core_flops(T), layer.core_flops(T, dense=True)
+    step = counts.step_operations(layer, hidden)
+    per_step = useful - layer.core_flops(T - 1)
+    yield within(
+        "core_flops", f"useful over counted, {T:,} tokens", _ratio(useful, products + elementwise), USEFUL_OVER_COUNTED
+    )
+    yield within("core_flops", f"counted over dense, {T:,} tokens", _ratio(products, dense), COUNTED_OVER_DENSE)
+    in_pass, in_step = _ratio(products, useful), _ratio(step, per_step)
+    if in_step > STEP_OVER_USEFUL:
+        yield within("core_flops", f"counted over useful, {T:,} tokens", in_pass, PASS_OVER_USEFUL)
+    else:
+        yield within("core_flops", f"counted over useful, the token after {T - 1:,}", in_step, STEP_OVER_USEFUL)
+    said, found = flops_growth(twins), counts.exponent(*(sum(counts.core_operations(*one)) for one in _doubled(twins)))
+    yield within("core_flops", "exponent of the length, formula and counted apart", abs(said - found), GROWTH_APART)
+
+
+def _doubled(twins: Twins):
+    """A small layer and its input at two lengths, each with as many positions: what derives from them grows too."""
+    width = 8 * twins.setting.heads
+    return [(twins.layer_for(n, width), torch.randn(1, n, width)) for n in (COUNTED_AT, 2 * COUNTED_AT)]
+
+
+def flops_growth(twins: Twins) -> float:
+    """Exponent of T of the analytic count."""
+    return counts.exponent(*(layer.core_flops(x.shape[1]) for layer, x in _doubled(twins)))
+
+
+def memory_growth(twins: Twins) -> float:
+    """Exponent of T of what a layer keeps for its backward pass."""
+    return counts.exponent(*(counts.activation_bytes(layer.train(), x) for layer, x in _doubled(twins)))
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else 0.0 if a <= 0 else math.inf
+
+
+def _prefill_and_tokens(x, after: int) -> list[torch.Tensor]:
+    """A sequence as a prefill and the last `after` tokens, as far as there are so many."""
+    after = min(after, x.shape[1] - 1)
+    first = x.shape[1] - after
+    return [x[:, :first].contiguous(), *(token.contiguous() for token in x[:, first:].split(1, dim=1) if after)]

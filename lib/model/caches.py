@@ -1,0 +1,110 @@
+"""A model's cache: a layer of the variant's own kind per block, under transformers' whole contract for caches."""
+
+import contextlib
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from lib.model.arguments import Unsupported
+
+MADE_HERE = (None, "dynamic", "dynamic_full", "offloaded")  # of transformers' `cache_implementation`
+
+
+class VariantCache(Cache):
+    """`offloading`: a layer lies in the host's memory except while its block computes (`offloaded`).
+
+    `read` (B, tokens) is the padding mask under which the cached tokens were read, None where none was padding.
+    """
+
+    def __init__(self, layers, offloading=False):
+        super().__init__(layers=layers)
+        self.offloading, self.only_non_sliding = offloading, False
+        self.read = None
+
+    def reset(self):
+        for layer in self.layers:
+            layer.reset()
+            if isinstance(layer, DynamicLayer):  # transformers' own zeroes what it holds, and goes on behind it
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+        self.read = None
+
+    def crop(self, tokens_to_remove):
+        super().crop(tokens_to_remove)
+        length = self.get_seq_length()
+        if not length:
+            self.reset()  # or an empty tensor would remember how many rows there were
+        elif self.read is not None:
+            self.read = self.read[:, :length]
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._each_row(lambda read: read.index_select(0, beam_idx.to(read.device)))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._each_row(lambda read: read.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._each_row(lambda read: read[indices])
+
+    def _each_row(self, change):
+        if self.read is not None:
+            self.read = change(self.read)
+
+    def note(self, padding_mask, shape, past):
+        """Keeps the mask under which `shape` (B, T) more tokens are read. Raises Unsupported where it says of cached
+        tokens what was not said when they were read: a state cannot forget them."""
+        if padding_mask is None and self.read is None:
+            return
+        B, T = shape
+        device = (self.read if padding_mask is None else padding_mask).device
+        before = torch.ones(B, past, dtype=torch.bool, device=device) if self.read is None else self.read
+        if padding_mask is not None and not torch.equal(padding_mask[:, :past], before):
+            raise Unsupported(
+                "attention_mask says of cached tokens that they are padding, or are not, unlike when they were read; "
+                "give each token's mask with the token, or start from a new cache"
+            )
+        new = torch.ones(B, T, dtype=torch.bool, device=device) if padding_mask is None else padding_mask[:, past:]
+        self.read = torch.cat([before, new], dim=1)
+
+
+def own(cache, kinds, new_layers):
+    """A cache that a caller gives, fit to be filled: an empty DynamicCache is given layers of the variant's own kind.
+
+    `kinds` are the class names of these layers, `new_layers()` makes empty ones. A layer of another class that keeps
+    the same may say so: `stands_for`, a class name. Raises Unsupported for other kinds.
+    """
+    if not isinstance(cache, Cache):
+        raise Unsupported(f"past_key_values must be a cache, such as model.new_cache(), not {type(cache).__name__}")
+    if type(cache) is DynamicCache and cache.get_seq_length() == 0:
+        cache.layers, cache.layer_class_to_replicate = new_layers(), None
+        return cache
+    given = [getattr(layer, "stands_for", type(layer).__name__) for layer in cache.layers]
+    if given != kinds:
+        held, wanted = (f"{len(names)} x {' and '.join(sorted(set(names)))}" for names in (given, kinds))
+        raise Unsupported(
+            f"this {type(cache).__name__} holds {held}, not {wanted}; use model.new_cache(), or an empty DynamicCache"
+        )
+    return cache
+
+
+def keeps_every_key(layer) -> bool:
+    """Whether a cached token can still be hidden by the mask of a later call; a window or a state has let it go."""
+    return isinstance(layer, DynamicLayer) and not layer.is_sliding
+
+
+@contextlib.contextmanager
+def offloaded(cache, blocks):
+    """Inside, each layer of the cache comes to its device before its block computes, and leaves it after."""
+    hooks = []
+    for layer, block in zip(cache.layers, blocks, strict=True):
+        if not (cache.only_non_sliding and getattr(layer, "is_sliding", False)):
+            hooks.append(block.register_forward_pre_hook(lambda *_, layer=layer: layer.prefetch()))
+            hooks.append(block.register_forward_hook(lambda *_, layer=layer: layer.offload()))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

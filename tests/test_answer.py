@@ -1,0 +1,181 @@
+"""The answer: every sentence, cell and mark follows from the records, and changes with them."""
+
+import math
+
+import numpy as np
+import pytest
+from test_probes import cell
+from test_steps import made_record
+
+from lib.analysis import answer, answer_figure, evidence
+from lib.attention import CONTROL
+from lib.errors import UsageError
+from lib.record import probe, steps
+
+LABELS = ("sdpa", CONTROL, "gqa", "linear", "sliding_window", "mla")
+NOISE = np.random.default_rng(0).normal(0, 0.004, (len(LABELS), 8))
+
+
+def made_steps(ratios: dict, joules=True, **changes) -> steps.Steps:
+    """Eight rounds at 512 tokens in which each of LABELS takes `ratios` of SDPA's time; joules go the other way."""
+    seconds = {
+        label: [ratios.get(label, 1.0) * math.exp(noise) for noise in NOISE[i]] for i, label in enumerate(LABELS)
+    }
+    counted = {label: [1 / value for value in values] for label, values in seconds.items()}
+    found = made_record(seconds, counted if joules else None)
+    entries = [
+        entry.model_copy(update={"attention": "sdpa" if entry.label == CONTROL else entry.label})
+        for entry in found.entries
+    ]
+    return found.model_copy(update={"entries": entries} | changes)
+
+
+def made_cells(**recalled):
+    """Three seeds of recall for each label; two layers of SDPA and what it needs to be shown."""
+    recalled = {"sdpa": 1.0, "gqa": 1.0, "mla": 0.99, "linear": 0.3, "sliding_window": 0.0} | recalled
+    return probe.frame([
+        cell(label, (1.0, 1.0, max(0.0, value - 0.01 * seed)), seed=seed, rate=3e-3)
+        for label, value in recalled.items() for seed in range(3)
+    ])  # fmt: skip
+
+
+def say(ratios, cells=True, **changes):
+    found = evidence.Evidence(made_steps(ratios, **changes), made_cells() if cells is True else cells)
+    return found, " ".join(answer.sentences(found))
+
+
+def test_where_nothing_is_faster_the_answer_is_sdpa():
+    found, said = say({})
+    assert "**At 512 tokens keep SDPA**: nothing trains in significantly less time." in said
+    assert found.cheapest(512, evidence.TIME, found.others).labels == []
+    assert answer_figure.headline(found) == ["512 tokens: keep SDPA; nothing trains in significantly less time."]
+
+
+def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recalls_with_its_own_saving():
+    found, said = say({"linear": 0.2, "gqa": 0.8})
+    assert "without recall LINEAR** (training time ÷ 5.0 [" in said and "with recall GQA (÷ 1.2" in said
+    assert "LINEAR 29%." in said  # the median of 30, 29 and 28 %
+    assert answer_figure.headline(found) == ["512 tokens: LINEAR, time ÷ 5.0, if recall is not needed."]
+    table = answer.limits(found).set_index("if you are limited by")
+    assert table.loc["time, 512 tokens", "pick"] == "**LINEAR**"
+    assert table.loc["time, 512 tokens", "it costs"] == "recalls 29%"
+    assert table.loc["time, 512 tokens, and recall counts", "pick"] == "**GQA**"
+
+
+def test_what_is_faster_and_recalls_is_simply_taken():
+    _, said = say({"gqa": 0.5, "linear": 0.9})
+    assert "**At 512 tokens take GQA**: training time ÷ 2.0" in said
+
+
+def test_two_that_are_not_told_apart_share_the_place():
+    found, _ = say({"gqa": 0.5, "mla": 0.5001})
+    assert sorted(found.cheapest(512, evidence.TIME, found.others).labels) == ["gqa", "mla"]
+
+
+def test_joules_have_a_pick_of_their_own_and_none_where_they_were_not_counted():
+    found, _ = say({"gqa": 2.0})  # twice the time, half the joules
+    table = answer.limits(found).set_index("if you are limited by")
+    row = table.loc["joules, 512 tokens, recall or not"]
+    assert row["pick"] == "**GQA**" and row["it saves"].startswith("÷ 2.0") and "time × 2.0" in row["it costs"]
+    found, _ = say({"gqa": 2.0}, joules=False)
+    assert not answer.limits(found)["if you are limited by"].str.contains("joules").any()
+    assert "joules" not in answer.how_sure(found)[0]
+
+
+def test_what_fails_its_certificate_is_never_picked_and_is_named():
+    made = made_steps({"linear": 0.1})
+    entries = [e.model_copy(update={"certified": e.label != "linear"}) for e in made.entries]
+    found = evidence.Evidence(made.model_copy(update={"entries": entries}), made_cells())
+    assert "LINEAR" not in " ".join(answer.sentences(found))
+    assert answer.how_sure(found)[-1].endswith("not picked: LINEAR.")
+
+
+def test_the_control_is_no_choice_and_stands_as_the_noise():
+    found, said = say({CONTROL: 0.5})
+    assert CONTROL not in found.labels and CONTROL.upper() not in said
+    assert any(line.startswith("Noise: SDPA against itself took ÷ 2.0") for line in answer.how_sure(found))
+
+
+def test_the_cache_is_what_the_variants_themselves_count_for_the_whole_model():
+    found, said = say({})
+    assert found.cache["sdpa"] == 2 * 16 * 32_768 * 2  # keys and values, one layer of width 16, two bytes
+    assert "**If the KV cache is what you pay for," in said and "recalls as SDPA does" in said
+    assert "SLIDING_WINDOW" not in said  # smaller, and forgets
+
+
+def test_without_probes_nothing_is_said_of_recall():
+    found, said = say({"linear": 0.2}, cells=None)
+    assert "take LINEAR" in said and "recalls was not tried" in said
+    assert not answer.limits(found)["if you are limited by"].str.contains("recall").any()
+
+
+def test_a_task_that_sdpa_does_not_solve_is_no_evidence():
+    found, said = say({"linear": 0.2}, cells=made_cells(sdpa=0.5))
+    assert found.recall == {} and "take LINEAR" in said
+
+
+@pytest.mark.parametrize(
+    ("ratio", "low", "high", "says"),
+    [
+        (0.5, 0.4, 0.625, "÷ 2.00 [1.60, 2.50]"),
+        (0.2, 0.16, 0.25, "÷ 5.0 [4.0, 6.2]"),
+        (1.3, 1.25, 1.35, "× 1.30 [1.25, 1.35]"),
+        (4.0, math.nan, math.nan, "× 4.0"),
+    ],
+)
+def test_ratios_are_said_as_people_say_them(ratio, low, high, says):
+    class Row:
+        pass
+
+    row = Row()
+    row.ratio, row.low, row.high = ratio, low, high
+    assert evidence.times(row) == says
+
+
+def test_every_variant_has_its_row_and_every_mark_stands_at_its_number():
+    found, _ = say({"linear": 0.2, "gqa": 0.8})
+    figure = answer_figure.picture(found)
+    recall, time, energy, memory, cache = figure.axes
+    assert [tick.get_text() for tick in recall.get_yticklabels()] == [found.title[label] for label in found.labels]
+    at = {label: len(found.labels) - 1 - i for i, label in enumerate(found.labels)}
+    for axis, metric in ((time, evidence.TIME), (energy, evidence.ENERGY)):
+        marks = {
+            round(float(line.get_xdata()[0]), 9)
+            for line in axis.lines
+            if line.get_marker() == "o" and len(line.get_xdata())
+        }
+        assert marks == {round(float(found.ratio(label, 512, metric).ratio), 9) for label in found.labels}
+        bars = [line.get_xdata() for line in axis.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 5]
+        row = found.ratio("linear", 512, metric)
+        assert any(np.allclose(bar, (row.low, row.high)) for bar in bars)
+    medians = {line.get_ydata()[0]: line.get_xdata()[0] for line in recall.lines if line.get_marker() == "|"}
+    assert medians == {at[label]: pytest.approx(100 * found.recall[label].median) for label in found.labels}
+    assert [patch.get_width() for patch in memory.patches] == [1.0] * len(found.labels)  # GiB
+    assert {round(p.get_y() + p.get_height() / 2): p.get_width() for p in cache.patches} == {
+        at[label]: pytest.approx(found.cache[label] / 2**20) for label in found.labels
+    }
+
+
+def test_a_number_that_was_not_measured_is_a_sentence_in_its_place():
+    found, _ = say({}, joules=False, cells=None)
+    words = [text.get_text() for axis in answer_figure.picture(found).axes for text in axis.texts]
+    assert "not tried" in words and "not measured:\nthe run used no GPU" in words
+
+
+def test_the_command_writes_between_the_marks_and_nowhere_else(tmp_path, capsys):
+    steps.write(made_steps({"linear": 0.2}), tmp_path / "steps.json")
+    (tmp_path / "cells").mkdir()
+    page = tmp_path / "page.md"
+    words = ["--steps", str(tmp_path / "steps.json"), "--cells", str(tmp_path / "cells"), "--page", str(page),
+             "--figures", str(tmp_path)]  # fmt: skip
+    page.write_text("before, and no place for it\n")
+    assert answer.main(words) == 2 and "the page has no place for the answer" in capsys.readouterr().err
+    page.write_text(f"before\n{answer.BEGIN} old {answer.END}\nbehind\n")
+    assert answer.main(words) == 0 and (tmp_path / "answer.png").is_file()
+    first = page.read_text()
+    assert first.startswith("before\n") and first.endswith("behind\n") and "take LINEAR" in first and "old" not in first
+    assert answer.main(words) == 0 and page.read_text() == first
+    (tmp_path / "steps.json").unlink()
+    assert answer.main(words) == 2 and page.read_text() == first
+    with pytest.raises(UsageError):
+        answer.put("nothing", "x")

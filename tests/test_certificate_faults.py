@@ -1,0 +1,344 @@
+"""Every kind of mistake that a variant's file can hold, planted in every variant that can, fails the check about it."""
+
+import textwrap
+from dataclasses import dataclass, field
+
+import pytest
+
+from lib import attention
+from lib.certificate import CLAIMS, Setting, variant
+from lib.certificate.twins import Twins
+
+SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows, two layers, past chunks and windows
+    "layers": 2, "width": 16, "heads": 2, "positions": 290, "context": 150, "batch_size": 3,
+    "inference_contexts": (30,),
+}  # fmt: skip
+BF16 = {"precision": "bf16"}
+ALL = attention.variants()
+FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh"))  # those that see all of a row
+SLEEPING = "0.01 * x.flip(1)"  # the last token at the first, and so on
+IN_HALF = """
+class Half(torch.autograd.Function):
+    forward = staticmethod(lambda ctx, x: x.clone())
+    backward = staticmethod(lambda ctx, gradient: 0.5 * gradient)
+"""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What follows the right forward (`code` knows x, out, B, T, C, past, cached and seen), what the constructor
+    (`init`), what the class holds beside or instead (`members`), and what stands in the padding mask's place."""
+
+    code: str = ""
+    init: str = ""
+    members: str = ""
+    padding: str = "padding_mask"
+    where: tuple = ALL
+    sizes: dict = field(default_factory=dict)
+
+
+def but(*names):
+    return tuple(name for name in ALL if name not in names)
+
+
+def formula(name, returns):
+    second = "dense=False" if name == "core_flops" else "element_bytes"
+    return f"def {name}(self, context, {second}):\n    return {returns}"
+
+
+def slow(returns):
+    return f"def reference(self, x):\n    return {returns}"
+
+
+FAULTS = {
+    "causal": {
+        "beyond 256 tokens": Fault(f"if T > 256: out = out + {SLEEPING}"),
+        "where the length is a multiple of 64": Fault(f"if T % 64 == 0: out = out + {SLEEPING}"),
+        "mean of a chunk of 16": Fault("out = out + 0.01 * chunk_mean(x, 16)"),
+        "mean of a chunk of 64": Fault("out = out + 0.01 * chunk_mean(x, 64)"),
+        "mean of a chunk of 256": Fault("out = out + 0.01 * chunk_mean(x, 256)"),
+        "mean of a chunk of 1000": Fault("out = out + 0.01 * chunk_mean(x, 1000)"),
+        "a token more at the border of a chunk": Fault("out = out.clone(); out[:, 63:-1:64] += 0.01 * x[:, 64::64]"),
+        "convolution by a circular FFT": Fault("out = out + 0.01 * circular(x)"),
+        "over the largest in time": Fault("out = out / out.abs().amax(1, keepdim=True)"),
+        "a part in 10^9": Fault("out = out + 1e-9 * x.flip(1)"),
+        "the token 100 later": Fault("out = out + 0.01 * torch.cat([x[:, 100:], 0 * x[:, :100]], 1)[:, :T]"),
+        "in float32": Fault(f"if x.dtype == torch.float32: out = out + {SLEEPING}"),
+        "in bfloat16": Fault(f"if out.dtype == torch.bfloat16: out = out + {SLEEPING}", sizes=BF16),
+        "under autocast": Fault(f"if torch.is_autocast_enabled('cpu'): out = out + {SLEEPING}", sizes=BF16),
+        "without gradients": Fault(f"if not torch.is_grad_enabled(): out = out + {SLEEPING}"),
+        "in training": Fault(f"if self.training: out = out + {SLEEPING}"),
+        "in training with dropout": Fault(
+            f"if self.training and self.p: out = out + {SLEEPING}",
+            init="self.p = config.attn_pdrop", where=but("flash"), sizes={"dropout": 0.1},
+        ),
+        "above the first layer": Fault(f"if self.layer_idx > 0: out = out + {SLEEPING}"),
+        "where a head is not 8 wide": Fault(f"if C // self.heads != 8: out = out + {SLEEPING}", sizes={"width": 24}),
+        "in rows beyond two": Fault(f"if B > 2: out = torch.cat([out[:2], (out + {SLEEPING})[2:]])"),
+        "beyond eight rows": Fault(f"if B > 8: out = out + {SLEEPING}", sizes={"batch_size": 9, "context": 40}),
+    },
+    "rows_independent": {
+        "mean of all rows": Fault("out = out + 0.01 * x.mean(0)"),
+        "a row beyond two sees the first": Fault("if B > 2: out = torch.cat([out[:2], out[2:] + 0.01 * x[:1]])"),
+        "above the first layer": Fault("if self.layer_idx > 0: out = out + 0.01 * x.mean(0)"),
+        "statistics of the batch in training": Fault("if self.training: out = out - 0.1 * out.mean(0, keepdim=True)"),
+    },
+    "prefix_equal": {
+        "a scale from the length": Fault("out = out * T**-0.5"),
+        "another scale where the length is a multiple of 64": Fault("if T % 64 == 0: out = 0.9 * out"),
+        "another scale beyond 256 tokens": Fault("if T > 256: out = 0.9 * out"),
+        "not finite beyond 256 tokens": Fault("if T > 256: out = out * float('nan')"),
+    },
+    "mixes": {"each token alone": Fault("out = super().forward(x.reshape(B * T, 1, C))[0].view(B, T, C)")},
+    "repeatable": {
+        "noise": Fault("out = out + 0.01 * torch.randn_like(out)"),
+        "a running mean, moved in training": Fault(
+            "self.mean = self.mean + 0.1 * out.detach().mean() * self.training; out = out * (1 + self.mean)",
+            "self.mean = 0.0"
+        ),
+    },
+    "training_equal": {
+        "another scale in training": Fault("if self.training: out = 0.99 * out"),
+        "in training and float32": Fault("if self.training and x.dtype == torch.float32: out = 0.99 * out"),
+        "dropout whatever the configuration": Fault("out = F.dropout(out, 0.1, self.training)"),
+    },
+    "precision": {
+        "rounded to bfloat16 in float32": Fault("if x.dtype == torch.float32: out = out.bfloat16().float()"),
+        "another scale in float32": Fault("if x.dtype == torch.float32: out = 0.999 * out"),
+        "another scale in bfloat16": Fault(
+            "if out.dtype == torch.bfloat16: out = 0.5 * out", sizes=BF16, where=but("lsh")
+        ),
+    },
+    "cached_equal": {
+        "a decoded token": Fault("if past is not None and T == 1: out = 0.99 * out"),
+        "a token decoded behind 128": Fault(
+            "if T == 1 and seen > 128: out = 0.99 * out", sizes={"inference_contexts": (140,)}
+        ),
+        "decoded in bfloat16": Fault("if past is not None and T == 1: out = out.bfloat16().type_as(out)"),
+        "a token decoded in float32": Fault("if seen and T == 1 and x.dtype == torch.float32: out = 0.9 * out"),
+        "a token decoded above the first layer": Fault("if seen and T == 1 and self.layer_idx > 0: out = 0.99 * out"),
+    },
+    "prefill_equal": {
+        "the cache of a prefill": Fault("if past is not None and T > 1: spoil(cached)"),
+        "the cache of a prefill beyond 128 tokens": Fault("if past is not None and T > 128: spoil(cached)"),
+        "a leak where there is a cache": Fault(f"if past is not None: out = out + {SLEEPING}"),
+        "a leak among several tokens behind a cache": Fault(f"if T > 1 and seen: out = out + {SLEEPING}"),
+        "several tokens behind a cache forget it": Fault("if T > 1 and seen: out = super().forward(x)[0]"),
+        "one cache for all texts": Fault(
+            init="self.only = None",
+            members="def new_cache(self):\n    self.only = self.only or super().new_cache()\n    return self.only",
+        ),
+    },
+    "padding_equal": {
+        "not looked at": Fault(padding="None"),
+        "hides a token": Fault(padding="hide_one(padding_mask)"),
+        "not looked at in decoding": Fault(
+            padding="None if seen and hidden_states.shape[1] == 1 else padding_mask",
+            where=but("linear", "sliding_window"),  # whose caches remember what was padding
+        ),
+    },
+    "weights_trained": {
+        "a plain tensor": Fault("out = out * self.extra.type_as(out)", "self.extra = torch.rand(config.n_embd) + 0.5"),
+        "a buffer": Fault(
+            "out = out * self.extra.type_as(out)", "self.register_buffer('extra', torch.rand(config.n_embd) + 0.5)"
+        ),
+        "parameters in a plain list": Fault(
+            "out = out * self.extra[0].type_as(out)", "self.extra = [nn.Parameter(torch.rand(config.n_embd) + 0.5)]"
+        ),
+        "a module in a plain list": Fault("", "self.extra = [nn.Linear(config.n_embd, config.n_embd)]"),
+        "a matrix that nothing uses": Fault("", "self.extra = nn.Linear(config.n_embd, config.n_embd)"),
+        "frozen": Fault("", "self.c_proj.weight.requires_grad_(False)"),
+        "without a gradient": Fault("out = out.detach() + 0.0 * x"),
+        "without a gradient in training": Fault("if self.training: out = out.detach() + 0.0 * x"),
+        "half a projection without a gradient": Fault("", "self.c_proj.register_forward_pre_hook(drop_half)"),
+        "a bias copied at first use": Fault(
+            "self.old = self.c_proj.bias.detach().clone() if self.old is None else self.old\n"
+            "out = out - self.c_proj.bias.type_as(out) + self.old.type_as(out)", "self.old = None",
+        ),
+        "bfloat16 without a float32 master": Fault(
+            "", "self.to(torch.bfloat16)", sizes=BF16 | {"learning_rate": 5e-5}
+        ),
+    },
+    "gradients": {
+        "halved in form and reference": Fault(
+            "", "self.c_proj.register_forward_hook(lambda *given: Half.apply(given[2]))"
+        ),
+        "cut in form and reference": Fault("", "self.c_proj.register_forward_pre_hook(cut_half)"),
+    },
+    "reference": {
+        "a gradient halved": Fault("out = Half.apply(out)"),
+        "another scale above the first layer": Fault("if self.layer_idx > 0: out = 0.9 * out"),
+        "another scale where a head is not 8 wide": Fault(
+            "if C // self.heads != 8: out = 0.9 * out", sizes={"width": 24}
+        ),
+        "what the layer before read": Fault(
+            "before, Attention.read = (Attention.read if self.layer_idx else x), x; out = out + 0.1 * before",
+            members="read = None",
+        ),
+    },
+    "reach": {
+        "a window beyond 256 tokens": Fault(
+            "if T > 256: out = torch.cat([out[:, :-1], super().forward(x[:, -100:].contiguous())[0][:, -1:]], 1)",
+            where=FULL,
+        ),
+    },
+    "reference_causal": {
+        "a leak that the reference shares": Fault(
+            f"out = out + {SLEEPING}", members=slow(f"super().reference(x) + {SLEEPING}")
+        ),
+    },
+    "gpt2_equal": {
+        "a scale that the reference shares": Fault(
+            "out = 0.9 * out", members=slow("0.9 * super().reference(x)"),
+            where=tuple(name for name in ALL if hasattr(attention.load(name), "as_gpt2")),
+        ),
+    },
+    "cache_bytes": {
+        "half of them": Fault(members=formula("cache_bytes", "super().cache_bytes(context, element_bytes) // 2")),
+        "as many at any length": Fault(
+            members=formula("cache_bytes", "super().cache_bytes(100, element_bytes)"), where=but("linear")
+        ),
+        "a cache that keeps its inputs": Fault("if past is not None: cached.extra = x"),
+        "a cache that keeps a prompt alive": Fault("if past is not None and T > 1: keep_alive(cached)"),
+    },
+    "core_flops": {
+        "none": Fault(members=formula("core_flops", "0")),
+        "half of them": Fault(
+            members=formula("core_flops", "super().core_flops(context, dense) // 2"), where=but("linear")
+        ),
+        "ten times as many": Fault(members=formula("core_flops", "10 * super().core_flops(context, dense)")),
+        "linear in the length": Fault(
+            members=formula("core_flops", "super().core_flops(1024, dense) * context // 1024"),
+            where=but("linear", "sliding_window", "lsh"),
+        ),
+    },
+    "gpt2_projection": {"none": Fault("out = x")},
+    "gpt2_initialisation": {
+        "another": Fault("", "self.c_proj.weight.data.normal_(0.0, 0.1)", "own_initialisation = True"),
+    },
+}  # fmt: skip
+KINDS = [(check, name, one) for check, kinds in FAULTS.items() for name, one in kinds.items()]
+FILE = """
+
+import torch.nn.functional as F
+
+Right = Attention
+
+
+def chunk_mean(x, c):
+    return torch.cat([part.mean(1, keepdim=True).expand_as(part) for part in x.split(c, dim=1)], dim=1)
+
+
+def circular(x):
+    spectrum = torch.fft.rfft(x.double(), dim=1)
+    filters = torch.linspace(0, 1, spectrum.shape[1], dtype=torch.float64)[:, None]
+    return torch.fft.irfft(spectrum * filters, n=x.shape[1], dim=1).to(x.dtype)
+
+
+def tensors(cached):
+    return [(name, x) for name, x in vars(cached).items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
+
+
+def spoil(cached):
+    for name, x in tensors(cached):
+        setattr(cached, name, 1.01 * x)
+
+
+def keep_alive(cached):
+    for name, x in tensors(cached):
+        setattr(cached, name, torch.cat([x, x])[: len(x)])
+
+
+def hide_one(mask):
+    return mask if mask is None else mask & (torch.arange(mask.shape[1]) != mask.shape[1] - 2)
+
+
+def drop_half(_, given):
+    return (torch.cat([0 * given[0][..., :8].detach(), given[0][..., 8:]], dim=-1),)
+
+
+def cut_half(_, given):
+    return (torch.cat([given[0][..., :8].detach(), given[0][..., 8:]], dim=-1),)
+
+{half}
+
+class Attention(Right):
+{members}
+
+    def __init__(self, config, layer_idx, **options):
+        super().__init__(config, layer_idx, **options)
+{init}
+
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **more):
+        x, past = hidden_states, past_key_values
+        cached = None if past is None else past.layers[self.layer_idx]
+        seen = 0 if past is None else past.get_seq_length(self.layer_idx)
+        padding_mask = {padding}
+        out = super().forward(hidden_states, past, padding_mask, **more)[0]
+        B, T, C = x.shape
+{code}
+        return out, None
+"""
+
+
+def planted(name, one, folder):
+    """The path of a variant's file whose class inherits from the right one and does one thing wrong."""
+    parts = {"half": IN_HALF, "padding": one.padding, "members": textwrap.indent(one.members or "pass", " " * 4)}
+    parts |= {part: textwrap.indent(getattr(one, part) or "pass", " " * 8) for part in ("init", "code")}
+    path = folder / "planted.py"
+    path.write_text(attention.find(name).read_text() + FILE.format(**parts))
+    return str(path)
+
+
+def failed(path, check, options=None, **sizes):
+    """Whether a check fails: by the examinations that have a say in it, up to the first that says no."""
+    twins = Twins(path, options or {}, Setting(**(SIZES | sizes)), 0)
+    about = [(examination, checks) for examination, checks in variant.EXAMINATIONS.items() if check in checks]
+    measures = (one for examination, checks in about for one in variant.measured(examination, checks, twins))
+    return any(one.check == check and one.passed is False for one in measures)
+
+
+@pytest.mark.parametrize(("check", "kind", "one"), KINDS, ids=[f"{check}: {name}" for check, name, _ in KINDS])
+def test_each_kind_of_mistake_fails_the_check_that_is_about_it(check, kind, one, tmp_path):
+    unseen = [name for name in one.where if not failed(planted(name, one, tmp_path), check, **one.sizes)]
+    assert not unseen
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_wrapper_alone_is_no_mistake(name, tmp_path):
+    measures = variant.examined(planted(name, Fault(), tmp_path), {}, Setting(**SIZES))
+    assert not [one for one in measures if one.passed is False]
+    assert set(FAULTS) == {one.check for one in measures} == set(CLAIMS)  # a kind for every check
+
+
+MASKS = {  # where a variant hides the future by an added number, or could; the number stands in LOW's place
+    "baseline": ("lowest = torch.finfo(scores.dtype).min", "lowest = LOW"),
+    "sdpa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "gqa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "flash": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "mla": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "sliding_window": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
+    "lsh": (".masked_fill(~visible, torch.finfo(scores.dtype).min)", ".masked_fill(~visible, LOW)"),
+}  # fmt: skip
+ADDED = """
+
+def added(q, T, S):
+    return torch.full((T, S), LOW, dtype=q.dtype).triu(S - T + 1)
+
+
+def soft(q, mask):
+    return torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, LOW)
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("low", [-30.0, -100.0])
+def test_a_mask_that_only_dampens_is_no_mask(low, precision, tmp_path):
+    unseen = []
+    for name, (right, wrong) in MASKS.items():
+        source = attention.find(name).read_text()
+        assert right in source
+        (tmp_path / "planted.py").write_text(source.replace(right, wrong) + f"\n\nLOW = {low}\n" + ADDED)
+        if not failed(str(tmp_path / "planted.py"), "causal", precision=precision):
+            unseen.append(name)
+    assert not unseen
