@@ -293,7 +293,7 @@ def on_paper(choice: Choice, size: str) -> list:
     costs = by_context(choice, size)
     figure, all_axes = plt.subplots(1, 2, figsize=(10.5, 4.4))
     panels = (
-        ("core_flops_per_token", 1e6, "Attention core, per token", "useful MFLOPs, forward, all layers"),
+        ("core_flops_per_token", 1e6, "Attention core, per token", "causal MFLOPs, forward, all layers"),
         ("cache_bytes", style.MIB, "Cache of one sequence", "MiB in bf16, all layers"),
     )
     for axes, (cost, scale, title, unit) in zip(all_axes, panels, strict=True):
