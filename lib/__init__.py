@@ -3,6 +3,7 @@
 Shape letters used everywhere: B batch, T tokens (of the queries), S keys seen so far, C width, H heads, D = C/H.
 """
 
+import importlib.util
 import os
 import sys
 
@@ -18,3 +19,13 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # in a notebook they are of another kind, which takes any sign
         stream.reconfigure(errors="backslashreplace")
+
+
+def __getattr__(name: str):
+    """A room of lib/, imported when it is first asked for: `from lib import model`, `lib.model` after `import lib`."""
+    from lib.startup import quick_imports
+
+    if name.startswith("_") or importlib.util.find_spec(f"{__name__}.{name}") is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with quick_imports():
+        return importlib.import_module(f"{__name__}.{name}")

@@ -18,3 +18,15 @@ def small_disk(tmp_path):
         pytest.skip("this user may mount no file system")
     yield disk
     subprocess.run(["umount", disk], check=True)
+
+
+# What takes minutes begins first, so that of two workers (`--dist loadfile`) none ends alone with one of these.
+LONG = (
+    "test_study.py", "test_figures.py", "test_faults.py", "test_lab_explore.py", "test_cluster.py", "test_lab.py",
+    "test_probes.py", "capability.ipynb", "test_growth.py", "test_house.py", "train.ipynb", "explore.ipynb",
+    "test_standin.py", "test_attention.py", "scaling.ipynb", "test_scaling.py", "replication.ipynb", "summary.ipynb",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

@@ -2,10 +2,14 @@
 
 import contextlib
 import json
+import shutil
 import time
+from threading import Thread
+
+import psutil
 
 from lib import attention, parameters, record
-from lib.data import conversations, corpus
+from lib.data import cache, conversations, corpus
 from lib.study import plan
 
 METRICS = {
@@ -188,14 +192,46 @@ STALLING = NINTH.replace("import torch\n", "import os, pathlib, time\nimport tor
 )
 
 
+# A variant that asks for more memory than there is.
+GREEDY = NINTH.replace(
+    "        v, T =",
+    "        if self.training and hidden_states.shape[1] == 16: torch.empty(1 << 50)\n        v, T =",
+)
+
+
 def tiny_profile(folder) -> str:
     """A profile with data and a tokenizer of its own in `folder`: making the builtin ones costs seconds a run."""
     corpus.builtin_tokenizer().save_pretrained(folder / "tokenizer")
-    talks = [json.dumps({"messages": messages}) for messages in conversations.builtin()[:200]]
-    (folder / "talks.jsonl").write_text("\n".join(talks))
+    shutil.copy(cache.made_once({"tests": "talks"}, _talks) / "talks.jsonl", folder)
     files = {"dataset": str(folder / "talks.jsonl"), "tokenizer": str(folder / "tokenizer")}
     (folder / "tiny.yaml").write_text(json.dumps(TINY | files))
     return str(folder / "tiny.yaml")
+
+
+def _talks(folder) -> None:
+    """Some of the builtin conversations, which take seconds to read: all workers share them."""
+    talks = [json.dumps({"messages": messages}) for messages in conversations.builtin()[:200]]
+    (folder / "talks.jsonl").write_text("\n".join(talks))
+
+
+def kernels() -> list[psutil.Process]:
+    """The notebooks' kernels that this process has started and that still run."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "ipykernel_launcher" in child.cmdline()]
+
+
+def when_it_stalls(reached, act) -> Thread:
+    """Calls `act` from a thread of its own once the file `reached` is there, while the caller runs a study."""
+
+    def watch():
+        for _ in range(6000):
+            if reached.exists():
+                return act()
+            time.sleep(0.1)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
 def wait_for(condition, process, within_s=180):

@@ -74,7 +74,7 @@ def test_an_order_that_confounds_place_and_variant_gives_points(tmp_path):
         return [one.model_copy(update={"study": study}) for one, study in zip(made, studies, strict=True)]
 
     always, unknown = placed(lambda label: int(label == "gqa")), placed(lambda label: 0)
-    said_of = {"place and variant not told apart": always, "order unknown": unknown}
+    said_of = {"place and variant confounded": always, "order unknown": unknown}
     for what, changed in said_of.items():
         said = f"n = 6, {what}"
         runs = read(tmp_path / what, changed)

@@ -168,7 +168,7 @@ def test_the_order_visits_every_row_once_a_round(rows, count, seed):
         ([{"text": "no messages"}], "has the columns text; it needs `messages`"),
         ([{"messages": [{"role": "user", "content": " "}]}], "holds no conversation with a word in it"),
         ([{"messages": [{"who": "user", "text": "hi"}]}], "a turn must be {role: text, content: text}"),
-        ([{"messages": [{"role": "user", "content": "alone"}]}], "leaves no row of 32 tokens"),
+        ([{"messages": [{"role": "user", "content": "alone"}]}], "leaves no sequence of 32 tokens"),
     ],
 )
 def test_data_that_cannot_be_used_is_said_in_one_sentence(talk_file, rows, said):
@@ -313,7 +313,9 @@ def test_a_damaged_cache_is_made_anew(talk_file, monkeypatch, tmp_path, damage):
 
 
 def test_more_rows_in_a_step_than_there_are_is_said(talk_file):
-    with pytest.raises(UsageError, match=r"makes \d+ rows of 32 tokens to train on, fewer than the 80 of one step"):
+    with pytest.raises(
+        UsageError, match=r"makes \d+ sequences of 32 tokens to train on, fewer than the 80 of one step"
+    ):
         load(talk_file(), batch_size=8, accumulation=10)
 
 

@@ -131,8 +131,8 @@ def test_the_cost_table_says_what_measure_counts(name):
     counted = flops.analytic(model, 256)
     shown = dict(zip(table.iloc[:, 0], table[name], strict=True))
     assert shown["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
-    assert shown["forward GFLOPs, useful"] == f"{counted['forward_flops_causal'] / 1e9:,.3f}"
-    assert shown["forward GFLOPs, every score computed"] == f"{counted['forward_flops_full'] / 1e9:,.3f}"
+    assert shown["forward GFLOPs, causal"] == f"{counted['forward_flops_causal'] / 1e9:,.3f}"
+    assert shown["forward GFLOPs, full T x T"] == f"{counted['forward_flops_full'] / 1e9:,.3f}"
     assert shown["cache in bf16, KiB"] == f"{4 * model.transformer.h[0].attn.cache_bytes(256, 2) / 1024:,.0f}"
     assert list(table)[2] == "GPT-2's own"
 

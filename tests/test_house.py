@@ -46,16 +46,28 @@ def test_notebooks_are_committed_executed_clean(path):
     assert str(ROOT) not in text and "/tmp/" not in text
 
 
-@pytest.mark.parametrize("name", ["train.ipynb", "summary.ipynb"])
-def test_a_refresh_leaves_a_notebook_byte_identical(name, tmp_path):
-    """One that measures and one that draws; nbval holds the outputs of all."""
-    path = ROOT / "notebooks" / name
-    copy = tmp_path / path.name
-    shutil.copy(path, copy)
-    command = [sys.executable, str(ROOT / "scripts" / "refresh_notebooks.py"), str(copy)]
+@every_notebook
+def test_notebooks_are_written_as_a_refresh_writes_them(path):
+    assert nbformat.writes(nbformat.read(path, as_version=4)) + "\n" == path.read_text()
+
+
+def test_a_refresh_leaves_a_notebook_byte_identical(tmp_path):
+    """One that draws from records, and a small one that measures and has a widget; nbval holds the outputs of all."""
+    path = ROOT / "notebooks" / "summary.ipynb"
+    shutil.copy(path, tmp_path)
+    measured = nbformat.v4.new_code_cell("import time; time.time()", metadata={"tags": ["nbval-ignore-output"]})
+    measured.outputs = [nbformat.v4.new_output("execute_result", {"text/plain": "12.5"}, execution_count=1)]
+    shown = nbformat.v4.new_code_cell("import ipywidgets; ipywidgets.HTML('a page')")
+    small = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Small"), measured, shown])
+    nbformat.write(small, tmp_path / "small.ipynb")
+    names = [tmp_path / "summary.ipynb", tmp_path / "small.ipynb", tmp_path / "small.ipynb"]
+    command = [sys.executable, str(ROOT / "scripts" / "refresh_notebooks.py"), *map(str, names)]
     said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert said == f"{path.name}: as it was\n"
-    assert copy.read_bytes() == path.read_bytes()
+    assert said == "summary.ipynb: as it was\nsmall.ipynb: changed\nsmall.ipynb: as it was\n"
+    assert (tmp_path / "summary.ipynb").read_bytes() == path.read_bytes()
+    _, kept, widget = nbformat.read(tmp_path / "small.ipynb", as_version=4).cells
+    assert kept.outputs[0].data == {"text/plain": "12.5"} and kept.metadata == {"tags": ["nbval-ignore-output"]}
+    assert set(widget.outputs[0].data) == {"text/plain"} and not widget.metadata
 
 
 def test_papermill_s_help_names_every_parameter_with_its_type_and_meaning():
@@ -92,6 +104,7 @@ MAY_IMPORT = {
     "measure": MODEL | {"parameters", "certificate"},
     "progress": GROUND,
     "markup": set(),
+    "startup": set(),
     "training": MODEL | {"parameters", "certificate", "measure"},
     "analysis": MODEL | {"parameters", "certificate", "measure", "published", "markup"},
     "study": MODEL | {"parameters", "certificate", "measure", "training"},

@@ -41,6 +41,26 @@ def test_a_null_without_a_reason_is_refused(name):
         make_record(**{name: None}, null_reasons=reasons)
 
 
+def test_a_metric_that_came_later_is_missing_from_older_records_with_that_reason(tmp_path, monkeypatch):
+    """Whoever adds a metric loses none of the committed records."""
+
+    class Later(record.Metrics):
+        extra_s: float | None = None
+
+    class LaterRecord(record.Record):
+        metrics: Later
+
+    older = record.write(make_record(), tmp_path)
+    as_it_was = older.read_bytes()
+    monkeypatch.setattr("lib.record.files.Record", LaterRecord)
+    (run,) = record.read(tmp_path).to_dict("records")
+    assert run["extra_s"] is None and run["null_reasons"]["extra_s"] == "older_record"
+    assert older.read_bytes() == as_it_was
+    content = json.loads(as_it_was)
+    with pytest.raises(ValidationError, match="null exactly where"):  # one that a run should have measured
+        LaterRecord.model_validate(content | {"metrics": content["metrics"] | {"extra_s": None}})
+
+
 @pytest.mark.parametrize(
     "change",
     [

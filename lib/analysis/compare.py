@@ -261,7 +261,7 @@ def _verdict_or_test(label, mine: pd.DataFrame, logs, layout: Layout | None) -> 
         return f"n = {len(logs)}, order unknown", None
     columns = list(layout.values)
     tested = compared(layout.values, layout.effects, columns.index(label), columns.index(REFERENCE))
-    return (f"n = {len(logs)}, place and variant not told apart", None) if tested is None else (None, tested)
+    return (f"n = {len(logs)}, place and variant confounded", None) if tested is None else (None, tested)
 
 
 def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:

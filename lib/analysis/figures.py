@@ -105,9 +105,9 @@ def flops(runs):
     return _bar_figure(
         runs,
         [
-            ("FLOPs, useful", "forward_flops_causal", 1e9, "GFLOPs, forward, one sequence"),
-            ("every score computed", "forward_flops_full", 1e9, "GFLOPs"),
-            ("as torch counts them", "forward_flops_counted", 1e9, "GFLOPs"),
+            ("Causal FLOPs", "forward_flops_causal", 1e9, "GFLOPs, forward, one sequence"),
+            ("Full T x T FLOPs", "forward_flops_full", 1e9, "GFLOPs"),
+            ("FLOPs counted by PyTorch", "forward_flops_counted", 1e9, "GFLOPs"),
         ],
         form="{:,.4g}",
     )

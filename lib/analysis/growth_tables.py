@@ -56,7 +56,7 @@ def _standing(points: pd.DataFrame, metric: str, reference: str) -> str:
     sides = {
         "costs less": last[last["high"] < 1],
         "costs more": last[last["low"] > 1],
-        "not told apart": last[~((last["high"] < 1) | (last["low"] > 1))],
+        "inconclusive": last[~((last["high"] < 1) | (last["low"] > 1))],
     }
     says = [
         f"{side}: " + ", ".join(f"{called[r.label]} {_interval(r.ratio, r.low, r.high)}" for r in rows.itertuples())

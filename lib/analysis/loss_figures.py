@@ -73,7 +73,10 @@ def draw_tables(axes, runs: pd.DataFrame, kind: str = "loss") -> None:
 
 
 DASHES = {"bigram": "--", "unigram": ":"}
-SPLIT = {"repeated_bigram_loss": "Tokens that end a bigram seen earlier in the row", "other_loss": "All other tokens"}
+SPLIT = {
+    "repeated_bigram_loss": "Tokens that end a bigram seen earlier in the sequence",
+    "other_loss": "All other tokens",
+}
 
 
 def loss_by_recall(runs):
@@ -85,8 +88,8 @@ def loss_by_recall(runs):
     )
     if not known.any():
         return (
-            "Loss of repeated bigrams and of the rest: not measured; these records are from before the two were told "
-            "apart, or their rows repeat no bigram."
+            "Loss of repeated bigrams and of the rest: not measured; these records are older than that split, "
+            "or their sequences repeat no bigram."
         )
     shown, names = shown[known], labels(shown[known])
     figure, all_axes = plt.subplots(1, 2, figsize=(11, 4.2))

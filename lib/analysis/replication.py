@@ -112,7 +112,7 @@ def flops_table() -> pd.DataFrame:
                 "re-derived": f"{published_flops.derived(published(name)) / 1e12:.3f}",
                 "with the kernel's work": f"{published_flops.derived(published(name), counted=True) / 1e12:.3f}",
                 "ours, counted so": f"{published_flops.observed(name) / 1e12:.3f}",
-                "ours, useful": f"{published_flops.BATCH * ours['forward_flops_causal'] / 1e12:.3f}",
+                "ours, causal": f"{published_flops.BATCH * ours['forward_flops_causal'] / 1e12:.3f}",
             }
         )
     return pd.DataFrame(rows)
@@ -166,7 +166,7 @@ def leaks(path: Path) -> pd.DataFrame:
         {
             "run": found["run"],
             "teacher-forced loss": found["teacher_forced_loss"].map("{:.2f}".format),
-            "generated loss": found["autoregressive_loss"].map("{:.2f}".format),
+            "autoregressive loss": found["autoregressive_loss"].map("{:.2f}".format),
             "lost in generation": (gap.round(2) + 0.0).map("{:.2f}".format),
         }
     )

@@ -578,14 +578,14 @@ def of_core_flops(twins: Twins):
     step = counts.step_operations(layer, hidden)
     per_step = useful - layer.core_flops(T - 1)
     yield within(
-        "core_flops", f"useful over counted, {T:,} tokens", _ratio(useful, products + elementwise), USEFUL_OVER_COUNTED
+        "core_flops", f"causal over counted, {T:,} tokens", _ratio(useful, products + elementwise), USEFUL_OVER_COUNTED
     )
-    yield within("core_flops", f"counted over dense, {T:,} tokens", _ratio(products, dense), COUNTED_OVER_DENSE)
+    yield within("core_flops", f"counted over full T x T, {T:,} tokens", _ratio(products, dense), COUNTED_OVER_DENSE)
     in_pass, in_step = _ratio(products, useful), _ratio(step, per_step)
     if in_step > STEP_OVER_USEFUL:
-        yield within("core_flops", f"counted over useful, {T:,} tokens", in_pass, PASS_OVER_USEFUL)
+        yield within("core_flops", f"counted over causal, {T:,} tokens", in_pass, PASS_OVER_USEFUL)
     else:
-        yield within("core_flops", f"counted over useful, the token after {T - 1:,}", in_step, STEP_OVER_USEFUL)
+        yield within("core_flops", f"counted over causal, the token after {T - 1:,}", in_step, STEP_OVER_USEFUL)
     said, found = flops_growth(twins), counts.exponent(*(sum(counts.core_operations(*one)) for one in _doubled(twins)))
     yield within("core_flops", "exponent of the length, formula and counted apart", abs(said - found), GROWTH_APART)
 

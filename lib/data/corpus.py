@@ -122,12 +122,12 @@ def load(p) -> Corpus:
     for name, part in rows.items():
         if not len(part):
             raise UsageError(
-                f"{p.dataset} leaves no row of {p.context} tokens for {name}; give more data, a shorter context "
+                f"{p.dataset} leaves no sequence of {p.context} tokens for {name}; give more data, a shorter context "
                 "or another validation_share"
             )
     if len(rows["train"]) < p.batch_size * p.accumulation:
         raise UsageError(
-            f"{p.dataset} makes {len(rows['train'])} rows of {p.context} tokens to train on, fewer than the "
+            f"{p.dataset} makes {len(rows['train'])} sequences of {p.context} tokens to train on, fewer than the "
             f"{p.batch_size * p.accumulation} of one step; lower batch_size or accumulation, or give more data"
         )
     rows["train"].train_on_padding = p.train_on_padding

@@ -293,7 +293,7 @@ def on_paper(choice: Choice, size: str) -> list:
     costs = by_context(choice, size)
     figure, all_axes = plt.subplots(1, 2, figsize=(10.5, 4.4))
     panels = (
-        ("core_flops_per_token", 1e6, "Attention core, per token", "useful MFLOPs, forward, all layers"),
+        ("core_flops_per_token", 1e6, "Attention core, per token", "causal MFLOPs, forward, all layers"),
         ("cache_bytes", style.MIB, "Cache of one sequence", "MiB in bf16, all layers"),
     )
     for axes, (cost, scale, title, unit) in zip(all_axes, panels, strict=True):
@@ -379,7 +379,7 @@ def measured_page(costs: pd.DataFrame, choice: Choice) -> list:
     said = (
         f"One sequence, width 128, 8 heads, fp32, on this machine's CPU now. Medians of {rounds} rounds in turns, "
         f"after {WARM_UPS} to warm up; grey, and in brackets: the fastest and the slowest of them. Where the ratios of "
-        "the rounds lie on both sides of 1, nothing is told apart."
+        "the rounds lie on both sides of 1, the comparison is inconclusive."
     )
     return [figure, said, _measured_table(costs, choice)]
 

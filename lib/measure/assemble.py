@@ -24,8 +24,8 @@ def costs(model, p) -> pd.DataFrame:
         columns[name] = {
             "parameters": f"{sum(w.numel() for w in subject.parameters()):,}",
             "of these in attention": f"{attention_weights:,}",
-            "forward GFLOPs, useful": f"{counted['forward_flops_causal'] / 1e9:,.3f}",
-            "forward GFLOPs, every score computed": f"{counted['forward_flops_full'] / 1e9:,.3f}",
+            "forward GFLOPs, causal": f"{counted['forward_flops_causal'] / 1e9:,.3f}",
+            "forward GFLOPs, full T x T": f"{counted['forward_flops_full'] / 1e9:,.3f}",
             "share of attention core": f"{counted['attention_core_share']:.1%}",
             "cache in bf16, KiB": f"{cache / 1024:,.0f}",
         }

@@ -10,7 +10,7 @@ from lib.measure import energy
 def analytic(model, context: int) -> dict:
     """FLOPs of one forward over one sequence of `context` tokens, analytically, and the core's share.
 
-    `useful` honours causality, windows and buckets, `dense` counts every score. A matrix product counts two per weight
+    `causal` honours causality, windows and buckets, `full` counts every score. A matrix product counts two per weight
     and token (Kaplan et al. 2020, section 2.1); norms, activations and the embedding look-up are left out, as usual.
     """
     blocks = model.transformer.h

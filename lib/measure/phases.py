@@ -8,7 +8,6 @@ import statistics
 
 import numpy as np
 import pandas as pd
-import statsmodels.api as sm
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -179,11 +178,13 @@ def _difference(name: str, whole: dict, part: dict) -> dict:
 
 def _line(name: str, fit_name: str, costs: dict[int, np.ndarray]) -> dict:
     """Least squares of the costs, an entry per round for each number of kept blocks, with an intercept per round."""
+    from statsmodels.regression.linear_model import OLS  # here: half a second that a run without phases would pay
+
     y = np.stack(list(costs.values()), axis=1)  # (rounds, counts)
     rounds, counts = y.shape
     kept = np.tile(list(costs), rounds)
     intercepts = np.repeat(np.eye(rounds), counts, axis=0)  # (rounds counts, rounds)
-    fit = sm.OLS(y.ravel(), np.column_stack([kept, intercepts])).fit()
+    fit = OLS(y.ravel(), np.column_stack([kept, intercepts])).fit()
     low, high = fit.conf_int(0.05)[0]
     inside = ((y - y.mean(axis=1, keepdims=True)) ** 2).sum()
     return {

@@ -43,6 +43,7 @@ REASONS = {
     "no_repository": "the project's folder is no git repository of its own",
     "git_unavailable": "git is not installed",
     "git_refuses": "git does not answer: no commit yet, or a repository of another user",
+    "older_record": "the record is older than this metric",
 }
 # Of the parameters: what makes no run, or one that nobody can draw. Both ends are allowed.
 LIMITS = {
@@ -160,7 +161,7 @@ class Parameters(TypedDict, total=False):
     dataset_revision: Text
     turns: Text
     schedule: Text
-    packing: bool
+    packing: bool | Literal["documents"]
     train_on_padding: bool
     dropout: Annotated[float, Field(ge=0, lt=1)]
     validation_share: Annotated[float, Field(ge=0, lt=1)]
@@ -179,7 +180,10 @@ class Parameters(TypedDict, total=False):
 
 
 class Metrics(Strict):
-    """Every number that figures and tables may show. None has its reason in the record's `null_reasons`."""
+    """Every number that figures and tables may show. None has its reason in the record's `null_reasons`.
+
+    One that is added later has the default None; records from before it are read as `older_record`.
+    """
 
     time_s: Seconds
     time_per_epoch_s: Seconds
@@ -442,6 +446,15 @@ class Record(Strict):
     checks: Annotated[list[Check], Field(max_length=100)]
     flags: list[Text]
     content_sha256: str = ""  # of all the rest; filled on writing
+
+    @model_validator(mode="before")
+    @classmethod
+    def metrics_that_came_later_are_missing(cls, content):
+        if isinstance(content, dict) and all(isinstance(content.get(of), dict) for of in ("metrics", "null_reasons")):
+            known = cls.model_fields["metrics"].annotation.model_fields
+            later = {name for name, metric in known.items() if not metric.is_required()} - set(content["metrics"])
+            content = content | {"null_reasons": dict.fromkeys(later, "older_record") | content["null_reasons"]}
+        return content
 
     @model_validator(mode="after")
     def it_is_called_what_its_parameters_say(self):

@@ -102,6 +102,7 @@ def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[s
     options = {"progress_bar": False, "kernel_name": "python3", "start_timeout": 300}
     # Papermill takes braces in a path for parameters to fill in.
     notebook, output = (str(path).replace("{", "{{").replace("}", "}}") for path in (notebook, output))
+    options["shutdown_kernel"] = "immediate"  # all it made is written; asked to end, Python clears a second long
     try:
         # In a thread of its own, because in the main one nbclient replaces the handlers of signals.
         with ThreadPoolExecutor(1) as thread:

@@ -1,0 +1,60 @@
+"""Imports that are put off are there when they are used, and nothing else is changed."""
+
+import gc
+import subprocess
+import sys
+
+import pytest
+
+from lib import startup
+from lib.paths import ROOT
+
+OF_A_RUN = """
+import sys
+from lib import certificate, model, parameters, progress, record, training
+from lib.data import corpus
+from lib.measure import assemble, inference, phases
+
+print(sorted({"sklearn.metrics", "statsmodels", "matplotlib", "papermill"} & set(sys.modules)))
+from transformers.generation import candidate_generator
+
+print(candidate_generator.roc_curve([0, 1], [0.1, 0.9])[1].tolist())
+from sklearn.metrics import roc_auc_score, roc_curve
+
+print(roc_curve([0, 1], [0.1, 0.9])[1].tolist(), roc_auc_score([0, 1], [0.1, 0.9]))
+"""
+
+
+def test_a_run_waits_for_no_module_that_it_does_not_use_and_generation_finds_its_own():
+    said = subprocess.run([sys.executable, "-c", OF_A_RUN], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.splitlines() == ["[]", "[0.0, 1.0, 1.0]", "[0.0, 1.0, 1.0] 1.0"]
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_the_garbage_collector_is_as_it_was_also_after_an_error(collecting):
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(ImportError), startup.quick_imports():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
+
+
+def test_what_stands_in_gives_every_other_name_of_the_real_module(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with startup._when_first_used("colorsys", "rgb_to_hls"):
+        from colorsys import rgb_to_hls
+
+        assert not hasattr(sys.modules["colorsys"], "__path__")  # asking for that imports nothing
+        assert "ONE_THIRD" not in vars(sys.modules["colorsys"])
+        from colorsys import ONE_THIRD
+    assert ONE_THIRD == 1 / 3 and rgb_to_hls(1, 0, 0) == (0.0, 0.5, 1.0)
+
+
+def test_a_room_that_is_not_there_is_an_attribute_error():
+    import lib
+
+    with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
+        _ = lib.nowhere
