@@ -447,14 +447,11 @@ class Record(Strict):
     flags: list[Text]
     content_sha256: str = ""  # of all the rest; filled on writing
 
-    @model_validator(mode="before")
-    @classmethod
-    def metrics_that_came_later_are_missing(cls, content):
-        if isinstance(content, dict) and all(isinstance(content.get(of), dict) for of in ("metrics", "null_reasons")):
-            known = cls.model_fields["metrics"].annotation.model_fields
-            later = {name for name, metric in known.items() if not metric.is_required()} - set(content["metrics"])
-            content = content | {"null_reasons": dict.fromkeys(later, "older_record") | content["null_reasons"]}
-        return content
+    @model_validator(mode="after")
+    def metrics_that_came_later_are_missing(self):
+        later = set(type(self.metrics).model_fields) - self.metrics.model_fields_set
+        self.null_reasons.update(dict.fromkeys(later, "older_record") | self.null_reasons)
+        return self
 
     @model_validator(mode="after")
     def it_is_called_what_its_parameters_say(self):
