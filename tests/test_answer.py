@@ -1,12 +1,14 @@
 """The answer: every sentence, cell and mark follows from the records, and changes with them."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 from test_probes import cell
 from test_steps import made_record
 
+from lib import attention, paths
 from lib.analysis import answer, answer_figure, evidence
 from lib.attention import CONTROL
 from lib.errors import UsageError
@@ -53,9 +55,10 @@ def test_where_nothing_is_faster_the_answer_is_sdpa():
 
 def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recalls_with_its_own_saving():
     found, said = say({"linear": 0.2, "gqa": 0.8})
-    assert "without recall LINEAR** (training time ÷ 5.0 [" in said and "with recall GQA (÷ 1.2" in said
-    assert "LINEAR 29%." in said  # the median of 30, 29 and 28 %
-    assert answer_figure.headline(found) == ["512 tokens: LINEAR, time ÷ 5.0, if recall is not needed."]
+    assert "take LINEAR if recall does not count**: beside SDPA, training time ÷ 5.0 [" in said
+    assert "LINEAR recalls 29% of 32 facts. Where recall counts take GQA: training time " in said  # the median seed
+    assert re.search(r"take GQA: training time (19|20)\.\d % less \[", said)
+    assert answer_figure.headline(found) == ["512 tokens: LINEAR, training time ÷ 5.0, if recall is not needed."]
     table = answer.limits(found).set_index("if you are limited by")
     assert table.loc["time, 512 tokens", "pick"] == "**LINEAR**"
     assert table.loc["time, 512 tokens", "it costs"] == "recalls 29%"
@@ -64,7 +67,7 @@ def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recal
 
 def test_what_is_faster_and_recalls_is_simply_taken():
     _, said = say({"gqa": 0.5, "linear": 0.9})
-    assert "**At 512 tokens take GQA**: training time ÷ 2.0" in said
+    assert "**At 512 tokens take GQA**: beside SDPA, training time ÷ 2.0" in said and "joules × 2.0" in said
 
 
 def test_two_that_are_not_told_apart_share_the_place():
@@ -119,8 +122,11 @@ def test_a_task_that_sdpa_does_not_solve_is_no_evidence():
     [
         (0.5, 0.4, 0.625, "÷ 2.00 [1.60, 2.50]"),
         (0.2, 0.16, 0.25, "÷ 5.0 [4.0, 6.2]"),
-        (1.3, 1.25, 1.35, "× 1.30 [1.25, 1.35]"),
+        (0.979, 0.972, 0.986, "2.1 % less [1.4, 2.8]"),
+        (1.3, 1.25, 1.35, "30.0 % more [25.0, 35.0]"),
+        (0.998, 0.996, 1.0001, "0.2 % less [0.0, 0.4]"),
         (4.0, math.nan, math.nan, "× 4.0"),
+        (1.25, math.nan, math.nan, "25.0 % more"),
     ],
 )
 def test_ratios_are_said_as_people_say_them(ratio, low, high, says):
@@ -129,7 +135,7 @@ def test_ratios_are_said_as_people_say_them(ratio, low, high, says):
 
     row = Row()
     row.ratio, row.low, row.high = ratio, low, high
-    assert evidence.times(row) == says
+    assert evidence.cost(row) == says
 
 
 def test_every_variant_has_its_row_and_every_mark_stands_at_its_number():
@@ -179,3 +185,11 @@ def test_the_command_writes_between_the_marks_and_nowhere_else(tmp_path, capsys)
     assert answer.main(words) == 2 and page.read_text() == first
     with pytest.raises(UsageError):
         answer.put("nothing", "x")
+
+
+def test_the_readme_says_what_the_committed_records_say():
+    """A record that changes an answer changes the sentence: `python -m lib.analysis.answer` writes it anew."""
+    page = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    found = evidence.read(paths.ROOT / answer.STEPS, paths.ROOT / answer.CELLS)
+    assert answer.put(page, answer.markdown(found)) == page
+    assert {entry.label for entry in found.found.entries} == {*attention.variants(), CONTROL}

@@ -15,7 +15,7 @@ from lib import paths
 from lib.analysis import evidence as records
 from lib.analysis import style
 from lib.analysis.answer_figure import headline, picture
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, joined, times
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, cost, joined
 from lib.attention import CONTROL
 from lib.errors import UsageError
 
@@ -38,26 +38,38 @@ def sentences(evidence: Evidence) -> list[str]:
         same = [label for label in free.labels if label in kept.labels]
         if same or not e.recall:
             pick = kept if same else free
-            said.append(f"{at} take {joined([e.title[label] for label in pick.labels])}**: training time "
-                        f"{joined(pick.ratios)} beside SDPA's.")  # fmt: skip
+            said.append(f"{at} take {_names(e, pick)}**: beside SDPA, {_savings(e, pick, context)}.")
             continue
-        lost = joined([f"{e.title[label]} {_recalled(e, label)}" for label in free.labels])
+        lost = joined([f"{e.title[label]} recalls {_recalled(e, label)}" for label in free.labels])
         then = (
-            f"with recall {joined([e.title[label] for label in kept.labels])} ({joined(kept.ratios)})"
-            if kept.labels else "with recall keep SDPA, since nothing that recalls is significantly faster"
+            f"Where recall counts take {_names(e, kept)}: {_savings(e, kept, context)}"
+            if kept.labels else "Where recall counts keep SDPA: nothing that recalls is significantly faster"
         )  # fmt: skip
         said.append(
-            f"{at} without recall {joined([e.title[label] for label in free.labels])}** (training time "
-            f"{joined(free.ratios)}); {then}. Of {PAIRS} facts are recalled: {lost}."
+            f"{at} take {_names(e, free)} if recall does not count**: beside SDPA, {_savings(e, free, context)}; "
+            f"{lost} of {PAIRS} facts. {then}."
         )
     cache = e.smallest(e.cache, keepers or others)
     if cache.labels:
         said.append(
-            f"**If the KV cache is what you pay for, {joined([e.title[label] for label in cache.labels])}**: "
+            f"**If the KV cache is what you pay for, {_names(e, cache)}**: "
             f"{joined(cache.ratios)} at {CACHE_CONTEXT:,} tokens"
             + (", and recalls as SDPA does." if keepers else "; what it recalls was not tried.")
         )
     return said
+
+
+def _names(evidence: Evidence, pick: Pick) -> str:
+    return joined([evidence.title[label] for label in pick.labels])
+
+
+def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
+    """Time of those picked, and joules where they were counted."""
+    said = [f"training time {joined(pick.ratios)}"]
+    joules = [evidence.ratio(label, context, ENERGY) for label in pick.labels]
+    if all(row is not None for row in joules):
+        said.append(f"joules {joined([cost(row) for row in joules])}")
+    return ", ".join(said)
 
 
 def _recalled(evidence: Evidence, label: str) -> str:
@@ -69,7 +81,7 @@ def how_sure(evidence: Evidence) -> list[str]:
     """A line each: what the intervals rest on, the control, recall, and what is not shown."""
     e, said = evidence, []
     control = [
-        f"{times(row)} at {context:,}" for context in e.lengths if (row := e.ratio(CONTROL, context, TIME)) is not None
+        f"{cost(row)} at {context:,}" for context in e.lengths if (row := e.ratio(CONTROL, context, TIME)) is not None
     ]
     setting = e.found.setting
     said.append(
@@ -78,7 +90,7 @@ def how_sure(evidence: Evidence) -> list[str]:
         f"{e.machine}; paired ratios with 95 % intervals, Holm over the variants."
     )
     if control:
-        said.append(f"Noise: SDPA against itself took {joined(control)}.")
+        said.append(f"Noise: SDPA against itself took {joined(control)} tokens.")
     if e.recall:
         n = min(one.n for one in e.recall.values())
         said.append(
@@ -86,6 +98,10 @@ def how_sure(evidence: Evidence) -> list[str]:
             f"seeds; a window of 16 stands for the window there."
         )
     said.append(f"Cache: each variant's own count, bf16, one sequence of {CACHE_CONTEXT:,} tokens.")
+    said.append(
+        "Not shown: other sizes, other GPUs, longer contexts in training, and what becomes of a loss. The published "
+        "study's own claims: [replication.ipynb](notebooks/replication.ipynb)."
+    )
     uncertified = [e.title[label] for label, entry in e.entries.items() if not entry.certified]
     certified = sum(entry.certified for entry in e.entries.values())
     said.append(
@@ -143,7 +159,7 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
         for context in dict.fromkeys((evidence.short, evidence.long)):
             row = evidence.ratio(label, context, TIME)
             if row is not None and row.ratio > 1 and row.verdict == "significantly different":
-                own.append(f"time {times(row)} at {context:,}")
+                own.append(f"time {cost(row)} at {context:,}")
         said.append(", ".join(own))
     said = [one if len(labels) == 1 else f"{evidence.title[label]}: {one}"
             for label, one in zip(labels, said, strict=True) if one]  # fmt: skip

@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lib.analysis import style
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence, joined, times
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence, cost, factor, joined
 from lib.record import REASONS
 
 BLUE, PALE, QUIET = "#0072b2", "#9ecae1", "0.4"
@@ -68,11 +68,11 @@ def headline(evidence: Evidence) -> list[str]:
         if not pick.labels:
             lines.append(f"{context:,} tokens: keep SDPA; nothing trains in significantly less time.")
             continue
-        factor = joined([times(e.ratio(label, context, TIME)).split(" [")[0] for label in pick.labels])
+        how = joined([cost(e.ratio(label, context, TIME)).split(" [")[0] for label in pick.labels])
         forgets = [label for label in pick.labels if e.recall and not e.recalls(label)]
         if_recall = ", if recall is not needed" if forgets else ""
         names = joined([e.title[label] for label in pick.labels])
-        lines.append(f"{context:,} tokens: {names}, time {factor}{if_recall}.")
+        lines.append(f"{context:,} tokens: {names}, training time {how}{if_recall}.")
     return lines
 
 
@@ -134,7 +134,7 @@ def _ratio(axis, row, y: float, face: str):
         more = row.ratio > 1
         end = np.nanmax([row.ratio, row.high]) if more else np.nanmin([row.ratio, row.low])
         axis.annotate(
-            times(row).split(" [")[0], (end, y), xytext=(7 if more else -7, 0), fontsize=9, color=BLUE,
+            factor(row), (end, y), xytext=(7 if more else -7, 0), fontsize=9, color=BLUE,
             textcoords="offset points", ha="left" if more else "right", va="center",
         )  # fmt: skip
 

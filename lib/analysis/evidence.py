@@ -108,7 +108,7 @@ class Evidence:
         lower = sorted((label for label in lower if label in ranks), key=lambda label: ranks[label])
         first = min((ranks[label][0] for label in lower), default=0)
         best = [label for label in lower if ranks[label][0] == first]
-        return Pick(best, [times(self.ratio(label, context, metric)) for label in best])
+        return Pick(best, [cost(self.ratio(label, context, metric)) for label in best])
 
     def smallest(self, bytes_of: dict, among: list[str]) -> Pick:
         """Of `among` those that need the fewest bytes, if fewer than SDPA; counts, so there is no interval."""
@@ -144,19 +144,35 @@ def _points(cells: pd.DataFrame) -> pd.DataFrame:
     return best[best["difficulty"] == best["difficulty"].max()][["label", "scaled"]]
 
 
-def times(row) -> str:
-    """A ratio as people say it: "÷ 6.1 [6.0, 6.2]" for less, "× 1.30 [1.28, 1.32]" for more."""
-    ends = [row.low, row.high]
-    if row.ratio < 1:
-        ends = [1 / row.high, 1 / row.low]
-    digits = 2 if max(row.ratio, 1 / row.ratio) < 2.95 else 1
-    interval = "" if np.isnan(row.low) else f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
-    return f"{'÷' if row.ratio < 1 else '×'} {max(row.ratio, 1 / row.ratio):.{digits}f}{interval}"
+NEAR = 1.5  # a ratio closer to 1 is said in percent
+
+
+def cost(row) -> str:
+    """A ratio in words, with its interval: "2.1 % less [1.4, 2.8]", "÷ 6.1 [6.0, 6.2]", "× 3.3 [3.2, 3.4]"."""
+    ratio, ends = row.ratio, [] if np.isnan(row.low) else [row.low, row.high]
+    less = ratio < 1
+    if 1 / NEAR < ratio < NEAR:
+        numbers = [100 * (1 - x if less else x - 1) for x in (ratio, *ends)]
+        words = [f"{round(number, 1) + 0:.1f}" for number in numbers]  # and no -0.0
+        first, rest = f"{words[0]} % {'less' if less else 'more'}", words[1:]
+    else:
+        words = [f"{x:.2f}" if x < 2.95 else f"{x:.1f}" for x in (1 / x if less else x for x in (ratio, *ends))]
+        first, rest = f"{'÷' if less else '×'} {words[0]}", words[1:]
+    low, high = sorted(rest, key=float) if rest else ("", "")
+    return f"{first} [{low}, {high}]" if rest else first
+
+
+def factor(row) -> str:
+    """A ratio as a figure has room for: "÷6.1", "×1.24"."""
+    ratio = max(row.ratio, 1 / row.ratio)
+    return (
+        f"{'÷' if row.ratio < 1 else '×'}{ratio:.2f}" if ratio < 2.95 else f"{'÷' if row.ratio < 1 else '×'}{ratio:.1f}"
+    )
 
 
 def size(count: float) -> str:
     """Bytes in the unit that leaves the fewest digits."""
-    unit, name = (style.GIB, "GiB") if count >= 10 * style.GIB else (style.MIB, "MiB")
+    unit, name = (style.GIB, "GiB") if count >= 4 * style.GIB else (style.MIB, "MiB")
     value = count / unit
     return f"{value:,.0f} {name}" if value >= 99.5 else f"{value:.3g} {name}"
 
