@@ -318,7 +318,7 @@ class Session:
         made, opened["seen"] = there - before, _now()
         entry |= {"profile": profile, "runs": made, "came_to_end": bool(there) and entry["exit_code"] in (0, 1)}
         if made:
-            self.run_s.setdefault(profile, []).append(round(entry["seconds"] / made, 1))
+            self.run_s.setdefault(profile, []).append(max(0.1, round(entry["seconds"] / made, 1)))
         if entry["came_to_end"] or not there:
             del self.open[profile]
         self.save()

@@ -161,6 +161,8 @@ class Attention(nn.Module):
         v, T = self.c_attn(hidden_states), hidden_states.shape[1]
         if past_key_values is not None:
             v = past_key_values.layers[self.layer_idx].update(v[:, None], v[:, None])[0][:, 0]
+        if padding_mask is not None:  # (B, S)
+            v = v * padding_mask[..., None]
         before = torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
         return self.c_proj((v + self.weight * before)[:, -T:]), None
 

@@ -264,7 +264,9 @@ def test_the_command_examines_a_variant_at_a_profile_s_sizes(tmp_path, monkeypat
     said = json.loads(out)
     assert status == 0 and (said["tested"]["width"], said["tested"]["longest"]) == (16, 80)
     wrong = tmp_path / "wrong.py"
-    wrong.write_text(attention.find("sdpa").read_text().replace("is_causal=mask is None and T > 1", "is_causal=False"))
+    text = attention.find("sdpa").read_text()
+    assert "is_causal=T > 1 and mask is None" in text
+    wrong.write_text(text.replace("is_causal=T > 1 and mask is None", "is_causal=False"))
     status, out, _ = run(capsys, wrong, "--profile", profile)
     assert status == 1 and "FAILED" in out
 

@@ -186,7 +186,7 @@ def test_a_screen_says_what_was_wrong_in_one_line_and_goes_on():
     shown = Screen("", show, {}, picker)
     assert 'role="alert"' in shown.page.value and "kv_heads must divide heads" in shown.page.value
     picker.options.children[0].value = "2"
-    assert shown.page.value == "<p>fine</p>"
+    assert "<p>fine</p>" in shown.page.value
 
 
 def test_work_shows_each_page_and_ends_when_it_is_stopped():
@@ -210,12 +210,12 @@ def test_work_shows_each_page_and_ends_when_it_is_stopped():
     shown = Screen("", show, {}, button="Go", at_first="not yet")
     asyncio.run(stop_at_three(shown))
     assert seen[:3] == [0, 1, 2] and len(seen) < 1000 and closed == [True]
-    assert shown.page.value == f"<p>{seen[-1]}</p>" and shown.button.description == "Go" and not shown.working
+    assert f"<p>{seen[-1]}</p>" in shown.page.value and shown.button.description == "Go" and not shown.working
 
 
 def test_a_saved_screen_keeps_its_page():
     bundle = Screen("a title", lambda: ["a sentence"], {})._repr_mimebundle_()
-    assert bundle["text/html"] == "<p>a sentence</p>" and bundle["text/plain"] == "a title"
+    assert "<p>a sentence</p>" in bundle["text/html"] and bundle["text/plain"] == "a title"
 
 
 def test_models_trained_on_the_page_are_those_that_its_screens_then_use(monkeypatch):

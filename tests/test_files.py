@@ -212,11 +212,13 @@ def test_a_reader_that_is_not_heard_out_does_not_stay(tmp_path):
     import psutil
 
     path = write(tmp_path / "a.parquet", [talk("x" * 1000)] * 3000)
+    before = {child.pid for child in psutil.Process().children()}  # other tests' servers of processes
     reading = files.rows(path, "a.parquet")
     next(reading)
-    assert psutil.Process().children()
+    assert {child.pid for child in psutil.Process().children()} - before
     reading.close()
-    assert not [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    left = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert {child.pid for child in left} <= before
 
 
 def test_a_table_s_bytes_and_dates_are_no_text(tmp_path):

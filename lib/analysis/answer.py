@@ -74,7 +74,10 @@ def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
 
 def _recalled(evidence: Evidence, label: str) -> str:
     found = evidence.recall.get(label)
-    return "not tried" if found is None else f"{max(0.0, found.median):.0%}"
+    if found is None:
+        return "not tried"
+    other = "" if found.title == evidence.title[label] else f" (tried as {found.title})"
+    return f"{max(0.0, found.median):.0%}{other}"
 
 
 def how_sure(evidence: Evidence) -> list[str]:
@@ -95,7 +98,7 @@ def how_sure(evidence: Evidence) -> list[str]:
         n = min(one.n for one in e.recall.values())
         said.append(
             f"Recall: {PAIRS} pairs in 128 tokens, a small net, the best of three rates, the median of {n} or more "
-            f"seeds; a window of 16 stands for the window there."
+            "seeds."
         )
     said.append(f"Cache: each variant's own count, bf16, one sequence of {CACHE_CONTEXT:,} tokens.")
     said.append(
@@ -155,7 +158,7 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
         own = []
         found = evidence.recall.get(label)
         if found is not None and found.median < RECALLS:
-            own.append(f"recalls {max(0.0, found.median):.0%}")
+            own.append(f"recalls {_recalled(evidence, label)}")
         for context in dict.fromkeys((evidence.short, evidence.long)):
             row = evidence.ratio(label, context, TIME)
             if row is not None and row.ratio > 1 and row.verdict == "significantly different":

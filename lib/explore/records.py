@@ -13,12 +13,14 @@ from lib.explore.widgets import Folded, Screen
 from lib.measure import assemble
 from lib.record import scaling
 
+OF_OTHER_KINDS = ("scaling-", "steps-", "capability-")  # points by length (`lengths`), steps in turns, probes
+
 
 def records(folder: str = "records") -> Screen:
     """The records of a folder's folders: a figure or a ranking of those variants that are picked, and one in full."""
     found, root = {}, paths.from_root(folder)
     for path in sorted(path for depth in ("*", f"*/{record.DEVICE_FOLDER}*") for path in root.glob(depth)):
-        if path.name.startswith("scaling-") or not any(path.glob("*.json")):  # points by length: see `lengths`
+        if path.name.startswith(OF_OTHER_KINDS) or not any(path.glob("*.json")):
             continue
         runs = record.read(path)
         for group in compare.groups(runs) if len(runs) else []:  # notes of failed runs alone are no records
