@@ -106,6 +106,14 @@ def test_the_cache_is_what_the_variants_themselves_count_for_the_whole_model():
     assert "SLIDING_WINDOW" not in said  # smaller, and forgets
 
 
+def test_what_was_tried_with_another_option_is_named_so():
+    cells = made_cells()
+    cells.loc[cells["label"] == "sliding_window", "title"] = "WINDOW 16"
+    found, said = say({"sliding_window": 0.5}, cells=cells)
+    assert "SLIDING_WINDOW recalls 0% (tried as WINDOW 16) of 32 facts" in said
+    assert any("seeds (SLIDING_WINDOW as WINDOW 16)." in line for line in answer.how_sure(found))
+
+
 def test_without_probes_nothing_is_said_of_recall():
     found, said = say({"linear": 0.2}, cells=None)
     assert "take LINEAR" in said and "recalls was not tried" in said

@@ -235,6 +235,9 @@ def test_tables_show_medians_ranges_and_what_was_not_tried():
     assert (
         both.loc["SDPA", "without"] == "0.10 (n = 1)" and both.loc["LINEAR", "with the convolution"] == "0.70 (n = 1)"
     )
+    assert (
+        capability.convolution_table(made()) == "Recall with and without the convolution: not tried in these records."
+    )
     rates = capability.rates_table(found).set_index("variant")
     assert rates.loc["SDPA", "rate 0.001"] == "0.00 (n = 1)" and rates.loc["LINEAR", "rate 0.01"] == "–"
     by = capability.difficulty_table(found).set_index("variant")

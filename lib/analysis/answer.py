@@ -80,6 +80,13 @@ def _recalled(evidence: Evidence, label: str) -> str:
     return f"{max(0.0, found.median):.0%}{other}"
 
 
+def _tried_as(evidence: Evidence) -> str:
+    """Whose options were others in the small net."""
+    tried = {evidence.title[label]: found.title for label, found in evidence.recall.items() if label in evidence.title}
+    others = [f"{title} as {small}" for title, small in tried.items() if title != small]
+    return f" ({joined(others)})" if others else ""
+
+
 def how_sure(evidence: Evidence) -> list[str]:
     """A line each: what the intervals rest on, the control, recall, and what is not shown."""
     e, said = evidence, []
@@ -98,7 +105,7 @@ def how_sure(evidence: Evidence) -> list[str]:
         n = min(one.n for one in e.recall.values())
         said.append(
             f"Recall: {PAIRS} pairs in 128 tokens, a small net, the best of three rates, the median of {n} or more "
-            "seeds."
+            f"seeds{_tried_as(e)}."
         )
     said.append(f"Cache: each variant's own count, bf16, one sequence of {CACHE_CONTEXT:,} tokens.")
     said.append(

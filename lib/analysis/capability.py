@@ -142,12 +142,14 @@ def rates_table(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def convolution_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """Recall with and without the convolution before the mixer."""
+def convolution_table(cells: pd.DataFrame) -> pd.DataFrame | str:
+    """Recall with and without the convolution before the mixer; a sentence where nobody was tried both ways."""
     title = dict(zip(cells["label"], cells["title"], strict=True))
     columns = {"with the convolution": True, "without": False}
     rows = {column: _rows(cells, "recall", with_it) for column, with_it in columns.items()}
     tried = [label for label in labels(cells) if all(label in found.index for found in rows.values())]
+    if not tried:
+        return "Recall with and without the convolution: not tried in these records."
     return pd.DataFrame(
         [
             {"variant": title[label]} | {column: _cell(_of(found, label)) for column, found in rows.items()}
