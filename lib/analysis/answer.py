@@ -21,6 +21,8 @@ from lib.errors import UsageError
 
 STEPS = "records/steps-gpu/steps.json"
 CELLS = "records/capability-cpu"
+LAUNCH_BOUND = 0.95  # share of a step that the GPU computes, below which its time is partly Python's
+LITTLE = 0.96  # of SDPA's cost: what is above saves less than twice what counts as equivalent
 BEGIN, END = "<!-- The answer: written by `python -m lib.analysis.answer` -->", "<!-- End of the answer -->"
 
 
@@ -38,7 +40,9 @@ def sentences(evidence: Evidence) -> list[str]:
         same = [label for label in free.labels if label in kept.labels]
         if same or not e.recall:
             pick = kept if same else free
-            said.append(f"{at} take {_names(e, pick)}**: beside SDPA, {_savings(e, pick, context)}.")
+            little = all(e.ratio(label, context, TIME).ratio > LITTLE for label in pick.labels)
+            at += " little is to be gained over SDPA:" if little else " take"
+            said.append(f"{at} {_names(e, pick)}**, {_savings(e, pick, context)}.")
             continue
         lost = joined([f"{e.title[label]} recalls {_recalled(e, label)}" for label in free.labels])
         then = (
@@ -54,9 +58,22 @@ def sentences(evidence: Evidence) -> list[str]:
         said.append(
             f"**If the KV cache is what you pay for, {_names(e, cache)}**: "
             f"{joined(cache.ratios)} at {CACHE_CONTEXT:,} tokens"
-            + (", and recalls as SDPA does." if keepers else "; what it recalls was not tried.")
+            + (", and recalls as SDPA does" if keepers else "; what it recalls was not tried")
+            + _without_a_price(e, cache, keepers or others)
+            + "."
         )
     return said
+
+
+def _without_a_price(evidence: Evidence, cache: Pick, among: list[str]) -> str:
+    """The smallest cache of those whose steps take no more time than SDPA's, where the smallest of all costs time."""
+    e = evidence
+    own = [said for label in cache.labels for said in e.slower(label)]
+    if not own:
+        return ""
+    free = e.smallest(e.cache, [label for label in among if not e.slower(label)])
+    then = f"; at no more time {_names(e, free)}: {joined(free.ratios)}" if free.labels else ""
+    return f", but {joined(own)}{then}"
 
 
 def _names(evidence: Evidence, pick: Pick) -> str:
@@ -76,49 +93,83 @@ def _recalled(evidence: Evidence, label: str) -> str:
     found = evidence.recall.get(label)
     if found is None:
         return "not tried"
+    low, high = max(0.0, found.low), max(0.0, found.high)
+    seeds = "" if f"{low:.0%}" == f"{high:.0%}" else f" [{low:.0%}, {high:.0%}]"
     other = "" if found.title == evidence.title[label] else f" (tried as {found.title})"
-    return f"{max(0.0, found.median):.0%}{other}"
+    return f"{max(0.0, found.median):.0%}{seeds}{other}"
 
 
 def _tried_as(evidence: Evidence) -> str:
-    """Whose options were others in the small net."""
-    tried = {evidence.title[label]: found.title for label, found in evidence.recall.items() if label in evidence.title}
-    others = [f"{title} as {small}" for title, small in tried.items() if title != small]
-    return f" ({joined(others)})" if others else ""
+    """Whose options or memory were others in the small net."""
+    parts = []
+    for label, found in evidence.recall.items():
+        if label in evidence.title:
+            other = "" if found.title == evidence.title[label] else f" as {found.title}"
+            if other or abs(found.state_share - 1) > 0.01:
+                parts.append(f"{evidence.title[label]}{other} {found.state_share:.0%}")
+    return f" Kept there, of SDPA's memory: {', '.join(parts)}." if parts else ""
+
+
+def _busy(evidence: Evidence) -> str | None:
+    """Where the GPU waited for Python."""
+    said = []
+    for context in dict.fromkeys((evidence.short, evidence.long)):
+        shares = [by[context] for by in evidence.found.busy.values() if by.get(context) is not None]
+        if shares and min(shares) < LAUNCH_BOUND:
+            said.append(f"{min(shares):.0%} to {max(shares):.0%} of a step at {context:,} tokens")
+    if not said:
+        return None
+    return f"The GPU computed {joined(said)}; the rest is Python's, and a few percent of difference may go with it."
 
 
 def how_sure(evidence: Evidence) -> list[str]:
     """A line each: what the intervals rest on, the control, recall, and what is not shown."""
     e, said = evidence, []
-    control = [
-        f"{cost(row)} at {context:,}" for context in e.lengths if (row := e.ratio(CONTROL, context, TIME)) is not None
-    ]
-    setting = e.found.setting
+    setting, found = e.found.setting, e.found
+    control = [f"{cost(row)} at {at:,}" for at in e.lengths if (row := e.ratio(CONTROL, at, TIME)) is not None]
+    sizes = joined([f"{size.batch_size} x {size.context:,} tokens" for size in setting.sizes])
+    version = found.environment.get("packages", {}).get("torch")
+    torch = f", torch {version}" if version else ""
     said.append(
-        f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: {len(e.found.rounds)} rounds of "
-        f"training steps in turns, {setting.layers} layers of {setting.width}, {setting.precision}, on "
-        f"{e.machine}; paired ratios with 95 % intervals, Holm over the variants."
+        f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: training steps of GPT-2, "
+        f"{setting.layers} layers of {setting.width}, {sizes}, {setting.precision}{torch}, "
+        f"{'' if setting.compile else 'not '}compiled; {len(found.rounds)} rounds in turns within {_minutes(found)} on "
+        f"one {e.machine}. Paired ratios with 95 % intervals; verdicts are corrected for the number of variants."
     )
     if control:
         said.append(f"Noise: SDPA against itself took {joined(control)} tokens.")
+    if _busy(e):
+        said.append(_busy(e))
     if e.recall:
         n = min(one.n for one in e.recall.values())
         said.append(
-            f"Recall: {PAIRS} pairs in 128 tokens, a small net, the best of three rates, the median of {n} or more "
-            f"seeds{_tried_as(e)}."
+            f"Recall: {PAIRS} pairs in 128 tokens, one layer behind a short convolution, the best of the rates tried, "
+            f"the median of {n} or more seeds, on a CPU.{_tried_as(e)}"
         )
-    said.append(f"Cache: each variant's own count, bf16, one sequence of {CACHE_CONTEXT:,} tokens.")
     said.append(
-        "Not shown: other sizes, other GPUs, longer contexts in training, and what becomes of a loss. The published "
-        "study's own claims: [replication.ipynb](notebooks/replication.ipynb)."
+        f"Cache: computed from each variant's formula, bf16, one sequence of {CACHE_CONTEXT:,} tokens; not run."
     )
-    uncertified = [e.title[label] for label, entry in e.entries.items() if not entry.certified]
-    certified = sum(entry.certified for entry in e.entries.values())
     said.append(
-        f"{certified} of {len(e.entries)} passed their certificate before they were timed"
-        + (f"; not picked: {joined(uncertified)}." if uncertified else ".")
+        f"Not shown: other sizes, GPUs and days, training beyond {e.long:,} tokens, and the quality of what was "
+        "trained. The published study's own claims: [replication.ipynb](notebooks/replication.ipynb)."
+    )
+    entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
+    uncertified = [entry.title for entry in entries if not entry.certified]
+    at = found.examined
+    how = f", examined with {at['layers']} layers at up to {at['positions']:,} tokens" if at else ""
+    said.append(
+        f"{len(entries) - len(uncertified)} of {len(entries)} variants passed their certificate before they were timed"
+        f"{how}" + (f"; not picked: {joined(uncertified)}." if uncertified else ".")
     )
     return said
+
+
+def _minutes(found) -> str:
+    """From the first round's begin to the record's end."""
+    if not found.rounds:
+        return "no time"
+    minutes = max(1, round((found.finished_at - found.rounds[0].begun_at).total_seconds() / 60))
+    return "a minute" if minutes == 1 else f"{minutes} minutes"
 
 
 def limits(evidence: Evidence) -> pd.DataFrame:
@@ -166,10 +217,9 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
         found = evidence.recall.get(label)
         if found is not None and found.median < RECALLS:
             own.append(f"recalls {_recalled(evidence, label)}")
-        for context in dict.fromkeys((evidence.short, evidence.long)):
-            row = evidence.ratio(label, context, TIME)
-            if row is not None and row.ratio > 1 and row.verdict == "significantly different":
-                own.append(f"time {cost(row)} at {context:,}")
+        own += evidence.slower(label)
+        if evidence.weights(label):
+            own.append(evidence.weights(label))
         said.append(", ".join(own))
     said = [one if len(labels) == 1 else f"{evidence.title[label]}: {one}"
             for label, one in zip(labels, said, strict=True) if one]  # fmt: skip

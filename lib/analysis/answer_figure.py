@@ -9,7 +9,7 @@ from lib.record import REASONS
 
 BLUE, PALE, QUIET = "#0072b2", "#9ecae1", "0.4"
 ON_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # words over a row's line
-WORTH_A_WORD = 1.1  # a ratio further from 1 than this is written beside its point
+WORTH_A_WORD = 1.015  # a ratio further from 1 than this is written beside its point
 RATIOS, COUNTS, RECALL, EMPTY = 1.8, 1.15, 1.0, 1.15  # widths of the columns
 
 
@@ -52,7 +52,8 @@ def _around(figure, e: Evidence):
     figure.text(
         0.0, -0.35 / size[1],
         f"Time, joules, memory: training steps of GPT-2 ({setting.layers} layers of {setting.width}, "
-        f"{setting.precision}) on {e.machine}, {len(e.found.rounds)} rounds in turns; bars: 95 % of the ratio.\n"
+        f"{setting.precision}) on {e.machine}, {len(e.found.rounds)} rounds in turns; 95 % intervals (bars) are mostly "
+        "narrower than the marks.\n"
         f"Recall: {PAIRS} pairs in 128 tokens, a point a seed, the tick their median; a window of 16 stands for the "
         "window. Cache: by each variant's own definition, bf16.",
         fontsize=9, color=QUIET, va="top",

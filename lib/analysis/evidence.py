@@ -39,6 +39,7 @@ class Recall(NamedTuple):
     high: float
     n: int
     title: str  # what was asked: a window has another width here
+    state_share: float  # of what SDPA keeps in the same net
 
 
 class Pick(NamedTuple):
@@ -118,7 +119,21 @@ class Evidence:
         if not fewest < SMALLER * reference:
             return Pick([], [])
         best = [label for label, value in known.items() if value <= fewest / SMALLER]
-        return Pick(best, [f"{size(known[label])} for {size(reference)}" for label in best])
+        return Pick(best, [f"{size(known[label])} instead of {size(reference)}" for label in best])
+
+    def slower(self, label: str) -> list[str]:
+        """Where a variant's steps take significantly more time than SDPA's, and how much."""
+        rows = [(context, self.ratio(label, context, TIME)) for context in dict.fromkeys((self.short, self.long))]
+        return [
+            f"time {cost(row)} at {context:,}"
+            for context, row in rows
+            if row is not None and row.ratio > 1 and row.verdict == "significantly different"
+        ]
+
+    def weights(self, label: str) -> str:
+        """What its model has more or fewer parameters than SDPA's, from 1 % on, in words; empty for less."""
+        share = self.entries[label].parameters / self.entries[REFERENCE].parameters - 1
+        return "" if abs(share) < 0.01 else f"{100 * abs(share):.1f} % {'more' if share > 0 else 'fewer'} parameters"
 
     @property
     def machine(self) -> str:
@@ -132,9 +147,11 @@ def _rows_of_recall(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _recall(cells: pd.DataFrame) -> dict[str, Recall]:
+    rows = _rows_of_recall(cells)
+    reference = rows.loc[rows["label"] == REFERENCE, "state_bytes"].max()
     return {
-        row.label: Recall(row.median, row.low, row.high, row.n, row.title)
-        for row in _rows_of_recall(cells).itertuples()
+        row.label: Recall(row.median, row.low, row.high, row.n, row.title, row.state_bytes / reference)
+        for row in rows.itertuples()
     }
 
 
@@ -163,11 +180,11 @@ def cost(row) -> str:
 
 
 def factor(row) -> str:
-    """A ratio as a figure has room for: "÷6.1", "×1.24"."""
-    ratio = max(row.ratio, 1 / row.ratio)
-    return (
-        f"{'÷' if row.ratio < 1 else '×'}{ratio:.2f}" if ratio < 2.95 else f"{'÷' if row.ratio < 1 else '×'}{ratio:.1f}"
-    )
+    """A ratio as a figure has room for: "÷6.1", "×3.3", "+24.0 %"; as `cost` says it."""
+    if 1 / NEAR < row.ratio < NEAR:
+        return f"{100 * (row.ratio - 1):+.1f} %".replace("-", "−")
+    ratio, sign = (1 / row.ratio, "÷") if row.ratio < 1 else (row.ratio, "×")
+    return f"{sign}{ratio:.{2 if ratio < 2.95 else 1}f}"
 
 
 def size(count: float) -> str:
