@@ -27,7 +27,7 @@ from transformers import GPT2Config
 
 from lib import attention, markup, parameters, paths, record
 from lib.analysis import compare, figures, predictions, style, tables
-from lib.data import corpus
+from lib.data import cache, corpus
 from lib.errors import UsageError
 from lib.explore import records as explore
 from lib.explore import widgets
@@ -497,6 +497,26 @@ def test_a_planted_cache_of_tokens_is_made_anew(damage, tmp_path, monkeypatch):
     again = read()
     assert again.facts == first.facts
     assert np.array_equal(again.train.tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    "planted", ["FIFO", "/dev/zero", "10 GB", "[" * 10**5, "[1]", '{"revision": "\\ud800"', "\xff"]
+)
+def test_a_planted_answer_of_the_hub_is_none(planted, tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
+    cache.remember({"hub": "a"}, {"revision": "b"})
+    assert cache.remembered({"hub": "a"}) == {"revision": "b"}
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    if planted == "FIFO":
+        fifo(path)
+    elif planted == "10 GB":
+        sparse(path)
+    elif planted == "/dev/zero":
+        path.symlink_to(planted)
+    else:
+        path.write_bytes(planted.encode("latin-1"))
+    assert cache.remembered({"hub": "a"}) is None
 
 
 # Profiles.
