@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import json
 import os
 import random
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from lib.data import conversations, corpus, files
+from lib.data import conversations, corpus, files, parquet
 from lib.errors import UsageError
 
 
@@ -492,3 +493,55 @@ def test_what_spells_another_project_s_control_token_is_text(encoder, spelled):
     text, _ = conversations.as_text([conversations.Turn("user", spelled)])
     (ids,) = corpus._encode(encoder, [text])
     assert encoder.decode(ids) == text and turns_in(text) == [("user", spelled)]
+
+
+def bomb(path, characters, rows, nested):
+    """A table whose rows repeat one long text: a dictionary of one entry, and a run of its number."""
+    content = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array(["x" * characters]))
+    if nested:
+        turn = pa.StructArray.from_arrays([pa.array(["user"] * rows), content], ["role", "content"])
+        content = pa.ListArray.from_arrays(pa.array(range(rows + 1), pa.int32()), turn)
+    table = pa.table({"messages": content})
+    pyarrow.parquet.write_table(table, path, compression="zstd", dictionary_pagesize_limit=1 << 30, store_schema=False)
+    assert path.stat().st_size < 30_000
+    return path
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["texts", "turns"])
+@pytest.mark.parametrize(
+    ("characters", "rows", "said"),
+    [(100 << 20, 1000, "100 of its rows unpack to more than 2 GB of memory"), (17 << 20, 1, "longer than 16 MB")],
+    ids=["100 GB", "one row"],
+)
+def test_a_table_that_unpacks_to_any_size_is_a_sentence(tmp_path, characters, rows, said, nested):
+    assert said in refused(bomb(tmp_path / "a.parquet", characters, rows, nested))
+    assert files.TOO_LARGE == parquet.TOO_LARGE
+
+
+def test_a_table_that_unpacks_to_much_is_read_a_few_rows_at_once(tmp_path):
+    """A file that unpacks to half as much again as its reader may hold."""
+    path = bomb(tmp_path / "a.parquet", 3 << 20, 1000, nested=True)
+    reading = files.rows(path, path.name)
+    assert all(len(value["messages"][0]["content"]) == 3 << 20 for _, value in itertools.islice(reading, 120))
+    reading.close()
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.ndjson.gz", "a.json.gz", "a.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("begin", "filling"),
+    [(b'{"messages": "', b"x"), (b"", b"x"), (b"[1, ", b"[" + b"0," * 99), (b'{"a": [', b" 0,")],
+    ids=["text", "no JSON", "list", "numbers"],
+)
+def test_a_row_that_unpacks_to_any_size_is_a_sentence(tmp_path, monkeypatch, name, begin, filling):
+    monkeypatch.setattr(files, "LONGEST_ROW", 1 << 20)
+    monkeypatch.setattr(files, "CHARACTERS", 1 << 16)
+    taken = []
+    more = files._Stream._more
+    monkeypatch.setattr(files._Stream, "_more", lambda self: (more(self), taken.append(len(self.text)))[0])
+    open_as = gzip.open if name.endswith(".gz") else open
+    with open_as(tmp_path / name, "wb") as file:
+        file.write(begin + filling * ((8 << 20) // len(filling)))
+    said = refused(tmp_path / name)
+    assert "longer than 1 MB" in said or "it is no JSON" in said or "nested too deeply" in said
+    assert "longer than 1 MB" in said or begin in (b"", b"[1, ")
+    assert max(taken, default=0) < 4 << 20

@@ -9,6 +9,7 @@ import re
 import subprocess
 import warnings
 import zipfile
+from functools import cache as cache_once
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,15 +27,33 @@ from test_corpus import load as load_talks
 from transformers import GPT2Config
 
 from lib import attention, markup, parameters, paths, record
-from lib.analysis import compare, figures, predictions, style, tables
-from lib.data import corpus
+from lib.analysis import (
+    answer,
+    answer_figure,
+    benchmarks,
+    capability,
+    compare,
+    crossovers,
+    figures,
+    growth,
+    growth_figures,
+    growth_tables,
+    predictions,
+    style,
+    tables,
+)
+from lib.analysis import steps as step_tables
+from lib.analysis.evidence import Evidence
+from lib.data import cache, corpus
 from lib.errors import UsageError
 from lib.explore import records as explore
 from lib.explore import widgets
 from lib.measure import assemble
 from lib.model import GPT2, build_model, gpt2_config
-from lib.record import names
+from lib.record import names, probe
 from lib.record import scaling as stored
+from lib.record import steps as steps_record
+from lib.record.benchmark import Benchmark
 from lib.study import cluster, forecast, gather, plan, scaling, steps
 
 IMAGE = "<img src=x onerror=alert(1)>"
@@ -499,6 +518,26 @@ def test_a_planted_cache_of_tokens_is_made_anew(damage, tmp_path, monkeypatch):
     assert np.array_equal(again.train.tokens, tokens)
 
 
+@pytest.mark.parametrize(
+    "planted", ["FIFO", "/dev/zero", "10 GB", "[" * 10**5, "[1]", '{"revision": "\\ud800"', "\xff"]
+)
+def test_a_planted_answer_of_the_hub_is_none(planted, tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path))
+    cache.remember({"hub": "a"}, {"revision": "b"})
+    assert cache.remembered({"hub": "a"}) == {"revision": "b"}
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    if planted == "FIFO":
+        fifo(path)
+    elif planted == "10 GB":
+        sparse(path)
+    elif planted == "/dev/zero":
+        path.symlink_to(planted)
+    else:
+        path.write_bytes(planted.encode("latin-1"))
+    assert cache.remembered({"hub": "a"}) is None
+
+
 # Profiles.
 BOMB = "a0: &a0 [x]\n" + "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))
 PROFILES = [
@@ -676,3 +715,195 @@ def test_the_fuzz_s_records_pass_where_nothing_was_changed(tmp_path):
     for content in BASES.values():
         (tmp_path / "sent" / f"{content['name']}.json").write_text(signed(content))
     assert read_everywhere(tmp_path, figures.loss_curves, "time_per_epoch_s") == len(BASES)
+
+
+# The same of the records of other kinds: cost by length, steps in turns, references, probes, predictions.
+def committed(folder: str, *names_of_files: str) -> dict:
+    return {name: json.loads((paths.ROOT / folder / name).read_text()) for name in names_of_files}
+
+
+def shortened(content: dict) -> dict:
+    """A committed record with fewer points, so that a figure is quick."""
+    content = copy.deepcopy(content)
+    if content["kind"] == "scaling":
+        content["points"] = [point for point in content["points"] if point["context"] in (512, 2048, 8192)]
+    elif content["kind"] == "steps":
+        content["rounds"] = content["rounds"][:3]
+    return content
+
+
+CELLS = sorted(path.name for path in (paths.ROOT / "records/capability-cpu").glob("recall-*seed0*.json"))
+OTHERS = {
+    "scaling": committed("records/scaling-cpu", "sdpa.json", "baseline.json", "linear.json"),
+    "steps": committed("records/steps-gpu", "steps.json"),
+    "benchmark": committed("records/scaling-cpu/reference_implementations", "layer.json", "step.json"),
+    "probe": committed("records/capability-cpu", *CELLS),
+    "prediction": committed(
+        "predictions", *(path.name for path in sorted((paths.ROOT / "predictions").glob("*.json")))
+    ),
+}
+OTHERS = {kind: {name: shortened(one) for name, one in contents.items()} for kind, contents in OTHERS.items()}
+
+
+@cache_once
+def cells_of_ours() -> pd.DataFrame:
+    return probe.frame(probe.load_all(paths.ROOT / "records/capability-cpu"))
+
+
+@cache_once
+def runs_of_ours() -> pd.DataFrame:
+    runs = pd.concat([group.runs for group in compare.groups(record.read(paths.ROOT / "records/quick-cpu"))])
+    return runs.assign(started_at=runs["started_at"].fillna(runs["finished_at"].max()))
+
+
+def of_lengths(folder: Path):
+    found = stored.load_all(folder)
+    points = stored.frame(found)
+    costs, references = growth.cost_metrics(points), ["sdpa", "baseline"]
+    by = [costs[name] for name in ("training", "prefill", "decode")]
+    yield stored.title(found)
+    yield lambda: growth_figures.growth_figure(points, costs["training"], 1024, references[0])
+    yield lambda: growth_figures.growth_figure(points, "peak_activation_bytes", 1024, references[0])
+    yield lambda: growth_figures.cache_and_decode_figure(points, references[0])
+    yield lambda: growth_figures.decision_map_figure(points, references[0])
+    yield lambda: growth_tables.conclusion(points, by, references[0])
+    yield lambda: growth_tables.points_table(points)
+    yield lambda: growth_tables.unmeasured(points)
+    yield lambda: growth_tables.exponents_table(points, 1024)
+    yield lambda: growth_tables.fits_table(points, costs["training"])
+    yield lambda: growth_tables.crossovers_table(points, by, references)
+    yield lambda: growth_tables.map_table(points, crossovers.decision_map(points, costs["prefill"], costs["decode"]))
+
+
+def of_steps(folder: Path):
+    (path,) = folder.glob("*.json")
+    found = steps_record.load(path)
+    yield lambda: step_tables.about(found)
+    yield lambda: step_tables.table(found)
+    known = Evidence(found, cells_of_ours())
+    yield lambda: answer.markdown(known)
+    yield lambda: answer_figure.picture(known)
+
+
+def of_references(folder: Path):
+    for path in folder.glob("*.json"):
+        found = record.read_checked(Benchmark, path)
+        for said in (benchmarks.title, benchmarks.table, benchmarks.times, benchmarks.missing, benchmarks.exponents):
+            yield partial(said, found)
+
+
+def of_probes(folder: Path):
+    cells = probe.frame(probe.load_all(folder))
+    for said in (
+        capability.conclusion, capability.remarks, capability.recall_figure, capability.convolution_table,
+        capability.tasks_table, capability.difficulty_table, capability.rates_table, capability.published_table,
+    ):  # fmt: skip
+        yield partial(said, cells)
+    known = Evidence(steps_record.Steps.model_validate_json(json.dumps(OTHERS["steps"]["steps.json"])), cells)
+    yield lambda: answer.markdown(known)
+    yield lambda: answer_figure.picture(known)
+
+
+def of_predictions(folder: Path):
+    found = stored_predictions(folder)
+    for one in found:
+        mine = runs_of_ours().assign(setting=one.setting, device_name=one.device_name)
+        yield lambda mine=mine: predictions.table(predictions.residuals(mine, found))
+        yield lambda mine=mine: predictions.why_none(mine, found)
+
+
+READERS = {
+    "scaling": of_lengths, "steps": of_steps, "benchmark": of_references, "probe": of_probes,
+    "prediction": of_predictions,
+}  # fmt: skip
+
+
+def show_all(kind: str, folder: Path) -> int:
+    """Every table and figure of a folder's records, each on its own: one that says why it cannot be stops no other."""
+    shown = 0
+    for part in READERS[kind](folder):
+        try:
+            made = part() if callable(part) else part
+        except UsageError as error:
+            assert "\n" not in str(error) and str(error).isprintable()
+            continue
+        if isinstance(made, plt.Figure):
+            made.savefig(io.BytesIO(), format="png", dpi=20, bbox_inches="tight")
+            plt.close(made)
+        widgets.page([made if isinstance(made, plt.Figure | pd.DataFrame | str) else str(made)])
+        shown += 1
+    return shown
+
+
+NAMED = ["sdpa", "sdpa_again", "mine", "x" * 79, IMAGE, "nan", "recall", "out_of_memory", "no_gpu", "cuda", "bf16"]
+
+
+def alike(value):
+    """Something of the same type, so that most of it passes the schema; now and then anything."""
+    if isinstance(value, bool):
+        same = st.booleans()
+    elif isinstance(value, int):
+        same = st.integers(0, 9) | st.sampled_from([10**3, 2**17, 2**53]) | st.just(value + 1)
+    elif isinstance(value, float):
+        same = st.floats(LEAST, MOST) | st.sampled_from([1e-30, 1e30, 1e-100, 1e100, 0.0, 1.0]) | st.just(value * 1e3)
+    elif isinstance(value, str):
+        same = st.sampled_from(NAMED)
+    elif isinstance(value, list):
+        same = st.sampled_from([value[:1], value[1:], value * 2, [], value[::-1]])
+    elif isinstance(value, dict):
+        same = st.sampled_from([{}, dict(list(value.items())[:1]), dict(list(value.items())[1:])])
+    else:
+        same = st.none() | NUMBER | TEXT
+    return st.one_of(*[same] * 6, like(value))
+
+
+@st.composite
+def sent_of(draw, kind: str):
+    """Records of one kind, some changed in a few places, as a stranger would sign them."""
+    bases, found = OTHERS[kind], {}
+    for name in draw(st.lists(st.sampled_from(list(bases)), min_size=1, max_size=4, unique=True)):
+        content = bases[name]
+        for _ in range(draw(st.sampled_from([0, 1, 1, 2]))):
+            path, inside = (), content
+            # From the whole down, so that a part counts as much as any of its thousand numbers.
+            while inside and isinstance(inside, dict | list) and (not path or draw(st.integers(0, 4))):
+                options = [one for one in inside if one != "content_sha256"] if isinstance(inside, dict) else None
+                path += (draw(st.sampled_from(options)) if options else draw(st.integers(0, len(inside) - 1)),)
+                inside = inside[path[-1]]
+            content = put(content, path, draw(alike(inside)))
+        found[name] = content
+    return found
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_whatever_is_sent_of_other_kinds_gives_a_table_or_a_sentence(kind, tmp_path_factory):
+    @given(sent_of(kind))
+    @settings(
+        suppress_health_check=list(HealthCheck),
+        deadline=None,
+        max_examples=int(os.environ.get("STRANGERS", "3")),
+        derandomize="STRANGERS" not in os.environ,
+    )
+    def each(contents):
+        folder = tmp_path_factory.mktemp(kind)
+        for name, content in contents.items():
+            (folder / name).write_text(signed(content))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                show_all(kind, folder)
+            except UsageError as error:
+                assert "\n" not in str(error) and str(error).isprintable()
+            finally:
+                plt.close("all")
+        assert all(str(one.message).isprintable() for one in said if "left out" in str(one.message))
+        assert {path.name for path in folder.rglob("*")} == set(contents)
+
+    each()
+
+
+@pytest.mark.parametrize(("kind", "shown"), {"scaling": 12, "steps": 4, "benchmark": 10, "probe": 10}.items())
+def test_the_records_of_other_kinds_pass_where_nothing_was_changed(kind, shown, tmp_path):
+    for name, content in OTHERS[kind].items():
+        (tmp_path / name).write_text(signed(content))
+    assert show_all(kind, tmp_path) == shown

@@ -51,7 +51,10 @@ def ratios(times_ms: dict, implementations: dict) -> dict:
 
 
 def exponents(found: Benchmark) -> dict[str, float]:
-    """By variant: the slope of log minimum over log T between the two longest lengths, where it ran at both."""
+    """By variant: the slope of log minimum over log T between the two longest lengths, where it ran at both.
+    Empty for a single length."""
+    if len(found.times_ms) < 2:
+        return {}
     (first, firsts_ms), (last, lasts_ms) = sorted(found.times_ms.items())[-2:]
     both = [name for name in found.reference_implementations if name in firsts_ms and name in lasts_ms]
     return {name: math.log(min(lasts_ms[name]) / min(firsts_ms[name]), last / first) for name in both}

@@ -64,9 +64,14 @@ class Evidence:
         self.recall = _recall(cells) if cells is not None else {}
         self.points = _points(cells) if cells is not None else pd.DataFrame(columns=["label", "scaled"])
 
-    def _cache(self, entry) -> int:
-        """Bytes that a whole model keeps of one sequence of `CACHE_CONTEXT` tokens."""
+    def _cache(self, entry) -> float:
+        """Bytes that a whole model keeps of one sequence of `CACHE_CONTEXT` tokens.
+
+        NaN of what is no variant of the study: a record may name any file, and none runs because a record names it.
+        """
         setting = self.found.setting
+        if entry.attention not in attention.variants():
+            return np.nan
         config = gpt2_config(setting.layers, setting.width, setting.heads, CACHE_CONTEXT, setting.vocabulary)
         with torch.device("meta"):
             layer = attention.load(entry.attention)(config, 0, **entry.options)

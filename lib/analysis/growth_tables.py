@@ -154,8 +154,10 @@ def map_table(points: pd.DataFrame, found: claims.Map) -> pd.DataFrame:
         {
             "cheapest": " or ".join(called[label] for label in row.labels) + (" (tied)" if len(row.labels) > 1 else ""),
             "of the map": f"{row.share:.0%}",
-            "next": "–" if row.next is None else called[row.next],
-            "behind the cheapest": "–" if row.next is None else f"x {row.middle:.2f} [{row.low:.2f} to {row.high:.2f}]",
+            "next": "–" if pd.isna(row.next) else called[row.next],
+            "behind the cheapest": "–"
+            if pd.isna(row.next)
+            else f"x {row.middle:.2f} [{row.low:.2f} to {row.high:.2f}]",
         }
         for row in table[large].itertuples()
     ]

@@ -14,9 +14,10 @@ import platformdirs
 from filelock import FileLock
 
 from lib.errors import UsageError
-from lib.paths import write_whole
+from lib.paths import read_bounded, write_whole
 
 CACHE_VARIABLE = "ATTENTION_STUDY_CACHE"  # the folder to use, instead of the system's place for caches
+MOST_BYTES = 1 << 20  # of an answer
 
 
 def folder() -> Path:
@@ -60,9 +61,10 @@ def remember(what: dict, answer: dict) -> None:
 def remembered(what: dict) -> dict | None:
     """The answer that was kept last, if there is one."""
     try:
-        return json.loads((folder() / f"{_key(what)}.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_bounded(folder() / f"{_key(what)}.json", MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _key(what: dict) -> str:

@@ -9,12 +9,14 @@ import contextlib
 import gzip
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -24,7 +26,11 @@ ENDINGS = (".parquet", ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".
 KNOWN = f"'builtin', a hub id, a {', '.join(ENDINGS)} file, or a folder of such files"
 OTHER_SPLITS = {"test", "tests", "validation", "valid", "val", "dev", "eval"}
 CHARACTERS = 1 << 20  # read at once of a list
+LONGEST_ROW = 16 << 20  # bytes, or characters of a list: a file of a few kB can unpack to a line of any length
+# The reader's memory has a bound: only what is in use counts, and nothing that a library sets aside for each core.
+PARQUET_VARIABLES = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 PARQUET_READER = Path(__file__).with_name("parquet.py")
+TOO_LARGE = 3  # its exit status where a file needs too much memory
 SPACE = re.compile(r"[ \t\r\n]*")
 # The longest sign in a JSON text that can be cut in two, \ud83d\ude00: an error so near the end may be a lack of text.
 LONGEST_SIGN = 12
@@ -130,9 +136,23 @@ def _said_of(place: Place):
         raise UsageError(f"cannot read {place}: {' '.join(str(error).split())[:160]}; mend it there") from None
 
 
+def _too_long(place: Place) -> UsageError:
+    return UsageError(f"cannot read {place}: it is longer than {LONGEST_ROW >> 20} MB; split it, or leave it out")
+
+
+def _cut(file: BinaryIO) -> Iterator[bytes]:
+    """A file's lines, the first that is longer than `LONGEST_ROW` only so far, so that it can be refused by its place.
+
+    Bytes end a line at \\n alone; text would at other signs too.
+    """
+    return iter(partial(file.readline, LONGEST_ROW + 1), b"")
+
+
 def _lines(file: BinaryIO, name: str) -> Iterator[Row]:
     row = 0
-    for number, line in enumerate(file, 1):  # bytes end a line at \n alone; text would at other signs too
+    for number, line in enumerate(_cut(file), 1):
+        if len(line) > LONGEST_ROW:
+            raise _too_long(Place(name, row + 1, number))
         line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if line.strip():
             row += 1
@@ -204,6 +224,8 @@ class _Stream:
                     value, end = DECODER.raw_decode(self.text, self.at)
                 except json.JSONDecodeError as error:
                     cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - LONGEST_SIGN
+                    if cut and len(self.text) - self.at > LONGEST_ROW:
+                        raise _too_long(place) from None
                     if cut and self._more():
                         continue
                     raise ValueError(f"it is no JSON ({error.msg})") from None
@@ -215,10 +237,18 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     command = [sys.executable, "-P", str(PARQUET_READER), str(path)]
     row = 0
     with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | PARQUET_VARIABLES,
+        )
         try:
-            for row, line in enumerate(process.stdout, 1):
+            for row, line in enumerate(_cut(process.stdout), 1):
                 place = Place(name, row)
+                if len(line) > LONGEST_ROW:
+                    raise _too_long(place)
                 with _said_of(place):
                     value = DECODER.decode(line.decode("ascii"))
                 yield place, value
@@ -232,5 +262,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     if status < 0:
         kind = signal.Signals(-status).name
         raise UsageError(f"cannot read {name}: it crashed its reader after row {row} ({kind}); it is damaged")
+    if status == TOO_LARGE:
+        raise UsageError(f"cannot read {name}: {said[-1]} behind row {row}; make its rows smaller, or leave it out")
     if status:
         raise UsageError(f"cannot read {name}: {plain(said[-1]).rstrip('.')[:200]}; it is damaged, or no Parquet file")
