@@ -907,3 +907,25 @@ def test_the_records_of_other_kinds_pass_where_nothing_was_changed(kind, shown, 
     for name, content in OTHERS[kind].items():
         (tmp_path / name).write_text(signed(content))
     assert show_all(kind, tmp_path) == shown
+
+
+def test_a_steps_record_that_names_a_file_runs_none_of_it(tmp_path):
+    """Nor does it end in a traceback where its sizes are none of a model."""
+    mark = tmp_path / "it ran"
+    (tmp_path / "mine.py").write_text(f"import pathlib\npathlib.Path({str(mark)!r}).touch()\n" + NINTH)
+    content = json.loads(json.dumps(OTHERS["steps"]["steps.json"]).replace('"gqa"', '"mine"'))
+    at = next(index for index, entry in enumerate(content["entries"]) if entry["label"] == "mine")
+    named = put(content, ("entries", at, "attention"), str(tmp_path / "mine.py"))
+    found = Evidence(steps_record.Steps.model_validate_json(json.dumps(named)), None)
+    assert math.isnan(found.cache["mine"]) and answer.markdown(found) and answer_figure.picture(found)
+    assert not mark.exists()
+    impossible = steps_record.Steps.model_validate_json(json.dumps(put(named, ("setting", "heads"), 7)))
+    with pytest.raises(UsageError, match="heads must divide width") as error:
+        Evidence(impossible, None)
+    assert "\n" not in str(error.value)
+
+
+def test_records_of_cost_by_length_without_a_point_are_one_sentence(tmp_path):
+    stored.write(scaling_record(points=[]), tmp_path)
+    with pytest.raises(UsageError, match="hold no point yet"):
+        stored.load_all(tmp_path)

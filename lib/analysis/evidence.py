@@ -19,8 +19,9 @@ from lib.analysis import capability, compare, style
 from lib.analysis import steps as tables
 from lib.attention import CONTROL, REFERENCE
 from lib.data.tasks import TASKS
+from lib.errors import UsageError
 from lib.model import gpt2_config
-from lib.record import probe, steps
+from lib.record import printable, probe, steps
 from lib.record.steps import Steps
 
 RECALLS = 0.95
@@ -73,9 +74,15 @@ class Evidence:
         if entry.attention not in attention.variants():
             return np.nan
         config = gpt2_config(setting.layers, setting.width, setting.heads, CACHE_CONTEXT, setting.vocabulary)
-        with torch.device("meta"):
-            layer = attention.load(entry.attention)(config, 0, **entry.options)
-        return setting.layers * layer.cache_bytes(CACHE_CONTEXT, CACHE_BYTES)
+        try:
+            with torch.device("meta"):
+                layer = attention.load(entry.attention)(config, 0, **entry.options)
+            return setting.layers * layer.cache_bytes(CACHE_CONTEXT, CACHE_BYTES)
+        except Exception as error:  # options and sizes that somebody sent
+            said = (
+                f"there is no {printable(entry.attention)} of the steps' setting and options: {printable(error, 200)}"
+            )
+            raise UsageError(said) from None
 
     @property
     def labels(self) -> list[str]:

@@ -183,6 +183,8 @@ def load_all(folder: Path) -> list[Scaling]:
     found = [one for one in read_each(sorted(Path(folder).glob("*.json")), load) if one.provenance == "measured"]
     if not found:
         raise UsageError(f"there is no record in {Path(folder).name}/; `python -m lib.study.scaling --write` makes")
+    if not any(one.points for one in found):
+        raise UsageError(f"the records in {Path(folder).name}/ hold no point yet; run `python -m lib.study.scaling` on")
     if any(machine(one) != machine(found[0]) for one in found):
         raise UsageError(f"the records in {Path(folder).name}/ differ in setting or machine; keep them in two folders")
     return found
