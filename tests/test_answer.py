@@ -108,6 +108,16 @@ def test_the_cache_is_what_the_variants_themselves_count_for_the_whole_model():
     assert "SLIDING_WINDOW" not in said  # smaller, and forgets
 
 
+def test_of_few_rounds_and_beside_an_sdpa_without_a_certificate_nothing_is_told():
+    made = made_steps({"gqa": 0.5})
+    few = made.model_copy(update={"rounds": made.rounds[:4]})
+    entries = [e.model_copy(update={"certified": e.label != "sdpa"}) for e in made.entries]
+    for found in (few, made.model_copy(update={"entries": entries})):
+        shown = evidence.Evidence(found, None)
+        assert "**At 512 tokens nothing is told**" in answer.sentences(shown)[0]
+        assert answer_figure.headline(shown) == ["512 tokens: nothing is told."]
+
+
 def test_what_was_tried_with_another_option_is_named_so():
     cells = made_cells()
     cells.loc[cells["label"] == "sliding_window", "title"] = "WINDOW 16"

@@ -510,7 +510,7 @@ def bomb(path, characters, rows, nested):
 @pytest.mark.parametrize("nested", [False, True], ids=["texts", "turns"])
 @pytest.mark.parametrize(
     ("characters", "rows", "said"),
-    [(100 << 20, 1000, "100 of its rows unpack to more than 2 GB of memory"), (17 << 20, 1, "longer than 16 MB")],
+    [(100 << 20, 1000, "100 of its rows unpack to more than 2 GB of memory"), (129 << 20, 1, "longer than 128 MB")],
     ids=["100 GB", "one row"],
 )
 def test_a_table_that_unpacks_to_any_size_is_a_sentence(tmp_path, characters, rows, said, nested):

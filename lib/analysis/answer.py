@@ -34,6 +34,11 @@ def sentences(evidence: Evidence) -> list[str]:
     for context in dict.fromkeys((e.short, e.long)):
         free, kept = e.cheapest(context, TIME, others), e.cheapest(context, TIME, keepers)
         at = f"**At {context:,} tokens"
+        if not e.is_told(context):
+            said.append(
+                f"{at} nothing is told**: {len(e.found.rounds)} rounds, or SDPA itself is not to be trusted there."
+            )
+            continue
         if not free.labels:
             said.append(f"{at} keep SDPA**: nothing trains in significantly less time.")
             continue

@@ -66,6 +66,9 @@ def headline(evidence: Evidence) -> list[str]:
     lines = []
     for context in dict.fromkeys((e.short, e.long)):
         pick = e.cheapest(context, TIME, others)
+        if not e.is_told(context):
+            lines.append(f"{context:,} tokens: nothing is told.")
+            continue
         if not pick.labels:
             lines.append(f"{context:,} tokens: keep SDPA; nothing trains in significantly less time.")
             continue

@@ -107,6 +107,11 @@ class Evidence:
         row = self.ratios.loc[key] if key in self.ratios.index else None
         return None if row is None or np.isnan(row.ratio) else row
 
+    def is_told(self, context: int) -> bool:
+        """Whether anything is tested at a length: SDPA is certified and was measured, and the rounds are enough."""
+        rows = [self.ratio(label, context, TIME) for label in self.others]
+        return self.entries[REFERENCE].certified and any(row is not None and not np.isnan(row.low) for row in rows)
+
     def recalls(self, label: str) -> bool:
         return label in self.recall and self.recall[label].median >= RECALLS
 

@@ -26,7 +26,7 @@ ENDINGS = (".parquet", ".json", ".jsonl", ".ndjson", ".json.gz", ".jsonl.gz", ".
 KNOWN = f"'builtin', a hub id, a {', '.join(ENDINGS)} file, or a folder of such files"
 OTHER_SPLITS = {"test", "tests", "validation", "valid", "val", "dev", "eval"}
 CHARACTERS = 1 << 20  # read at once of a list
-LONGEST_ROW = 16 << 20  # bytes, or characters of a list: a file of a few kB can unpack to a line of any length
+LONGEST_ROW = 128 << 20  # bytes, or characters of a list: a file of a few kB can unpack to a line of any length
 # The reader's memory has a bound: only what is in use counts, and nothing that a library sets aside for each core.
 PARQUET_VARIABLES = {"ARROW_DEFAULT_MEMORY_POOL": "system", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 PARQUET_READER = Path(__file__).with_name("parquet.py")
