@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lib import attention, parameters, record
+from lib import attention, parameters, paths, record
 from lib.model import gpt2_config
 from lib.paths import write_whole
 from lib.record.benchmark import Benchmark
@@ -61,6 +61,10 @@ def convert(content: dict) -> dict:
         of = OPTIONS.get(found["attention"], {})
         run["options"] = {of.get(name, name): value for name, value in run["options"].items()}
         size = (1, run["width"], run["heads"], run["positions"], 2)
+        if not attention.find(found["attention"]).resolve().is_relative_to(paths.ROOT / "lib"):
+            raise ValueError(
+                "its attention is a file outside lib/, and no record runs one; convert it where it was made"
+            )
         with torch.device("meta"):
             layer = attention.load(found["attention"])(gpt2_config(*size), 0, **run["options"])
         given = run["label"] if "parameters" in found or run["label"] != attention.stem(run["attention"]) else ""

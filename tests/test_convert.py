@@ -61,6 +61,14 @@ def test_a_changed_record_stays_as_it_was_and_is_named(script, tmp_path, capsys)
     assert "its checksum does not fit" in capsys.readouterr().err
 
 
+def test_an_older_record_that_names_a_file_of_code_runs_none_of_it(script, tmp_path):
+    (tmp_path / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    content = older(script) | {"attention": str(tmp_path / "mine.py")}
+    with pytest.raises(ValueError, match="no record runs one"):
+        script.convert(content)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_older_record_is_named_with_the_way_to_convert_it(script, tmp_path):
     (tmp_path / "lsh-seed0-00000000.json").write_text(json.dumps(older(script)))
     with pytest.warns(UserWarning, match=r"schema_version is 1, this code reads 2; `python scripts/convert_records.py"):
