@@ -7,6 +7,7 @@ test holds that both are what the records give.
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -32,35 +33,54 @@ def sentences(evidence: Evidence) -> list[str]:
     for context in dict.fromkeys((e.short, e.long)):
         free, kept = e.cheapest(context, TIME, others), e.cheapest(context, TIME, keepers)
         at = f"**At {context:,} tokens"
+        why = e.untold(context, TIME)
+        if why is not None:
+            said.append(f"{at} nothing is told**: {why}.")
+            continue
         if not free.labels:
             said.append(f"{at} keep SDPA**: nothing trains in significantly less time.")
             continue
         same = [label for label in free.labels if label in kept.labels]
         if same or not e.recall:
             pick = kept if same else free
-            said.append(f"{at} take {_names(e, pick)}**: beside SDPA, {_savings(e, pick, context)}.")
+            known = "" if e.recall else "; what it recalls is not known"
+            said.append(f"{at} take {_names(e, pick)}**: beside SDPA, {_savings(e, pick, context)}{known}.")
             continue
-        lost = joined([f"{e.title[label]} recalls {_recalled(e, label)}" for label in free.labels])
+        lost = joined([
+            f"{_name(e, label)} recalls {_recalled(e, label)} of {PAIRS} facts" if label in e.recall
+            else f"what {_name(e, label)} recalls was not tried" for label in free.labels
+        ])  # fmt: skip
         then = (
             f"Where recall counts take {_names(e, kept)}: {_savings(e, kept, context)}"
             if kept.labels else "Where recall counts keep SDPA: nothing that recalls is significantly faster"
         )  # fmt: skip
         said.append(
             f"{at} take {_names(e, free)} if recall does not count**: beside SDPA, {_savings(e, free, context)}; "
-            f"{lost} of {PAIRS} facts. {then}."
+            f"{lost}. {then}."
         )
-    cache = e.smallest(e.cache, keepers or others)
+    cache = e.smallest(e.cache, keepers if e.recall else others)
     if cache.labels:
+        price = _price(e, cache.labels)
         said.append(
             f"**If the KV cache is what you pay for, {_names(e, cache)}**: "
             f"{joined(cache.ratios)} at {CACHE_CONTEXT:,} tokens"
-            + (", and recalls as SDPA does." if keepers else "; what it recalls was not tried.")
+            + (f", and recalls {RECALLS:.0%} or more" if e.recall else "; what it recalls is not known")
+            + (f"; it costs {price}." if price != "–" else ".")
         )
     return said
 
 
 def _names(evidence: Evidence, pick: Pick) -> str:
-    return joined([evidence.title[label] for label in pick.labels])
+    return joined([_name(evidence, label) for label in pick.labels])
+
+
+def _name(evidence: Evidence, label: str) -> str:
+    return escaped(evidence.title[label])
+
+
+def escaped(text: str) -> str:
+    """As Markdown shows it, in a table's cell or a picture's alternative text too."""
+    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
@@ -68,22 +88,31 @@ def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
     said = [f"training time {joined(pick.ratios)}"]
     joules = [evidence.ratio(label, context, ENERGY) for label in pick.labels]
     if all(row is not None for row in joules):
-        said.append(f"joules {joined([cost(row) for row in joules])}")
+        said.append(f"joules {joined([_sure(row) for row in joules])}")
+    elif evidence.turns[ENERGY].notna().any():
+        said.append("joules not counted")
     return ", ".join(said)
+
+
+def _sure(row) -> str:
+    """A ratio, and why it has no interval where it has none."""
+    return f"{cost(row)} ({row.verdict})" if row.low != row.low else cost(row)
 
 
 def _recalled(evidence: Evidence, label: str) -> str:
     found = evidence.recall.get(label)
     if found is None:
         return "not tried"
-    other = "" if found.title == evidence.title[label] else f" (tried as {found.title})"
+    other = "" if found.title == evidence.entries[label].title else f" (tried as {escaped(found.title)})"
     return f"{max(0.0, found.median):.0%}{other}"
 
 
 def _tried_as(evidence: Evidence) -> str:
     """Whose options were others in the small net."""
-    tried = {evidence.title[label]: found.title for label, found in evidence.recall.items() if label in evidence.title}
-    others = [f"{title} as {small}" for title, small in tried.items() if title != small]
+    others = [
+        f"{_name(evidence, label)} as {escaped(found.title)}" for label, found in evidence.recall.items()
+        if label in evidence.entries and found.title != evidence.entries[label].title
+    ]  # fmt: skip
     return f" ({joined(others)})" if others else ""
 
 
@@ -91,28 +120,32 @@ def how_sure(evidence: Evidence) -> list[str]:
     """A line each: what the intervals rest on, the control, recall, and what is not shown."""
     e, said = evidence, []
     control = [
-        f"{cost(row)} at {context:,}" for context in e.lengths if (row := e.ratio(CONTROL, context, TIME)) is not None
+        f"{_sure(row)} at {context:,}" for context in e.lengths if (row := e.ratio(CONTROL, context, TIME)) is not None
     ]
-    setting = e.found.setting
+    setting, rounds = e.found.setting, _counted(len(e.found.rounds), "round")
     said.append(
-        f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: {len(e.found.rounds)} rounds of "
-        f"training steps in turns, {setting.layers} layers of {setting.width}, {setting.precision}, on "
+        f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: {rounds} "
+        f"of training steps in turns, {_counted(setting.layers, 'layer')} of {setting.width}, {setting.precision}, on "
         f"{e.machine}; paired ratios with 95 % intervals, Holm over the variants."
     )
     if control:
         said.append(f"Noise: SDPA against itself took {joined(control)} tokens.")
     if e.recall:
         n = min(one.n for one in e.recall.values())
+        rates = "one rate" if e.rates == 1 else f"the best of {NUMBERS.get(e.rates, e.rates)} rates"
         said.append(
-            f"Recall: {PAIRS} pairs in 128 tokens, a small net, the best of three rates, the median of {n} or more "
-            f"seeds{_tried_as(e)}."
+            f"Recall: {PAIRS} pairs in 128 tokens, a small net, {rates}, the median of {n} or more seeds{_tried_as(e)}."
         )
-    said.append(f"Cache: each variant's own count, bf16, one sequence of {CACHE_CONTEXT:,} tokens.")
+    gone = [_name(e, label) for label, count in e.cache.items() if count != count]
+    said.append(
+        f"Cache: each variant's own count, bf16, one sequence of {CACHE_CONTEXT:,} tokens"
+        + (f"; not counted, for want of the file: {joined(gone)}." if gone else ".")
+    )
     said.append(
         "Not shown: other sizes, other GPUs, longer contexts in training, and what becomes of a loss. The published "
         "study's own claims: [replication.ipynb](notebooks/replication.ipynb)."
     )
-    uncertified = [e.title[label] for label, entry in e.entries.items() if not entry.certified]
+    uncertified = [_name(e, label) for label, entry in e.entries.items() if not entry.certified]
     certified = sum(entry.certified for entry in e.entries.values())
     said.append(
         f"{certified} of {len(e.entries)} passed their certificate before they were timed"
@@ -121,18 +154,28 @@ def how_sure(evidence: Evidence) -> list[str]:
     return said
 
 
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def limits(evidence: Evidence) -> pd.DataFrame:
     """The table "if you are limited by": a row per limit, without and with the wish to recall."""
     e, others = evidence, evidence.others
     keepers = [label for label in others if e.recalls(label)]
     rows = []
 
-    def add(limit, pick_of):
+    def add(limit, pick_of, why=None):
+        if why is not None:
+            rows.append({"if you are limited by": limit, "pick": f"not told: {why}", "it saves": "–", "it costs": "–"})
+            return
         for wish, among in (("", others), (", and recall counts", keepers)):
             if wish and not e.recall:
                 continue
             pick = pick_of(among)
-            if wish and rows and rows[-1]["pick"] == _picked(e, pick):
+            if wish and rows[-1]["pick"] == _picked(e, pick):
                 rows[-1]["if you are limited by"] += ", recall or not"
                 continue
             rows.append({
@@ -143,11 +186,13 @@ def limits(evidence: Evidence) -> pd.DataFrame:
             })  # fmt: skip
 
     for context in dict.fromkeys((e.short, e.long)):
-        add(f"time, {context:,} tokens", lambda among, at=context: e.cheapest(at, TIME, among))
+        pick_of = partial(e.cheapest, context, TIME)
+        add(f"time, {context:,} tokens", pick_of, e.untold(context, TIME))
     if e.turns[ENERGY].notna().any():
         for context in dict.fromkeys((e.short, e.long)):
-            add(f"joules, {context:,} tokens", lambda among, at=context: e.cheapest(at, ENERGY, among))
-    memory = e.memory.xs(e.long).to_dict() if len(e.memory.dropna()) else {}
+            pick_of = partial(e.cheapest, context, ENERGY)
+            add(f"joules, {context:,} tokens", pick_of, e.untold(context, ENERGY))
+    memory = e.memory_at(e.long)
     if memory:
         add(f"memory in training, {e.long:,} tokens", lambda among: e.smallest(memory, among))
     add(f"KV cache, {CACHE_CONTEXT:,} tokens", lambda among: e.smallest(e.cache, among))
@@ -155,23 +200,29 @@ def limits(evidence: Evidence) -> pd.DataFrame:
 
 
 def _picked(evidence: Evidence, pick: Pick) -> str:
-    return joined([f"**{evidence.title[label]}**" for label in pick.labels]) if pick.labels else "SDPA: nothing saves"
+    return joined([f"**{_name(evidence, label)}**" for label in pick.labels]) if pick.labels else "SDPA: nothing saves"
 
 
 def _price(evidence: Evidence, labels: list[str]) -> str:
-    """What else the picked cost: recall, and time at the long length where they are slower."""
+    """What else the picked cost: recall, time and joules where they take more, lengths at which they fail."""
     said = []
     for label in labels:
         own = []
         found = evidence.recall.get(label)
         if found is not None and found.median < RECALLS:
             own.append(f"recalls {_recalled(evidence, label)}")
+        elif found is None and evidence.recall:
+            own.append("recall not tried")
         for context in dict.fromkeys((evidence.short, evidence.long)):
-            row = evidence.ratio(label, context, TIME)
-            if row is not None and row.ratio > 1 and row.verdict == "significantly different":
-                own.append(f"time {cost(row)} at {context:,}")
+            for metric, word in ((TIME, "time"), (ENERGY, "joules")):
+                row = evidence.ratio(label, context, metric)
+                if row is not None and row.ratio > 1 and row.verdict == "significantly different":
+                    own.append(f"{word} {cost(row)} at {context:,}")
+            why = evidence.found.failed.get(label, {}).get(context)
+            if why is not None:
+                own.append(f"no result at {context:,} ({escaped(why)})")
         said.append(", ".join(own))
-    said = [one if len(labels) == 1 else f"{evidence.title[label]}: {one}"
+    said = [one if len(labels) == 1 else f"{_name(evidence, label)}: {one}"
             for label, one in zip(labels, said, strict=True) if one]  # fmt: skip
     return "; ".join(said) or "–"
 
@@ -183,14 +234,16 @@ def markdown(evidence: Evidence) -> str:
     body = "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
     sure = "".join(f"- {line}\n" for line in how_sure(evidence))
     said = "\n".join(f"- {line}" for line in sentences(evidence))
-    alt = " ".join(headline(evidence))
+    alt = escaped(" ".join(headline(evidence)))
     return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\nHow sure is that:\n\n{sure}\n{END}"
 
 
 def put(page: str, text: str) -> str:
-    """`page` with `text` between its marks. Raises UsageError where it has none."""
+    """`page` with `text` between its marks. Raises UsageError where it has not just one of each, in order."""
     if BEGIN not in page or END not in page:
         raise UsageError(f"the page has no place for the answer; it goes between {BEGIN!r} and {END!r}")
+    if page.count(BEGIN) > 1 or page.count(END) > 1 or page.index(END) < page.index(BEGIN):
+        raise UsageError(f"the page must have {BEGIN!r} once, and behind it {END!r} once")
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: text, page, count=1, flags=re.DOTALL)
 
 
