@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from types import SimpleNamespace
 
+from pydantic import BaseModel, ValidationError
+
 from lib import attention, paths
 from lib.errors import UsageError
 from lib.record.names import (
@@ -78,6 +80,15 @@ def check_types(values: dict, known: dict[str, Declared]) -> dict:
             raise UsageError(f"{name} must be {kinds}, not {_shown(value)}{_way_out(wanted, value)}")
         checked[name] = value
     return checked
+
+
+def modelled(kind: type[BaseModel], values: dict) -> BaseModel:
+    """`values` as a model. Raises UsageError, in one line, with the name of the first that is wrong."""
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
 
 
 def _check_plain(name: str, value, depth: int = 0) -> None:

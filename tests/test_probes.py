@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
 import torch
 
@@ -272,3 +273,25 @@ def test_a_record_comes_back_as_it_was_and_an_odd_one_is_named(tmp_path):
         probe.load_all(tmp_path)
     with pytest.raises(ValueError, match="says why"):
         cell("sdpa", (1, 1, 1), results=[])
+
+
+def test_rates_without_a_common_seed_are_compared_all_the_same():
+    found = made(cell("gqa", (1.0, 1.0, 1.0), seed=0), cell("gqa", (0.5, 0.5, 0.5), rate=1e-2, seed=1))
+    assert capability.summary(found).query("label == 'gqa' and hardest")["rate"].item() == 1e-3
+
+
+def test_cells_of_another_setting_are_left_out_and_counted():
+    alike = made()
+    other = alike[alike["label"] == "linear"].copy()
+    other["setting"] = other["setting"].str.replace('"steps":', '"steps":9')
+    other["scaled"] = 0.0
+    both = pd.concat([alike, other], ignore_index=True)
+    pd.testing.assert_frame_equal(capability.summary(both), capability.summary(alike))
+    assert "Left out, of another setting than most of their task: n = 1." in capability.remarks(both)
+
+
+def test_a_task_whose_reference_was_tried_in_another_way_is_not_shown():
+    found = made().assign(task="induction", convolution=False)
+    assert capability.shown_tasks(found) == []
+    found = made().assign(task="induction", difficulty=1024.0)
+    assert capability.shown_tasks(found) == [] and "was not tested" in capability.remarks(found)[0]

@@ -7,6 +7,7 @@ test holds that both are what the records give.
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from lib import paths
 from lib.analysis import evidence as records
 from lib.analysis import style
 from lib.analysis.answer_figure import headline, picture
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, cost, joined
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall, cost, joined
 from lib.attention import CONTROL
 from lib.errors import UsageError
 
@@ -34,10 +35,9 @@ def sentences(evidence: Evidence) -> list[str]:
     for context in dict.fromkeys((e.short, e.long)):
         free, kept = e.cheapest(context, TIME, others), e.cheapest(context, TIME, keepers)
         at = f"**At {context:,} tokens"
-        if not e.is_told(context):
-            said.append(
-                f"{at} nothing is told**: {len(e.found.rounds)} rounds, or SDPA itself is not to be trusted there."
-            )
+        why = e.untold(context, TIME)
+        if why is not None:
+            said.append(f"{at} nothing is told**: {why}.")
             continue
         if not free.labels:
             said.append(f"{at} keep SDPA**: nothing trains in significantly less time.")
@@ -47,24 +47,25 @@ def sentences(evidence: Evidence) -> list[str]:
             pick = kept if same else free
             little = all(e.ratio(label, context, TIME).ratio > LITTLE for label in pick.labels)
             at += " little is to be gained over SDPA:" if little else " take"
-            said.append(f"{at} {_names(e, pick)}**, {_savings(e, pick, context)}.")
+            known = "" if e.recall else "; what it recalls is not known"
+            said.append(f"{at} {_names(e, pick)}**, {_savings(e, pick, context)}{known}.")
             continue
-        lost = joined([f"{e.title[label]} recalls {_recalled(e, label)}" for label in free.labels])
+        lost = joined([_lost(e, label) for label in free.labels])
         then = (
             f"Where recall counts take {_names(e, kept)}: {_savings(e, kept, context)}"
             if kept.labels else "Where recall counts keep SDPA: nothing that recalls is significantly faster"
         )  # fmt: skip
         said.append(
             f"{at} take {_names(e, free)} if recall does not count**: beside SDPA, {_savings(e, free, context)}; "
-            f"{lost} of {PAIRS} facts. {then}."
+            f"{lost}. {then}."
         )
-    cache = e.smallest(e.cache, keepers or others)
+    cache = e.smallest(e.cache, keepers if e.recall else others)
     if cache.labels:
         said.append(
             f"**If the KV cache is what you pay for, {_names(e, cache)}**: "
             f"{joined(cache.ratios)} at {CACHE_CONTEXT:,} tokens"
-            + (", and recalls as SDPA does" if keepers else "; what it recalls was not tried")
-            + _without_a_price(e, cache, keepers or others)
+            + (f", and recalls {RECALLS:.0%} or more" if e.recall else "; what it recalls is not known")
+            + _without_a_price(e, cache, keepers if e.recall else others)
             + "."
         )
     return said
@@ -73,16 +74,25 @@ def sentences(evidence: Evidence) -> list[str]:
 def _without_a_price(evidence: Evidence, cache: Pick, among: list[str]) -> str:
     """The smallest cache of those whose steps take no more time than SDPA's, where the smallest of all costs time."""
     e = evidence
-    own = [said for label in cache.labels for said in e.slower(label)]
+    own = [said for label in cache.labels for said in e.rises(label, TIME)]
     if not own:
         return ""
-    free = e.smallest(e.cache, [label for label in among if not e.slower(label)])
+    free = e.smallest(e.cache, [label for label in among if not e.rises(label, TIME)])
     then = f"; at no more time {_names(e, free)}: {joined(free.ratios)}" if free.labels else ""
     return f", but {joined(own)}{then}"
 
 
 def _names(evidence: Evidence, pick: Pick) -> str:
-    return joined([evidence.title[label] for label in pick.labels])
+    return joined([_name(evidence, label) for label in pick.labels])
+
+
+def _name(evidence: Evidence, label: str) -> str:
+    return escaped(evidence.title[label])
+
+
+def escaped(text: str) -> str:
+    """As Markdown shows it, in a table's cell or a picture's alternative text too."""
+    return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
 def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
@@ -90,28 +100,42 @@ def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
     said = [f"training time {joined(pick.ratios)}"]
     joules = [evidence.ratio(label, context, ENERGY) for label in pick.labels]
     if all(row is not None for row in joules):
-        said.append(f"joules {joined([cost(row) for row in joules])}")
+        said.append(f"joules {joined([_sure(row) for row in joules])}")
+    elif evidence.turns[ENERGY].notna().any():
+        said.append("joules not counted")
     return ", ".join(said)
 
 
-def _recalled(evidence: Evidence, label: str) -> str:
-    found = evidence.recall.get(label)
+def _sure(row) -> str:
+    """A ratio, and why it has no interval where it has none."""
+    return f"{cost(row)} ({row.verdict})" if row.low != row.low else cost(row)
+
+
+def _lost(evidence: Evidence, label: str) -> str:
+    """What is recalled by one that recalls little, and who was tried for it."""
+    found, name = evidence.recall.get(label), _name(evidence, label)
     if found is None:
-        return "not tried"
+        return f"what {name} recalls was not tried"
+    other = found.title != evidence.entries[label].title
+    who = f"{escaped(found.title)}, tried in its place," if other else name
+    return f"{who} recalls {_share(found)} of {PAIRS} facts"
+
+
+def _share(found: Recall) -> str:
+    """The median seed's share, with the lowest and the highest where they differ."""
     low, high = max(0.0, found.low), max(0.0, found.high)
     seeds = "" if f"{low:.0%}" == f"{high:.0%}" else f" [{low:.0%}, {high:.0%}]"
-    other = "" if found.title == evidence.title[label] else f" (tried as {found.title})"
-    return f"{max(0.0, found.median):.0%}{seeds}{other}"
+    return f"{max(0.0, found.median):.0%}{seeds}"
 
 
 def _tried_as(evidence: Evidence) -> str:
-    """Whose options or memory were others in the small net."""
+    """Whose options were others in the small net, and what each kept there."""
     parts = []
     for label, found in evidence.recall.items():
-        if label in evidence.title:
-            other = "" if found.title == evidence.title[label] else f" as {found.title}"
+        if label in evidence.entries:
+            other = "" if found.title == evidence.entries[label].title else f" as {escaped(found.title)}"
             if other or abs(found.state_share - 1) > 0.01:
-                parts.append(f"{evidence.title[label]}{other} {found.state_share:.0%}")
+                parts.append(f"{_name(evidence, label)}{other} {found.state_share:.0%}")
     return f" Kept there, of SDPA's memory: {', '.join(parts)}." if parts else ""
 
 
@@ -131,15 +155,16 @@ def how_sure(evidence: Evidence) -> list[str]:
     """A line each: what the intervals rest on, the control, recall, and what is not shown."""
     e, said = evidence, []
     setting, found = e.found.setting, e.found
-    control = [f"{cost(row)} at {at:,}" for at in e.lengths if (row := e.ratio(CONTROL, at, TIME)) is not None]
+    control = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.ratio(CONTROL, at, TIME)) is not None]
     sizes = joined([f"{size.batch_size} x {size.context:,} tokens" for size in setting.sizes])
     version = found.environment.get("packages", {}).get("torch")
     torch = f", torch {version}" if version else ""
     said.append(
         f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: training steps of GPT-2, "
-        f"{setting.layers} layers of {setting.width}, {sizes}, {setting.precision}{torch}, "
-        f"{'' if setting.compile else 'not '}compiled; {len(found.rounds)} rounds in turns within {_minutes(found)} on "
-        f"one {e.machine}. Paired ratios with 95 % intervals; verdicts are corrected for the number of variants."
+        f"{_counted(setting.layers, 'layer')} of {setting.width}, {sizes}, {setting.precision}{torch}, "
+        f"{'' if setting.compile else 'not '}compiled; {_counted(len(found.rounds), 'round')} in turns within "
+        f"{_minutes(found)} on one {escaped(e.machine)}. Paired ratios with 95 % intervals; verdicts are corrected "
+        "for the number of variants."
     )
     if control:
         said.append(f"Noise: SDPA against itself took {joined(control)} tokens.")
@@ -147,19 +172,22 @@ def how_sure(evidence: Evidence) -> list[str]:
         said.append(_busy(e))
     if e.recall:
         n = min(one.n for one in e.recall.values())
+        rates = "one rate" if e.rates == 1 else f"the best of {NUMBERS.get(e.rates, e.rates)} rates"
         said.append(
-            f"Recall: {PAIRS} pairs in 128 tokens, one layer behind a short convolution, the best of the rates tried, "
+            f"Recall: {PAIRS} pairs in 128 tokens, one layer behind a short convolution, {rates}, "
             f"the median of {n} or more seeds, on a CPU.{_tried_as(e)}"
         )
+    gone = [_name(e, label) for label, count in e.cache.items() if count != count]
     said.append(
-        f"Cache: computed from each variant's formula, bf16, one sequence of {CACHE_CONTEXT:,} tokens; not run."
+        f"Cache: computed from each variant's formula, bf16, one sequence of {CACHE_CONTEXT:,} tokens; not run"
+        + (f"; none for what is no variant of the study: {joined(gone)}." if gone else ".")
     )
     said.append(
         f"Not shown: other sizes, GPUs and days, training beyond {e.long:,} tokens, and the quality of what was "
         "trained. The published study's own claims: [replication.ipynb](notebooks/replication.ipynb)."
     )
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
-    uncertified = [entry.title for entry in entries if not entry.certified]
+    uncertified = [_name(e, entry.label) for entry in entries if not entry.certified]
     at = found.examined
     how = f", examined with {at['layers']} layers at up to {at['positions']:,} tokens" if at else ""
     said.append(
@@ -177,18 +205,28 @@ def _minutes(found) -> str:
     return "a minute" if minutes == 1 else f"{minutes} minutes"
 
 
+NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
 def limits(evidence: Evidence) -> pd.DataFrame:
     """The table "if you are limited by": a row per limit, without and with the wish to recall."""
     e, others = evidence, evidence.others
     keepers = [label for label in others if e.recalls(label)]
     rows = []
 
-    def add(limit, pick_of):
+    def add(limit, pick_of, why=None):
+        if why is not None:
+            rows.append({"if you are limited by": limit, "pick": f"not told: {why}", "it saves": "–", "it costs": "–"})
+            return
         for wish, among in (("", others), (", and recall counts", keepers)):
             if wish and not e.recall:
                 continue
             pick = pick_of(among)
-            if wish and rows and rows[-1]["pick"] == _picked(e, pick):
+            if wish and rows[-1]["pick"] == _picked(e, pick):
                 rows[-1]["if you are limited by"] += ", recall or not"
                 continue
             rows.append({
@@ -199,11 +237,13 @@ def limits(evidence: Evidence) -> pd.DataFrame:
             })  # fmt: skip
 
     for context in dict.fromkeys((e.short, e.long)):
-        add(f"time, {context:,} tokens", lambda among, at=context: e.cheapest(at, TIME, among))
+        pick_of = partial(e.cheapest, context, TIME)
+        add(f"time, {context:,} tokens", pick_of, e.untold(context, TIME))
     if e.turns[ENERGY].notna().any():
         for context in dict.fromkeys((e.short, e.long)):
-            add(f"joules, {context:,} tokens", lambda among, at=context: e.cheapest(at, ENERGY, among))
-    memory = e.memory.xs(e.long).to_dict() if len(e.memory.dropna()) else {}
+            pick_of = partial(e.cheapest, context, ENERGY)
+            add(f"joules, {context:,} tokens", pick_of, e.untold(context, ENERGY))
+    memory = e.memory_at(e.long)
     if memory:
         add(f"memory in training, {e.long:,} tokens", lambda among: e.smallest(memory, among))
     add(f"KV cache, {CACHE_CONTEXT:,} tokens", lambda among: e.smallest(e.cache, among))
@@ -211,22 +251,30 @@ def limits(evidence: Evidence) -> pd.DataFrame:
 
 
 def _picked(evidence: Evidence, pick: Pick) -> str:
-    return joined([f"**{evidence.title[label]}**" for label in pick.labels]) if pick.labels else "SDPA: nothing saves"
+    return joined([f"**{_name(evidence, label)}**" for label in pick.labels]) if pick.labels else "SDPA: nothing saves"
 
 
 def _price(evidence: Evidence, labels: list[str]) -> str:
-    """What else the picked cost: recall, and time at the long length where they are slower."""
+    """What else the picked cost: recall, time and joules where they take more, lengths at which they fail."""
     said = []
     for label in labels:
         own = []
         found = evidence.recall.get(label)
         if found is not None and found.median < RECALLS:
-            own.append(f"recalls {_recalled(evidence, label)}")
-        own += evidence.slower(label)
+            other = found.title != evidence.entries[label].title
+            who = f" (tried as {escaped(found.title)})" if other else ""
+            own.append(f"recalls {_share(found)}{who}")
+        elif found is None and evidence.recall:
+            own.append("recall not tried")
+        own += evidence.rises(label, TIME) + evidence.rises(label, ENERGY)
+        for context in dict.fromkeys((evidence.short, evidence.long)):
+            why = evidence.found.failed.get(label, {}).get(context)
+            if why is not None:
+                own.append(f"no result at {context:,} ({escaped(why)})")
         if evidence.weights(label):
             own.append(evidence.weights(label))
         said.append(", ".join(own))
-    said = [one if len(labels) == 1 else f"{evidence.title[label]}: {one}"
+    said = [one if len(labels) == 1 else f"{_name(evidence, label)}: {one}"
             for label, one in zip(labels, said, strict=True) if one]  # fmt: skip
     return "; ".join(said) or "–"
 
@@ -238,14 +286,16 @@ def markdown(evidence: Evidence) -> str:
     body = "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
     sure = "".join(f"- {line}\n" for line in how_sure(evidence))
     said = "\n".join(f"- {line}" for line in sentences(evidence))
-    alt = " ".join(headline(evidence))
+    alt = escaped(" ".join(headline(evidence)))
     return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\nHow sure is that:\n\n{sure}\n{END}"
 
 
 def put(page: str, text: str) -> str:
-    """`page` with `text` between its marks. Raises UsageError where it has none."""
+    """`page` with `text` between its marks. Raises UsageError where it has not just one of each, in order."""
     if BEGIN not in page or END not in page:
         raise UsageError(f"the page has no place for the answer; it goes between {BEGIN!r} and {END!r}")
+    if page.count(BEGIN) > 1 or page.count(END) > 1 or page.index(END) < page.index(BEGIN):
+        raise UsageError(f"the page must have {BEGIN!r} once, and behind it {END!r} once")
     return re.sub(f"{re.escape(BEGIN)}.*?{re.escape(END)}", lambda _: text, page, count=1, flags=re.DOTALL)
 
 

@@ -17,7 +17,7 @@ def picture(evidence: Evidence):
     """A row per variant: recall, training time and joules over SDPA's with intervals, memory, cache."""
     style.use_style()
     e, labels = evidence, evidence.labels
-    memory = e.memory.xs(e.long).to_dict() if len(e.memory.dropna()) else {}
+    memory = e.memory_at(e.long)
     widths = [
         RECALL if e.recall else EMPTY, RATIOS, RATIOS if e.turns[ENERGY].notna().any() else EMPTY,
         COUNTS if memory else EMPTY, COUNTS,
@@ -65,9 +65,12 @@ def headline(evidence: Evidence) -> list[str]:
     e, others = evidence, evidence.others
     lines = []
     for context in dict.fromkeys((e.short, e.long)):
-        pick = e.cheapest(context, TIME, others)
-        if not e.is_told(context):
-            lines.append(f"{context:,} tokens: nothing is told.")
+        pick, kept = e.cheapest(context, TIME, others), e.cheapest(context, TIME, [x for x in others if e.recalls(x)])
+        if set(pick.labels) & set(kept.labels):
+            pick = kept  # of those that share the place, who recalls
+        why = e.untold(context, TIME)
+        if why is not None:
+            lines.append(f"{context:,} tokens: not told; {why}.")
             continue
         if not pick.labels:
             lines.append(f"{context:,} tokens: keep SDPA; nothing trains in significantly less time.")

@@ -4,6 +4,8 @@ Everything is of each variant's best rate for a task (`at_best`), with the media
 that SDPA does not solve, though it must, says nothing about others and is left out of every table.
 """
 
+import json
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -18,14 +20,26 @@ MUST_OF_TWO = {"recall_rewritten": 0.95}  # two layers of SDPA: one cannot tell 
 SEEDS_WANTED = 3
 
 
+def in_one_setting(cells: pd.DataFrame) -> pd.DataFrame:
+    """Of each task, with and without the convolution, the rows of the setting that most cells have: others are another
+    question. The number of layers is a pattern's own and no part of it."""
+    if cells.empty:
+        return cells
+    settings = [{k: v for k, v in json.loads(text).items() if k != "layers"} for text in cells["setting"]]
+    asked = pd.Series([json.dumps(one, sort_keys=True) for one in settings], index=cells.index)
+    most = asked.groupby([cells["task"], cells["convolution"]]).transform(lambda own: own.value_counts().index[0])
+    return cells[asked == most]
+
+
 def at_best(cells: pd.DataFrame) -> pd.DataFrame:
     """The rows at each variant's best rate for a task: the highest median, at the hardest difficulty, over the seeds
-    that every rate has; the middle one of equals."""
+    that every rate has (or all, where they share none); the middle one of equals."""
+    cells = in_one_setting(cells)
     usable, kept = cells.dropna(subset=["accuracy"]), []
     for _, own in usable.groupby(["label", "task", "convolution", "setting"], sort=False):
         hardest = own[own["difficulty"] == own["difficulty"].max()]
         shared = set.intersection(*(set(part["seed"]) for _, part in hardest.groupby("rate")))
-        medians = hardest[hardest["seed"].isin(shared)].groupby("rate")["scaled"].median()
+        medians = (hardest[hardest["seed"].isin(shared)] if shared else hardest).groupby("rate")["scaled"].median()
         equal = sorted(medians.index[medians == medians.max()])
         kept.append(own[own["rate"] == equal[(len(equal) - 1) // 2]])
     return pd.concat(kept, ignore_index=True) if kept else usable
@@ -55,14 +69,17 @@ def shown_tasks(cells: pd.DataFrame) -> list[str]:
 
 
 def _why_not_shown(cells: pd.DataFrame, task: str) -> str | None:
-    found = summary(cells[cells["convolution"] | ~cells["task"].isin(["recall"])])
-    found = found[(found["task"] == task) & found["hardest"]].set_index("label")["median"]
+    found = summary(cells)
+    found = found[(found["task"] == task) & found["hardest"] & (found["convolution"] == TASKS[task].net.convolution)]
+    found = found.set_index("label")["median"]
     for label, must in ((REFERENCE, MUST.get(task)), (f"{REFERENCE}+{REFERENCE}", MUST_OF_TWO.get(task))):
         if must is None:
             continue
         if label not in found.index:
             return f"{TASKS[task].title} is not shown: {label} was not tried, which has to solve it"
         reached = found[label] if task in MUST_OF_TWO else _easiest(cells, task, label)
+        if np.isnan(reached):
+            return f"{TASKS[task].title} is not shown: {label} was not tested at what it has to solve"
         if reached < must:
             return f"{TASKS[task].title} is not shown: {label} reaches {reached:.2f} where it must reach {must:.2f}"
     return None
@@ -71,9 +88,10 @@ def _why_not_shown(cells: pd.DataFrame, task: str) -> str | None:
 def _easiest(cells: pd.DataFrame, task: str, label: str) -> float:
     """The median where training and test agree in length; for recall that is its hardest difficulty too."""
     found = summary(cells)
-    own = found[(found["task"] == task) & (found["label"] == label) & found["convolution"]]
-    trained = max(TASKS[task].trained_on)
-    return float(own.loc[own["difficulty"] <= trained, "median"].iloc[-1])
+    own = found[(found["task"] == task) & (found["label"] == label)]
+    own = own[own["convolution"] == TASKS[task].net.convolution]
+    own = own.loc[own["difficulty"] <= max(TASKS[task].trained_on), "median"]
+    return float(own.iloc[-1]) if len(own) else np.nan
 
 
 def _rows(cells: pd.DataFrame, task: str, convolution: bool | None = None) -> pd.DataFrame:
@@ -241,6 +259,9 @@ def learning_figure(shown: pd.DataFrame):
 def remarks(cells: pd.DataFrame) -> list[str]:
     """A sentence for each task that is not shown, each cell that failed, and what each failure means."""
     said = [why for task in TASKS if task in set(cells["task"]) for why in [_why_not_shown(cells, task)] if why]
+    other = cells.drop(in_one_setting(cells).index).drop_duplicates(["label", "task", "rate", "seed", "setting"])
+    if len(other):
+        said.append(f"Left out, of another setting than most of their task: n = {len(other)}.")
     lost = cells[cells["outcome"] != "measured"].drop_duplicates(["label", "task", "rate", "seed"])
     for row in lost.itertuples():
         said.append(

@@ -7,6 +7,7 @@ the median of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the READM
 picture.
 """
 
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 from lib import attention
 from lib.analysis import capability, compare, style
 from lib.analysis import steps as tables
+from lib.analysis.paired import FEWEST_BLOCKS
 from lib.attention import CONTROL, REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
@@ -55,7 +57,15 @@ class Evidence:
 
     def __init__(self, found: Steps, cells: pd.DataFrame | None):
         self.found, self.entries = found, {entry.label: entry for entry in found.entries}
-        self.title = {entry.label: entry.title for entry in found.entries}
+        if not any(one.turns for one in found.rounds):
+            raise UsageError("the record of steps has no turn yet; `python -m lib.study.steps --write` adds rounds")
+        if REFERENCE not in self.entries:
+            raise UsageError(f"the record of steps lacks {REFERENCE}, which all ratios are to")
+        titles = Counter(entry.title for entry in found.entries if entry.label != CONTROL)
+        self.title = {
+            entry.label: f"{entry.title} ({entry.label})" if titles[entry.title] > 1 else entry.title
+            for entry in found.entries
+        }
         self.ratios = tables.ratios(found).set_index(["context", "metric", "label"])
         self.lengths = [size.context for size in found.setting.sizes]
         self.short, self.long = min(self.lengths), max(self.lengths)
@@ -63,6 +73,7 @@ class Evidence:
         self.memory = self.turns.groupby(["context", "label"])["peak_memory_bytes"].max()
         self.cache = {label: self._cache(entry) for label, entry in self.entries.items()}
         self.recall = _recall(cells) if cells is not None else {}
+        self.rates = cells.loc[cells["task"] == TASK, "rate"].nunique() if cells is not None else 0
         self.points = _points(cells) if cells is not None else pd.DataFrame(columns=["label", "scaled"])
 
     def _cache(self, entry) -> float:
@@ -98,7 +109,9 @@ class Evidence:
 
     @property
     def others(self) -> list[str]:
-        """What may be picked instead of SDPA: what is certified."""
+        """What may be picked instead of SDPA: what is certified; nobody where SDPA itself is not."""
+        if not self.entries[REFERENCE].certified:
+            return []
         return [label for label in self.labels if label != REFERENCE and self.entries[label].certified]
 
     def ratio(self, label: str, context: int, metric: str):
@@ -107,10 +120,26 @@ class Evidence:
         row = self.ratios.loc[key] if key in self.ratios.index else None
         return None if row is None or np.isnan(row.ratio) else row
 
-    def is_told(self, context: int) -> bool:
-        """Whether anything is tested at a length: SDPA is certified and was measured, and the rounds are enough."""
-        rows = [self.ratio(label, context, TIME) for label in self.others]
-        return self.entries[REFERENCE].certified and any(row is not None and not np.isnan(row.low) for row in rows)
+    def memory_at(self, context: int) -> dict[str, float]:
+        """Bytes by label; empty where none, or not SDPA's, was counted."""
+        found = self.memory.dropna()
+        found = found[found.index.get_level_values("context") == context].droplevel("context").to_dict()
+        return found if REFERENCE in found else {}
+
+    def untold(self, context: int, metric: str) -> str | None:
+        """Why nobody is compared with SDPA there; None where somebody is."""
+        why = self.found.failed.get(REFERENCE, {}).get(context)
+        if why is not None:
+            return f"SDPA has no result ({why})"
+        if not self.entries[REFERENCE].certified:
+            return "SDPA itself failed its certificate"
+        rows = [row for label in self.others if (row := self.ratio(label, context, metric)) is not None]
+        if any(not np.isnan(row.low) for row in rows):
+            return None
+        most = max((int(row.n) for row in rows), default=0)
+        if not rows:
+            return "nothing is there to compare"
+        return f"n = {most}, and a verdict needs {FEWEST_BLOCKS}" if most < FEWEST_BLOCKS else rows[0].verdict
 
     def recalls(self, label: str) -> bool:
         return label in self.recall and self.recall[label].median >= RECALLS
@@ -138,11 +167,12 @@ class Evidence:
         best = [label for label, value in known.items() if value <= fewest / SMALLER]
         return Pick(best, [f"{size(known[label])} instead of {size(reference)}" for label in best])
 
-    def slower(self, label: str) -> list[str]:
-        """Where a variant's steps take significantly more time than SDPA's, and how much."""
-        rows = [(context, self.ratio(label, context, TIME)) for context in dict.fromkeys((self.short, self.long))]
+    def rises(self, label: str, metric: str) -> list[str]:
+        """Where a variant's steps cost significantly more than SDPA's, and how much."""
+        word = {TIME: "time", ENERGY: "joules"}[metric]
+        rows = [(context, self.ratio(label, context, metric)) for context in dict.fromkeys((self.short, self.long))]
         return [
-            f"time {cost(row)} at {context:,}"
+            f"{word} {cost(row)} at {context:,}"
             for context, row in rows
             if row is not None and row.ratio > 1 and row.verdict == "significantly different"
         ]
@@ -217,6 +247,11 @@ def joined(parts: list[str]) -> str:
 
 
 def read(steps_file: Path, cells_folder: Path) -> Evidence:
-    """The evidence in these records. Raises UsageError where the steps are none."""
+    """The evidence in these records. Raises UsageError where the steps are none or made up, or the folder is none."""
+    found = steps.load(steps_file)
+    if found.provenance != "measured":
+        raise UsageError(f"{steps_file.name} is {found.provenance}, not measured: no evidence")
+    if not cells_folder.is_dir():
+        raise UsageError(f"there is no folder {cells_folder.name}/ of `lib.study.probes`")
     cells = probe.frame(probe.load_all(cells_folder)) if any(cells_folder.glob("*.json")) else None
-    return Evidence(steps.load(steps_file), cells)
+    return Evidence(found, cells)

@@ -102,6 +102,8 @@ def main(words: list[str] | None = None) -> int:
         if len(paths) != 1:
             raise UsageError("name one file that `python -m lib.study.steps --write FILE` wrote")
         found = steps.load(Path(paths[0]))
+        if steps.frame(found).empty:
+            raise UsageError(about(found))
         print(about(found), table(found).to_string(index=False), sep="\n")
     except UsageError as error:
         print(f"python -m lib.analysis.steps: {error}", file=sys.stderr)

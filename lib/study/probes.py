@@ -23,7 +23,7 @@ from typing import Annotated, NamedTuple
 
 import pandas as pd
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from lib import attention, parameters, paths, record
 from lib.data.tasks import IGNORED, TASKS
@@ -86,11 +86,7 @@ class Cell(NamedTuple):
 
 def checked(values: dict) -> Plan:
     """The plan in a notebook's `globals()`, or in a profile's values. Raises UsageError for what cannot be tried."""
-    try:
-        made = Plan(**{name: values[name] for name in Plan.model_fields})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(record.printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+    made = parameters.modelled(Plan, {name: values[name] for name in Plan.model_fields})
     cells(made)
     return made
 

@@ -25,7 +25,7 @@ from typing import Annotated
 import pandas as pd
 import psutil
 import torch
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from lib import attention, parameters, paths, record
 from lib.errors import OutOfMemory, UsageError, one_sentence_when_out_of_memory
@@ -60,11 +60,7 @@ class Plan(Setting):
 
 def checked(values: dict) -> Plan:
     """The plan in a notebook's `globals()`, or in a profile's values. Raises UsageError for what cannot be measured."""
-    try:
-        made = Plan(**{name: values[name] for name in Plan.model_fields})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(record.printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+    made = parameters.modelled(Plan, {name: values[name] for name in Plan.model_fields})
     if made.width % made.heads:
         raise UsageError(f"heads must divide width: {made.heads} heads do not divide {made.width}")
     _entries(made)

@@ -22,7 +22,7 @@ from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lib import attention, certificate, parameters, paths, record, training
 from lib.data.corpus import Corpus, Rows
@@ -72,10 +72,7 @@ def read_plan(profile: str | None, **changes) -> Plan:
         if not isinstance(given, dict):
             raise UsageError(f"the profile {profile} must be lines of `name: value`")
         parameters.check_names(given, Plan.model_fields)
-        made = Plan(**given | changes)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(record.printable(f"{'.'.join(map(str, first['loc']))}: {first['msg']}")) from None
+        made = parameters.modelled(Plan, given | changes)
     except (OSError, ValueError) as error:
         raise UsageError(f"the profile {profile} cannot be read as YAML: {record.printable(error)}") from None
     for name, choices in (("device", DEVICES), ("precision", PRECISIONS)):
