@@ -6,7 +6,7 @@ import pytest
 import torch
 from make import make_record, places
 
-from lib import attention, paths, record
+from lib import attention, certificate, paths, record
 from lib.analysis import compare, replication, style
 from lib.model import build_model, gpt2_config
 from lib.study import leakage, plan
@@ -48,6 +48,16 @@ def test_side_by_side_shows_both_and_what_a_mask_changes():
     assert list(table.loc["another token at 300 moves, of 300 before it"]) == ["300", "0", "0"]
     assert list(table.loc["FLOPs as published, x10¹²"]) == ["1.032", "1.032", "1.013"]
     assert list(replication.definitions("flash")) == ["published", "ours"]
+
+
+def test_a_check_that_no_record_was_asked_has_no_row():
+    known = {}
+    for column, (path, options) in replication.definitions("flash").items():
+        older = certificate.certify("sdpa" if column == "ours" else "baseline", {})
+        known[path, str(options)] = {**older, "measures": []}
+    fresh, table = replication.side_by_side("sdpa", {}), replication.side_by_side("flash", known)
+    assert "every weight is trained" in fresh.index and "every weight is trained" not in table.index
+    assert "no output depends on a later token" in table.index
 
 
 def test_reformer_s_borders_move():

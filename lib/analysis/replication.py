@@ -73,14 +73,17 @@ def certificates(*several: pd.DataFrame) -> dict[tuple[str, str], dict]:
 def side_by_side(name: str, known: dict, **ours_too) -> pd.DataFrame:
     """The published definition of a variant and ours: certificate, what a changed token moves, parameters, FLOPs.
 
-    `known`: the `certificates` of runs; a definition that is not among them is examined now.
+    `known`: the `certificates` of runs; a definition that is not among them is examined now. A check that none of the
+    columns was asked, since their records are older than it, has no row.
     """
     columns = definitions(name, **ours_too)
     certificates = {
         column: known.get((path, str(options))) or certificate.certify(path, options)
         for column, (path, options) in columns.items()
     }
-    return pd.concat([certificate.table(certificates), pd.DataFrame({c: _sizes(*f) for c, f in columns.items()})])
+    checks = certificate.table(certificates)
+    checks = checks[(checks != certificate.yes(None)).any(axis=1)]
+    return pd.concat([checks, pd.DataFrame({c: _sizes(*f) for c, f in columns.items()})])
 
 
 def _sizes(name, options) -> dict:
