@@ -35,7 +35,7 @@ def write(path, rows):
         pd.DataFrame(rows).to_parquet(path)
     else:
         text = json.dumps(rows) if ".json" in name and ".jsonl" not in name else lines(rows)
-        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+        path.write_bytes(gzip.compress(text.encode(), mtime=0) if name.endswith(".gz") else text.encode())
     return path
 
 
@@ -172,10 +172,10 @@ def test_the_place_of_a_row_is_its_line_in_lines_its_row_in_a_table_and_both_in_
         ("a.jsonl", lines([talk()]).encode() + b"\xff\n", "cannot read a.jsonl, line 2: it is not UTF-8"),
         ("a.jsonl", lines([talk()]).encode("utf-16"), "cannot read a.jsonl, line 1: it is not UTF-8"),
         ("a.json", json.dumps([talk(), talk()], indent=1).encode() + b"\n\xff", "line 19 is not UTF-8"),
-        ("a.jsonl", gzip.compress(lines([talk()]).encode()), "cannot read a.jsonl, line 1: it is not UTF-8"),
+        ("a.jsonl", gzip.compress(lines([talk()]).encode(), mtime=0), "cannot read a.jsonl, line 1: it is not UTF-8"),
         ("a.jsonl.gz", lines([talk()]), "cannot read"),
-        ("a.jsonl.gz", gzip.compress(lines([talk()] * 99).encode())[:-9], "cannot read"),
-        ("a.jsonl.gz", gzip.compress(lines([talk()] * 99).encode())[:-5] + b"12345", "cannot read"),
+        ("a.jsonl.gz", gzip.compress(lines([talk()] * 99).encode(), mtime=0)[:-9], "cannot read"),
+        ("a.jsonl.gz", gzip.compress(lines([talk()] * 99).encode(), mtime=0)[:-5] + b"12345", "cannot read"),
         ("a.parquet", b"PAR1" + bytes(50) + b"PAR1", "cannot read a.parquet"),
         ("a.parquet", "", "cannot read a.parquet"),
     ],
