@@ -222,7 +222,7 @@ def test_the_sentences_follow_from_the_records():
     found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
     said = " ".join(capability.conclusion(found))
     assert "GQA and SDPA recall all" in said and "GQA does so with 50% of SDPA's memory" in said
-    assert "LINEAR 0.70 lie between" in said and "SLIDING_WINDOW 0.00: most of it is forgotten" in said
+    assert "LINEAR 0.70 lies between" in said and "SLIDING_WINDOW 0.00: most of it is forgotten" in said
     other = " ".join(capability.conclusion(made(cell("gqa", (1.0, 1.0, 0.3), state=500))))
     assert "GQA 0.30: most of it is forgotten" in other
 

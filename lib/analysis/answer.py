@@ -16,7 +16,8 @@ from lib import paths
 from lib.analysis import evidence as records
 from lib.analysis import style
 from lib.analysis.answer_figure import headline, picture
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall, cost, joined
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall
+from lib.analysis.words import cost, joined
 from lib.attention import CONTROL
 from lib.errors import UsageError
 

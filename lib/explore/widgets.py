@@ -5,20 +5,18 @@ A screen's picture is in its HTML, which also stands in the saved notebook, wher
 
 import ast
 import asyncio
-import base64
 import contextlib
 import inspect
-import io
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import pandas as pd
 import traitlets
 from matplotlib.figure import Figure
 
 from lib import attention, markup, parameters
+from lib.analysis import style
 from lib.errors import UsageError
 
 ERROR_COLOUR = "#d1495b"  # readable on white and on black
@@ -216,16 +214,9 @@ def page(parts: list) -> str:
 
 def _html(part) -> str:
     if isinstance(part, Figure):
-        file = io.BytesIO()
-        part.savefig(file, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-        plt.close(part)
-        name = "; ".join(filter(None, (axes.get_title(loc="left") for axes in part.axes)))
-        source = base64.b64encode(file.getvalue()).decode()
-        return f'<p><img alt="{markup.escaped(name)}" src="data:image/png;base64,{source}" style="max-width: 100%"></p>'
+        return style.picture(part).data
     if isinstance(part, Folded):
-        is_open = " open" if part.is_open else ""
-        shown = markup.table(part.table, align="left").data
-        return f"<details{is_open}><summary>{markup.escaped(part.title)}</summary>{shown}</details>"
+        return markup.folded(part.title, part.table, part.is_open).data
     if isinstance(part, pd.DataFrame):
         return markup.table(part).data
     return f"<p>{markup.escaped(part)}</p>"
