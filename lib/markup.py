@@ -17,11 +17,12 @@ CARD = "border-left: 4px solid #0f7ac0; padding: 2px 0 2px 14px"
 NO_FORMULAS = "tex2jax_ignore mathjax_ignore"  # the classes at which MathJax looks away
 
 
-def table(frame: pd.DataFrame | str, align: str | None = None, **numbers) -> HTML:
+def table(frame: pd.DataFrame | str, align: str | None = None, quiet=(), bold=(), **numbers) -> HTML:
     """A table as a notebook shows it: without the row numbers, and with the same HTML for the same content.
 
     Words stand at the left and numbers at the right of their column, or all at the side that `align` names. A sentence
-    that stands for a table is shown as it is. `numbers`: how they are written, as `Styler.format` has it.
+    that stands for a table is shown as it is. `quiet`, `bold`: places of rows that stand back, or out. `numbers`: how
+    they are written, as `Styler.format` has it.
     """
     if isinstance(frame, str):
         return lines([frame])
@@ -31,7 +32,10 @@ def table(frame: pd.DataFrame | str, align: str | None = None, **numbers) -> HTM
         shown.style.hide().set_uuid(f"{content:x}").format(**numbers, escape="html").format_index(escape="html", axis=1)
     )
     places = [("th, td", align)] if align else [(f".col{i}", _side(frame.iloc[:, i])) for i in range(frame.shape[1])]
-    styled = styled.set_table_styles([{"selector": of, "props": [("text-align", side)]} for of, side in places])
+    styles = [{"selector": of, "props": [("text-align", side)]} for of, side in places]
+    styles += [{"selector": f"td.row{row}", "props": [("opacity", "0.45")]} for row in quiet]
+    styles += [{"selector": f"td.row{row}", "props": [("font-weight", "bold")]} for row in bold]
+    styled = styled.set_table_styles(styles)
     return HTML(without_formulas(styled.to_html()))
 
 

@@ -96,6 +96,12 @@ def escaped(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
 
 
+def plain(text: str) -> str:
+    """A sentence of `sentences` or `how_sure` for a page that is no Markdown."""
+    text = re.sub(r"(?<!\\)\[([^\]]*)\]\([^)]*\)", r"\1", text.replace("**", ""))
+    return re.sub(r"\\([\\`*\[\]<>|_])", r"\1", text)
+
+
 def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
     """Time of those picked, and joules where they were counted."""
     said = [f"training time {joined(pick.ratios)}"]

@@ -41,7 +41,7 @@ def picture(evidence: Evidence):
     _bar_panel(axes[3], places, memory, style.GIB, f"Training memory,\n{e.long:,} tokens", "GiB")
     _bar_panel(axes[4], places, e.cache, style.MIB, f"KV cache,\n{CACHE_CONTEXT:,} tokens", "MiB")
     _around(figure, e)
-    return figure
+    return style.tell(figure, " ".join(headline(e)))
 
 
 def _around(figure, e: Evidence):

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from lib.analysis.style import BESIDE, INK, KIB, looks, use_style
+from lib.analysis.style import BESIDE, INK, KIB, looks, tell, use_style
 from lib.attention import REFERENCE, STUDY_ORDER
 from lib.data.tasks import TASKS
 
@@ -231,7 +231,8 @@ def recall_figure(cells: pd.DataFrame):
     axes.set_title("Recall of 32 pairs, against what is remembered", loc="left")
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(**BESIDE)
-    return figure
+    said = [f"{row['title']} {row['median']:.2f} with {row['state_bytes'] / KIB:.3g} KiB" for _, row in rows.iterrows()]
+    return tell(figure, f"Recall of 32 pairs, median scaled accuracy and what is kept: {', '.join(said)}.")
 
 
 def learning_figure(shown: pd.DataFrame):

@@ -10,7 +10,7 @@ import pandas as pd
 from lib import attention
 from lib.analysis import compare, ngrams, target
 from lib.analysis.notes import SMALL, about_noise, absent, beneath, note, why
-from lib.analysis.style import BESIDE, BLUE, INK, labels, looks, name_rows, titles, use_style
+from lib.analysis.style import BESIDE, BLUE, INK, labels, looks, name_rows, tell, titles, use_style
 from lib.analysis.tables import interval
 from lib.record import REASONS
 
@@ -41,10 +41,16 @@ def loss_curves(runs):
     axes.set_ylabel("nats per token")
     axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
     axes.legend(**BESIDE)
+    ends = shown.groupby("label")["validation_loss"].mean()
+    tell(figure, f"Validation loss at the end, nats: {_said(ends, names, title)}.")
     validations = min(len(points) - 1 for points in shown["series_validation"])
     few = () if validations > 1 else ("One validation after training began is no curve: raise epochs.",)
     note(figure, runs, {"validation loss": "validation_loss"}, [ngrams.sentence(shown), *few])
     return figure
+
+
+def _said(values: pd.Series, names: list[str], title: dict, form: str = "{:.3f}") -> str:
+    return ", ".join(f"{title[name]} {form.format(values[name])}" for name in names if not pd.isna(values.get(name)))
 
 
 def _longest(series) -> list:
@@ -129,6 +135,12 @@ def loss_against_cost(runs):
         _points(axes, runs, metric, scale)
     axes.set_xlabel(unit if on_energy else f"{unit} (energy not measured)")
     axes.legend(**BESIDE)
+    means, names = runs.groupby("label")[[metric, "validation_loss"]].mean(), labels(runs)
+    tell(
+        figure,
+        f"Validation loss at the end, nats: {_said(means['validation_loss'], names, titles(runs))}; "
+        f"{unit}: {_said(means[metric] / scale, names, titles(runs), '{:.3g}')}.",
+    )
     note(figure, runs, {unit.split(",")[0]: metric, "validation loss": "validation_loss"}, [ngrams.sentence(runs)])
     return figure
 
@@ -220,6 +232,11 @@ def cost_to_target(runs):
         axes.set_title(title, loc="left")
         axes.set_xlabel(f"{unit} (×: ratio to SDPA's)")
     figure.tight_layout()
+    told = [
+        f"{title}, {unit}: {_said(summary[cost] / scale, labels(runs), titles(runs), '{:.3g}')}."
+        for title, cost, scale, unit in drawn
+    ]
+    tell(figure, " ".join(told))
     lines = about_noise(runs, {title: (target.noise(runs, cost), cost) for title, cost, *_ in drawn})
     lines += [target.rule(runs), ngrams.sentence(runs), *missing]
     beneath(figure, lines)
