@@ -12,7 +12,7 @@ from numbers import Number
 import pandas as pd
 from IPython.display import HTML
 
-NUMBER = re.compile(r"[-+−×÷T^]*\d[\d.,e^-]*%?( \[.*\])?$|–$|nan$|None$")
+NUMBER = re.compile(r"[-+−×÷T^]*\d[\d.,e^-]*%?( [KMG]iB)?( \[.*\])?$|–$|nan$|None$")
 CARD = "border-left: 4px solid #0f7ac0; padding: 2px 0 2px 14px"
 NO_FORMULAS = "tex2jax_ignore mathjax_ignore"  # the classes at which MathJax looks away
 

@@ -204,6 +204,19 @@ def how_sure(evidence: Evidence) -> list[str]:
     return said
 
 
+def briefly_sure(evidence: Evidence) -> str:
+    """What the answer rests on in a sentence, above `how_sure`."""
+    e = evidence
+    control = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.ratio(CONTROL, at, TIME)) is not None]
+    noise = f"; SDPA beside itself took {joined(control)} tokens" if control else "; without an A/A control"
+    entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
+    passed = sum(entry.certified for entry in entries)
+    return (
+        f"How sure is that: {_counted(len(e.found.rounds), 'round')} in turns on one {escaped(e.machine)}, paired "
+        f"ratios with 95 % intervals{noise}; {passed} of {len(entries)} variants certified. All of it"
+    )
+
+
 def _minutes(found) -> str:
     """From the first round's begin to the record's end."""
     if not found.rounds:
@@ -292,9 +305,10 @@ def markdown(evidence: Evidence) -> str:
     head = f"| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n"
     body = "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
     sure = "".join(f"- {line}\n" for line in how_sure(evidence))
+    sure = f"<details><summary>{briefly_sure(evidence)}</summary>\n\n{sure}\n</details>"
     said = "\n".join(f"- {line}" for line in sentences(evidence))
     alt = escaped(" ".join(headline(evidence)))
-    return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\nHow sure is that:\n\n{sure}\n{END}"
+    return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\n{sure}\n\n{END}"
 
 
 def put(page: str, text: str) -> str:

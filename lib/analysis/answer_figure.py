@@ -11,7 +11,7 @@ from lib.record import REASONS
 
 PALE, QUIET = style.QUIET_BLUE, style.INK
 WORTH_A_WORD = 1.015  # a ratio further from 1 than this is written beside its point
-RATIOS, COUNTS, RECALL, EMPTY = 1.8, 1.15, 1.0, 1.15  # widths of the columns
+RATIOS, COUNTS, RECALL, EMPTY = 1.8, 1.25, 0.9, 1.15  # widths of the columns
 
 
 def picture(evidence: Evidence):
@@ -24,7 +24,7 @@ def picture(evidence: Evidence):
         COUNTS if memory else EMPTY, COUNTS,
     ]  # fmt: skip
     figure, axes = plt.subplots(
-        1, 5, figsize=(2.1 * sum(widths), 0.46 * len(labels) + 1.4), sharey=True,
+        1, 5, figsize=(1.6 * sum(widths), 0.46 * len(labels) + 1.4), sharey=True,
         gridspec_kw={"width_ratios": widths, "wspace": 0.12},
     )  # fmt: skip
     places = {label: len(labels) - 1 - index for index, label in enumerate(labels)}
@@ -126,7 +126,7 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
             _ratio(axis, row, y + up, face)
         axis.plot([], [], "o", color=BLUE, markerfacecolor=face, label=f"{context:,} tokens")
     low, high = axis.get_xlim()
-    axis.set_xlim(min(low / 1.8, 0.6), max(high * 1.8, 1.7))
+    axis.set_xlim(min(low / 2.4, 0.6), max(high * 1.8, 1.7))
     axis.xaxis.set_major_formatter(plt.FuncFormatter(_factor))
     axis.xaxis.set_minor_locator(plt.NullLocator())
     axis.set_xlabel("less  ←  1  →  more")
