@@ -49,6 +49,12 @@ def test_no_logit_depends_on_a_later_token(name):
     assert moved[:15].max() < 1e-5 < moved[15:].max()
 
 
+def test_only_what_is_asked_for_gets_logits():
+    net, ids = net_of("sdpa"), torch.randint(1, 16, (3, 24))
+    asked = torch.rand(3, 24) < 0.2
+    torch.testing.assert_close(net(ids, asked), net(ids)[asked])
+
+
 def test_the_convolution_is_of_the_last_three_tokens_times_a_projection():
     conv, x = BaseConv(4), torch.randn(1, 6, 4)
     kernel = conv.conv.weight[:, 0]  # (C, 3)

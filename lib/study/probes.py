@@ -199,8 +199,8 @@ def _train(net: ProbeNet, task, cell: Cell, go_on=None) -> list[float]:
         ids, labels = task.draw(generator, setting.batch_size, difficulty)
         for group in optimizer.param_groups:
             group["lr"] = cell.learning_rate * _rate(step, setting)
-        logits = net(ids)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        asked = labels != IGNORED
+        loss = torch.nn.functional.cross_entropy(net(ids, asked), labels[asked])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM)
@@ -222,13 +222,13 @@ def _test(net: ProbeNet, task, cell: Cell) -> list[Result]:
     found, size = [], cell.setting.batch_size
     for difficulty in task.tested_on:
         generator = torch.Generator().manual_seed(TEST_SEED + cell.seed)
-        right = asked = 0
+        right = questions = 0
         for first in range(0, cell.setting.test_sequences, size):
             ids, labels = task.draw(generator, min(size, cell.setting.test_sequences - first), difficulty)
-            answered = labels != IGNORED
-            right += (net(ids).argmax(-1)[answered] == labels[answered]).sum().item()
-            asked += answered.sum().item()
-        accuracy = right / asked
+            asked = labels != IGNORED
+            right += (net(ids, asked).argmax(-1) == labels[asked]).sum().item()
+            questions += asked.sum().item()
+        accuracy = right / questions
         found.append(
             Result(
                 difficulty=difficulty,
