@@ -246,9 +246,10 @@ def learning_figure(shown: pd.DataFrame):
         smooth = own["loss"].ewm(span=15).mean()
         said = f"{own['title'].iloc[0]}: accuracy {own['accuracy'].iloc[-1]:.0%}"
         axes.plot(own["step"], smooth, color=colour[label], linewidth=1.8, label=said)
-    axes.axhline(np.log(14), color="0.6", linewidth=1, linestyle=":")
+    task = TASKS[shown["task"].iloc[0]]
+    axes.axhline(-np.log(shown["chance"].iloc[0]), color="0.6", linewidth=1, linestyle=":")
     axes.set_ylim(bottom=0)
-    axes.set_title("Induction, learnt just now (dotted: guessing)", loc="left")
+    axes.set_title(f"{task.title}, learnt just now (dotted: guessing)", loc="left")
     axes.set_xlabel("steps")
     axes.set_ylabel("loss, nats")
     axes.legend(loc="upper right")
