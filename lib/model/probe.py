@@ -84,7 +84,7 @@ class ProbeNet(nn.Module):
                 embedding.weight.normal_(0.0, 0.02)
 
     def forward(self, ids, asked=None):
-        """(B, T) token ids -> (B, T, vocabulary) logits; (N, vocabulary) of the N positions of a mask `asked`, (B, T)."""
+        """(B, T) token ids -> (B, T, vocabulary) logits; of the N positions of a mask `asked`, (B, T): (N, vocabulary)."""
         x = self.embedding(ids)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[: ids.shape[1]]
