@@ -84,7 +84,7 @@ class ProbeNet(nn.Module):
                 embedding.weight.normal_(0.0, 0.02)
 
     def forward(self, ids, asked=None):
-        """(B, T) token ids -> (B, T, vocabulary) logits; of the N positions of a mask `asked`, (B, T): (N, vocabulary)."""
+        """(B, T) token ids -> (B, T, vocabulary) logits; where `asked`, (B, T) bool, is true: (N, vocabulary)."""
         x = self.embedding(ids)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[: ids.shape[1]]
