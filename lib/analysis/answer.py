@@ -280,7 +280,7 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
     for label in labels:
         own = []
         found = evidence.recall.get(label)
-        if found is not None and found.median < RECALLS:
+        if found is not None and not evidence.recalls(label):
             other = found.title != evidence.entries[label].title
             who = f" (tried as {escaped(found.title)})" if other else ""
             own.append(f"recalls {_share(found)}{who}")

@@ -3,7 +3,7 @@
 From training steps that took turns (`lib.record.steps`: time, joules, memory), recall (`lib.record.probe`), and each
 variant's own count of its cache. A variant is *cheaper* only where it is certified and its paired ratio to SDPA is
 significantly below 1; of several, those that are not told apart from the lowest share the place. It *recalls* if
-the median of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the README's words of it, `answer_figure` its
+each of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the README's words of it, `answer_figure` its
 picture.
 """
 
@@ -143,7 +143,7 @@ class Evidence:
         return f"n = {most}, and a verdict needs {FEWEST_BLOCKS}" if most < FEWEST_BLOCKS else rows[0].verdict
 
     def recalls(self, label: str) -> bool:
-        return label in self.recall and self.recall[label].median >= RECALLS
+        return label in self.recall and self.recall[label].low >= RECALLS
 
     def cheapest(self, context: int, metric: str, among: list[str]) -> Pick:
         """Of `among` those that cost significantly less than SDPA and share the lowest rank."""
