@@ -10,7 +10,7 @@ from test_growth import points
 from test_probes import cell, made
 
 from lib import paths, record
-from lib.analysis import compare, conclusions, replication, tables, words
+from lib.analysis import compare, conclusions, replication, style, tables, words
 from lib.measure import assemble
 
 LABELS = ("sdpa", "sdpa_again", "gqa", "linear", "mla", "lsh")
@@ -178,6 +178,17 @@ def test_the_published_modules_are_what_their_files_compute():
     }  # fmt: skip
     assert found.loc["sliding_window", "seen_by"] == 3 and found.loc["flash", "seen_by"] == 0
     assert list(found.index[~found["agrees"]]) == ["lsh"] and list(found.index[found["projects"]]) == ["baseline"]
+
+
+def test_the_readme_s_correction_is_what_the_committed_records_say():
+    page = " ".join((paths.ROOT / "README.md").read_text().split())
+    folders = ("replication-cpu", "quick-cpu")
+    known = replication.certificates(*(record.read(paths.ROOT / "records" / folder) for folder in folders))
+    leaks = replication.losses_both_ways(paths.ROOT / "records" / "replication-cpu" / "leakage_losses.csv")
+    modules = replication.modules(known)
+    assert conclusions.correction(leaks, modules) in page and conclusions.losses_both_ways(leaks, modules) in page
+    assert f"![{style.alternative(replication.finding(leaks, modules))}](figures/replication_finding.png)" in page
+    assert "0.37 and 10.17" in page and "2.18 and 8.55" in page and "4.73 and 5.47; ours are 0.00 apart" in page
 
 
 def test_a_run_says_what_is_flagged_what_could_not_be_asked_and_that_it_is_one():

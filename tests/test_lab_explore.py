@@ -130,13 +130,14 @@ def test_every_control_changes_what_is_shown(notebook):
 
 def test_another_variant_is_picked_on_every_screen_at_once_and_a_wrong_one_is_one_sentence(notebook):
     choose(notebook, BUDGET, "variant", "GQA 4:1")
-    expect(page(notebook, DEVICE_FOLDER)).to_contain_text("GQA 4:1")
-    expect(page(notebook, MAP).locator("img[alt^='GQA 4:1']")).to_be_visible()
+    expect(page(notebook, DEVICE_FOLDER)).to_contain_text("GQA 4:1", timeout=PATIENCE)
+    expect(page(notebook, MAP).locator("img[alt^='GQA 4:1']")).to_be_visible(timeout=PATIENCE)
     expect(screen(notebook, CERTIFICATE)).to_contain_text("GQA 4:1, as picked above")
     pick(notebook, "kv_heads", "3")
-    expect(screen(notebook, MAP).get_by_role("alert")).to_have_text(re.compile(r"^kv_heads must divide heads: [^\n]*$"))
+    alert = screen(notebook, MAP).get_by_role("alert")
+    expect(alert).to_have_text(re.compile(r"^kv_heads must divide heads: [^\n]*$"), timeout=PATIENCE)
     pick(notebook, "kv_heads", "2")
-    expect(screen(notebook, MAP).get_by_role("alert")).to_have_count(0)
+    expect(alert).to_have_count(0, timeout=PATIENCE)
     control(notebook, BUDGET, "or a file").fill("nowhere.py")
     control(notebook, BUDGET, "or a file").press("Enter")
     expect(screen(notebook, BUDGET).get_by_role("alert")).to_have_text(re.compile("^there is no attention file"))
