@@ -1,4 +1,4 @@
-"""Gated DeltaNet: transformers' Qwen3-Next layer with its weights, whatever the chunk, and finite where others are not."""
+"""Gated DeltaNet: transformers' Qwen3-Next layer with its weights, whatever the chunk, finite where others are not."""
 
 import pytest
 import torch

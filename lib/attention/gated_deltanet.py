@@ -1,6 +1,6 @@
 """Gated DeltaNet: a state that decays, forgets what a key held, and writes the new value in its place.
 
-By head, with q and k of length 1: S_t = e^{g_t} S_{t-1} + β_t k_t (v_t - e^{g_t} S_{t-1}ᵀ k_t)ᵀ and o_t = S_tᵀ q_t / √D,
+By head, with q and k of length 1: S_t = e^{g_t} S_{t-1} + β_t k_t (v_t - e^{g_t} S_{t-1}ᵀ k_t)ᵀ, o_t = S_tᵀ q_t / √D,
 then a norm and an output gate. g_t = -e^A softplus(x_t W_a + dt) is the decay, β_t = `beta_max` σ(x_t W_b) the rate of
 writing; with `gate=False` nothing decays (DeltaNet), and β up to 2 gives the transition negative eigenvalues, which
 counting needs. Training goes in chunks of c tokens: inside one the T updates are a triangular system, between chunks
@@ -20,8 +20,8 @@ EPSILON = 1e-6  # of both norms: as transformers' Qwen3-Next has it
 
 class Attention(nn.Module):
     paper = (
-        "Yang et al. 2024, Gated Delta Networks, sections 3.1 to 3.3 (arXiv 2412.06464); beta_max=2: Grazzi et al. 2024 "
-        "(arXiv 2411.12537)"
+        "Yang et al. 2024, Gated Delta Networks, sections 3.1 to 3.3 (arXiv 2412.06464); β up to 2: Grazzi et al. "
+        "2024 (arXiv 2411.12537)"
     )
 
     def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64):
@@ -56,7 +56,7 @@ class Attention(nn.Module):
     def title(self):
         return ("Gated DeltaNet" if self.gate else "DeltaNet") + (" β≤2" if self.beta_max == 2 else "")
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         qkv, z = self.c_attn(hidden_states).split([3 * C, C], dim=2)
         rates = self.c_rates(hidden_states)
@@ -71,8 +71,11 @@ class Attention(nn.Module):
 
             layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             state = None if layer is None or not layer.is_initialized else layer.state  # (B, H, D, D)
-            form = self._recurrent if T == 1 else self._chunked
-            out, state = form(q, k, v, beta, g, zero_state(k, v) if state is None else state)
+            state = zero_state(k, v) if state is None else state
+            if T == 1:
+                out, state = self._recurrent(q, k, v, beta, g, state)
+            else:
+                out, state = self._chunked(q, k, v, beta, g, state, seq_idx)
             if layer is not None:
                 layer.update(state, tokens=T)
             out = out * (out.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * self.norm  # (B, H, T, D)
@@ -94,14 +97,15 @@ class Attention(nn.Module):
         state = state + k.mT @ (beta[..., None] * (v - k @ state))  # (B, H, D, D)
         return q @ state, state
 
-    def _chunked(self, q, k, v, beta, g, state):
+    def _chunked(self, q, k, v, beta, g, state, seq_idx=None):
         """(B, H, T, D) each -> out (B, H, T, D) and the state behind the last token.
 
         With Γ the decay from one token of a chunk to another, what the tokens of it write is U = (I + A)⁻¹ β V and what
         they erase of the state before it W = (I + A)⁻¹ β e^Γ K, where A = tril(β K Kᵀ Γ, -1): section 3.3 of the paper.
+        With `seq_idx` (B, T) each document starts from nothing.
         """
-        B, H, T, D = q.shape
-        c = min(self.chunk, T)
+        T, D = q.shape[2:]
+        c = self.chunk
         N = -(-T // c)  # chunks; the last one is filled up with zeros, which neither write nor decay
         q, k, v = (F.pad(x, (0, 0, 0, N * c - T)).unflatten(2, (N, c)) for x in (q, k, v))  # (B, H, N, c, D)
         beta, g = (F.pad(x, (0, N * c - T)).unflatten(2, (N, c)) for x in (beta, g))  # (B, H, N, c)
@@ -110,13 +114,17 @@ class Attention(nn.Module):
         later = torch.ones(c, c, dtype=torch.bool, device=q.device).triu(1)
         # Masked before the exponential: what it would overflow to has no gradient then.
         decay = (since - since.mT).masked_fill(later, -torch.inf).exp()  # (B, H, N, c, c)
+        last = since[..., -1:, :]
+        until, last, since = (last - since).exp(), last.exp(), since.exp()  # of a token, of all of a chunk, to a token
+        if seq_idx is not None:
+            same, begins, ends, goes_through = documents(seq_idx, N, c)
+            decay, since, until, last = decay * same, since * begins, until * ends, last * goes_through
         written = k * beta[..., None]
-        both = torch.cat([v * beta[..., None], written * since.exp()], dim=-1)
+        both = torch.cat([v * beta[..., None], written * since], dim=-1)
         system = (written @ k.mT) * decay  # its diagonal is not read
         u, w = torch.linalg.solve_triangular(system, both, upper=False, unitriangular=True).split(D, dim=-1)
         scores = (q @ k.mT) * decay
-        q, last = q * since.exp(), since[..., -1:, :]
-        k, last = (k * (last - since).exp()).mT, last.exp()  # (B, H, N, D, c), (B, H, N, 1, 1)
+        q, k = q * since, (k * until).mT  # k: (B, H, N, D, c)
 
         out = []
         for n in range(N):
@@ -136,7 +144,7 @@ class Attention(nn.Module):
             return context * per_token
         # What the chunked form computes beside: c scores by keys, c by queries, c values, and the system's c / 2 terms
         # for each of two right sides.
-        c = min(self.chunk, context)
+        c = self.chunk
         return -(-context // c) * c * (per_token + 8 * self.width * c)
 
     def cache_bytes(self, context, element_bytes):
@@ -162,6 +170,22 @@ class Attention(nn.Module):
         out = torch.stack(rows, dim=1)  # (B, T, H, D)
         out = self.norm * out / ((out**2).mean(-1, keepdim=True) + EPSILON).sqrt() * z * z.sigmoid()
         return self.c_proj(out.flatten(2))
+
+
+def documents(seq_idx, N, c):
+    """What the tokens of a document, `seq_idx` (B, T) in N chunks of c, know of each other; as factors, for all heads.
+
+    (B, 1, N, c, c): two of a chunk are of one. (B, 1, N, c, 1) each: a token's is that which stands before the chunk,
+    and that in which the chunk ends. (B, 1, N, 1, 1): both are the same.
+    """
+    fill = seq_idx[:, -1:].expand(-1, N * c - seq_idx.shape[1])
+    chunks = torch.cat([seq_idx, fill], dim=1).unflatten(1, (N, c))[:, None]  # (B, 1, N, c)
+    before = torch.cat([chunks[:, :, :1, 0], chunks[:, :, :-1, -1]], dim=2)[..., None]  # (B, 1, N, 1)
+    end = chunks[..., -1:]
+    return (
+        chunks[..., None] == chunks[..., None, :], (chunks == before)[..., None], (chunks == end)[..., None],
+        (before == end)[..., None],
+    )  # fmt: skip
 
 
 def at_least_fp32(x):
