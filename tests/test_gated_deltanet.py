@@ -122,4 +122,4 @@ def test_a_bad_option_is_said_in_one_sentence(options, says):
 
 def test_it_is_called_by_what_it_does():
     titles = [make_layer(**options).title for options in KINDS]
-    assert titles == ["Gated DeltaNet", "DeltaNet", "Gated DeltaNet β≤2"]
+    assert titles == ["Gated DeltaNet", "DeltaNet", "Gated DeltaNet, beta 2"]

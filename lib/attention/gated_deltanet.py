@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     @property
     def title(self):
-        return ("Gated DeltaNet" if self.gate else "DeltaNet") + (" β≤2" if self.beta_max == 2 else "")
+        return ("Gated DeltaNet" if self.gate else "DeltaNet") + (", beta 2" if self.beta_max == 2 else "")
 
     def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
