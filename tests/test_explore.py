@@ -47,8 +47,8 @@ WITHOUT_WEIGHTS = {"gated_deltanet"}  # what it writes for a token depends on th
 @pytest.mark.parametrize("name", attention.variants())
 def test_weights_are_found_where_there_are_such_sum_to_one_and_look_back_only(name):
     found = map_of(name)
-    assert found.kind == ("influence" if name in WITHOUT_WEIGHTS else "weights")
-    assert found.values.shape == (HEADS, TOKENS, TOKENS)
+    kind, heads = ("influence", 1) if name in WITHOUT_WEIGHTS else ("weights", HEADS)
+    assert found.kind == kind and found.values.shape == (heads, TOKENS, TOKENS)
     assert not found.values.triu(1).any() and (found.values >= 0).all()
     if name not in WITHOUT_WEIGHTS:
         torch.testing.assert_close(found.values.sum(-1), torch.ones(HEADS, TOKENS, dtype=torch.float64))
