@@ -11,11 +11,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from lib.analysis.style import BESIDE, colours, markers, use_style
+from lib.analysis.style import BESIDE, INK, KIB, looks, tell, use_style
 from lib.attention import REFERENCE, STUDY_ORDER
 from lib.data.tasks import TASKS
 
-KIB = 1024
 MUST = {"recall": 0.99, "induction": 0.95, "lookup_key_behind": 0.95, "lookup_key_before": 0.95}  # SDPA, scaled
 MUST_OF_TWO = {"recall_rewritten": 0.95}  # two layers of SDPA: one cannot tell which writing came last
 SEEDS_WANTED = 3
@@ -247,13 +246,13 @@ def recall_figure(cells: pd.DataFrame):
         (best["task"] == "recall") & best["convolution"] & (best["difficulty"] == max(TASKS["recall"].tested_on))
     ]
     names = [label for label in labels(cells) if label in rows.index]
-    colour, marker = colours(names), markers(names)
+    look = looks(names)
     for label in names:
         row, own = rows.loc[label], best[best["label"] == label]
         x = row["state_bytes"] / KIB
-        style = {"color": colour[label], "marker": marker[label], "linestyle": ""}
+        style = look[label] | {"linestyle": ""}
         axes.plot([x] * len(own), own["scaled"], alpha=0.55, markersize=6, label=row["title"], **style)
-        axes.plot([x / 1.12, x * 1.12], [row["median"]] * 2, color=colour[label], linewidth=2.5)
+        axes.plot([x / 1.12, x * 1.12], [row["median"]] * 2, color=look[label]["color"], linewidth=2.5)
     axes.set_xscale("log")
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("KiB that the mixers keep of one sequence of 128 tokens, fp32")
@@ -261,7 +260,8 @@ def recall_figure(cells: pd.DataFrame):
     axes.set_title("Recall of 32 pairs, against what is remembered", loc="left")
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(**BESIDE)
-    return figure
+    said = [f"{row['title']} {row['median']:.2f} with {row['state_bytes'] / KIB:.3g} KiB" for _, row in rows.iterrows()]
+    return tell(figure, f"Recall of 32 pairs, median scaled accuracy and what is kept: {', '.join(said)}.")
 
 
 def learning_figure(shown: pd.DataFrame):
@@ -269,14 +269,14 @@ def learning_figure(shown: pd.DataFrame):
     use_style()
     figure, axes = plt.subplots(figsize=(7, 3.2))
     names = list(dict.fromkeys(shown["label"]))
-    colour = colours(names)
+    look = looks(names)
     for label in names:
         own = shown[shown["label"] == label]
         smooth = own["loss"].ewm(span=15).mean()
         said = f"{own['title'].iloc[0]}: accuracy {own['accuracy'].iloc[-1]:.0%}"
-        axes.plot(own["step"], smooth, color=colour[label], linewidth=1.8, label=said)
+        axes.plot(own["step"], smooth, **look[label] | {"marker": ""}, linewidth=1.8, label=said)
     task = TASKS[shown["task"].iloc[0]]
-    axes.axhline(-np.log(shown["chance"].iloc[0]), color="0.6", linewidth=1, linestyle=":")
+    axes.axhline(-np.log(shown["chance"].iloc[0]), color=INK, linewidth=1, linestyle=":")
     axes.set_ylim(bottom=0)
     axes.set_title(f"{task.title}, learnt just now (dotted: guessing)", loc="left")
     axes.set_xlabel("steps")
