@@ -30,7 +30,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "mutants.yaml"
-PATIENCE_S = 120.0  # for the tests of one mistake: an endless loop is seen as well
+PATIENCE = 30.0, 5.0  # seconds for the tests of one mistake, and times as long as without one: loops end somewhere
+LONGEST_S = 1800.0  # without a mistake
 KILLED, SURVIVED, WRONG = "killed", "survived", "wrong"
 OUTCOME = {0: SURVIVED, 1: KILLED, 2: KILLED}  # pytest's: all green; a red test; a module that no longer imports
 PRELOADED = ("pytest", "_hypothesis_pytestplugin", "hypothesis", "datasets", "statsmodels.formula.api", "zeus.monitor")
@@ -54,10 +55,8 @@ def listed(modules: list[str], root: Path = ROOT, listing: Path = LIST) -> list[
             continue
         text = (root / module).read_text(encoding="utf-8")
         for one in own["mutants"]:
-            if text.count(one["right"]) != 1:
-                raise ValueError(
-                    f"{module}, {one['mistake']!r}: {one['right']!r} stands there {text.count(one['right'])} times"
-                )
+            if (count := text.count(one["right"])) != 1:
+                raise ValueError(f"{module}, {one['mistake']!r}: {one['right']!r} stands there {count} times, not once")
             planted = text.replace(one["right"], one["wrong"])
             compile(planted, module, "exec")
             found.append(
@@ -137,16 +136,16 @@ class Copy:
             with tarfile.open(fileobj=BytesIO(archive.stdout)) as files:
                 files.extractall(self.root, filter="data")
 
-    def start(self, tests: tuple[str, ...], module: str = "", text: str = "", warm: Path | None = None) -> None:
+    def start(self, tests, limit_s: float, module: str = "", text: str = "", warm: Path | None = None) -> None:
         """Begins to run the tests, in a module's other text, on the cache `warm`: a mistake must not be kept in it."""
-        self.path, self.begin_s = self.root / module, time.monotonic()
+        self.path, self.begin_s, self.limit_s = self.root / module, time.monotonic(), limit_s
         self.before = self.path.read_bytes() if module else None
         if warm:
             shutil.rmtree(self.cache)
             shutil.copytree(warm, self.cache)
         if module:
             self._put(text.encode())
-        self.scratch, self.output = tempfile.TemporaryDirectory(dir=self.folder), tempfile.TemporaryFile()
+        self.scratch, self.output = tempfile.TemporaryDirectory(dir=self.folder), tempfile.TemporaryFile()  # noqa: SIM115
         self.child = os.fork()
         if not self.child:
             self._become(tests)
@@ -161,7 +160,7 @@ class Copy:
         """pytest's exit status (None: it had to be killed), its output and seconds; None while it goes on."""
         pid, status = os.waitpid(self.child, os.WNOHANG)
         took_s = time.monotonic() - self.begin_s
-        if not pid and took_s < PATIENCE_S:
+        if not pid and took_s < self.limit_s:
             return None
         if not pid:
             os.killpg(self.child, signal.SIGKILL)
@@ -244,22 +243,23 @@ def _selected(tests: tuple[str, ...], copy: Copy, options) -> tuple[str, ...]:
 
 def _outcomes(mutants: list[Mutant], options, folder: Path) -> list[str]:
     """The outcome of each mistake; one that is wrong where its tests are red without it."""
-    copies, red = [Copy(folder / str(number), options.tests_of) for number in range(options.jobs)], set()
+    copies, took_s = [Copy(folder / str(number), options.tests_of) for number in range(options.jobs)], {}
     selected = [_selected(mutant.tests, copies[0], options) for mutant in mutants]
     every, warm = [tests for tests in dict.fromkeys(selected) if any("tests/" in one for one in tests)], folder / "warm"
 
     def clean(number, status, said, seconds):
         print(f"{'green' if status == 0 else 'RED'} in {seconds:.1f} s without a mistake: {' '.join(every[number])}")
-        if status != 0:
-            red.add(every[number])
+        if status == 0:
+            took_s[every[number]] = seconds
+        else:
             print(said)
         sys.stdout.flush()
 
-    in_turns(copies, [(tests,) for tests in every], clean)
+    in_turns(copies, [(tests, LONGEST_S) for tests in every], clean)
     for copy in copies:
         shutil.copytree(copy.cache, warm, dirs_exist_ok=True)
-    found = [WRONG if tests in red else SURVIVED for tests in selected]  # survived where there is no test at all
-    planted = [number for number, tests in enumerate(selected) if tests in every and tests not in red]
+    found = [WRONG if tests in every else SURVIVED for tests in selected]  # survived where there is no test at all
+    planted = [number for number, tests in enumerate(selected) if tests in took_s]
 
     def tested(turn, status, said, seconds):
         mutant, what = mutants[planted[turn]], outcome(status)
@@ -269,7 +269,11 @@ def _outcomes(mutants: list[Mutant], options, folder: Path) -> list[str]:
             print(said)
         sys.stdout.flush()
 
-    in_turns(copies, [(selected[n], mutants[n].module, mutants[n].text, warm) for n in planted], tested)
+    least_s, times = PATIENCE
+    tasks = [
+        (selected[n], least_s + times * took_s[selected[n]], mutants[n].module, mutants[n].text, warm) for n in planted
+    ]
+    in_turns(copies, tasks, tested)
     return found
 
 
