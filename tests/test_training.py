@@ -208,6 +208,7 @@ def test_every_step_has_its_own_rate_and_rows_and_trains_while_validations_do_no
 
     trainer.optimizer.step = watched
     trainer.model.register_forward_pre_hook(looked_at, with_kwargs=True)
+    trainer.model.eval()
     trainer.warm_up()
     assert {mode for *_, mode, _ in modes} == {True} and len(modes) == 2 * 3
     steps.clear(), modes.clear()
