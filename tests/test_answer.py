@@ -364,4 +364,4 @@ def test_the_readme_says_what_the_committed_records_say():
     page = (paths.ROOT / "README.md").read_text(encoding="utf-8")
     found = evidence.read(paths.ROOT / answer.STEPS, paths.ROOT / answer.CELLS)
     assert answer.put(page, answer.markdown(found)) == page
-    assert {entry.label for entry in found.found.entries} == {*attention.variants(), CONTROL}
+    assert {entry.label for entry in found.found.entries} == {*attention.STUDY_ORDER, CONTROL}

@@ -167,6 +167,7 @@ def test_shared_code_never_asks_which_variant_it_has():
         "assemble.py": {"baseline"},
         "bench.py": {"baseline"},
         "figures.py": {"sdpa"},
+        "capability.py": {"sdpa", "linear", "sliding_window"},  # those that a published figure shows too
     }
     shared = [path for path in (ROOT / "lib").rglob("*.py") if path.parent.name not in ("attention", "published")]
     for path in shared:

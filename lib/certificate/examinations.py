@@ -37,6 +37,7 @@ GRADIENTS_WORSE = 5.0  # and its gradients: a product more on the way
 STEP = 1e-7  # relative; of a finite difference in float64
 SLOPE = 1e-4  # relative; what such a difference may be off
 SEEN = 1e-12  # of the largest gradient; what less moves nothing
+CLEARLY = 1e-9  # and what more is seen beyond doubt: a definition that decays crosses the line between
 UNSEEN = 0.25  # share of a long row that a definition by content may miss, though it missed nothing of a short one
 LONGEST_LAYER = 2048  # tokens for which a layer alone is asked how far it sees
 PASS_OVER_USEFUL = 3.5  # FLOPs counted in one pass over those of the formula: masks, fills and blocks are computed too
@@ -302,8 +303,8 @@ def of_the_reference(twins: Twins):
         hidden = twins.hidden(1, length, twins.exact_device, torch.float64)
         mine, (own_leaf,) = Floats(layer, s.width, hidden).traced(hidden)  # first: some draw what the reference reads
         theirs, (leaf,) = Floats(layer.reference, s.width, hidden).traced(hidden)
-        sees = _seen(theirs, leaf, length - 1)
-        unlike += int((_seen(mine, own_leaf, length - 1) != sees).sum())
+        ours, expected = _moved(mine, own_leaf, length - 1), _moved(theirs, leaf, length - 1)
+        unlike += int((((ours > CLEARLY) & (expected <= SEEN)) | ((expected > CLEARLY) & (ours <= SEEN))).sum())
         half = length // 2
         gradient = _gradient(theirs, leaf, half)
         leak = max(leak, _ratio(largest(gradient[half + 1 :]), largest(gradient)))
@@ -311,10 +312,10 @@ def of_the_reference(twins: Twins):
             layer(hidden[:, :half].contiguous())
             prefix = layer.reference(hidden[:, :half].contiguous())
         cut = max(cut, relative(prefix, theirs[:, :half], largest(theirs)))
-        if sees.all():  # of a definition that sees all, all must be seen however far
+        if (expected > SEEN).all() and not _fades(expected, far):  # then all must be seen however far
             hidden = twins.hidden(1, far, twins.exact_device, torch.float64)
             mine, (leaf,) = Floats(layer, s.width, hidden).traced(hidden)
-            blind = max(blind, int((~_seen(mine, leaf, far - 1)).sum()))
+            blind = max(blind, int((_moved(mine, leaf, far - 1) <= SEEN).sum()))
     yield within("reach", f"of {length:,} tokens, seen by layer or reference alone", unlike, 0.0)
     yield within("reach", f"of {far:,} tokens, unseen though the reference sees all it has", blind / far, UNSEEN)
     yield within("reference_causal", "gradient of the reference by a later token", leak, 0.0)
@@ -328,7 +329,7 @@ def receptive_field(twins: Twins) -> int:
     fields = []
     for layer in attentions(twins.exact):
         out, (leaf,) = Floats(layer, twins.setting.width, hidden).traced(hidden)
-        fields.append(int(_seen(out, leaf, hidden.shape[1] - 1).sum()))
+        fields.append(int((_moved(out, leaf, hidden.shape[1] - 1) > SEEN).sum()))
     return min(fields)
 
 
@@ -339,10 +340,16 @@ def _gradient(out, leaf, t) -> torch.Tensor:
     return gradient.abs().amax(dim=(0, 2))
 
 
-def _seen(out, leaf, t) -> torch.Tensor:
-    """Which tokens move output t: (T,) bool."""
+def _moved(out, leaf, t) -> torch.Tensor:
+    """How much each token moves output t, over the most that one does: (T,)."""
     gradient = _gradient(out, leaf, t)
-    return gradient > SEEN * gradient.max()
+    return gradient / gradient.max()
+
+
+def _fades(moved, far: int) -> bool:
+    """Whether what is older counts so much less that of `far` tokens the oldest would no longer be seen."""
+    third = max(1, len(moved) // 3)
+    return bool((moved[:third].median() / moved[-third:].median()) ** (far / len(moved)) <= SEEN)
 
 
 def _beside_gpt2(twins: Twins):
