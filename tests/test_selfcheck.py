@@ -5,6 +5,7 @@ import torch
 
 from lib import record
 from lib.measure import energy, sampler, selfcheck
+from lib.measure import meter as meters
 from lib.measure.meter import Meter, Window
 
 GREEN = {
@@ -18,9 +19,10 @@ SAMPLE = {"sm_clock_mhz": 1980, "temperature_c": 60, "power_limit_w": 700.0, "th
 WARMED = {"steady": True, "seconds": 5.0}
 
 
-def meter(monkeypatch, on_gpu=True, first=SAMPLE, last=SAMPLE, others=(0, 0), window_s=60.0):
+def meter(monkeypatch, on_gpu=True, first=SAMPLE, last=SAMPLE, others=(0, 0), window_s=60.0, waited=0.0):
     """A meter that has measured `window_s` seconds at 400 W by the counter and by the trace, with eight samples."""
     made = Meter(torch.device("cpu"))
+    made.cpu_time_s, made.waited_s = window_s, waited * window_s
     made.windows = [Window(0.0, window_s, 1000.0, 1000.0 + window_s)]
     halves = [SAMPLE | first] * 4 + [SAMPLE | last] * 4
     if on_gpu:
@@ -50,6 +52,7 @@ def test_a_sound_run_is_green_throughout(monkeypatch):
         ("launch_bound", {"metrics": METRICS | {"gpu_busy_fraction": 0.94}}),
         ("mfu", {"metrics": METRICS | {"mfu": 1.01}}),
         ("padding", {"padding": 0.79}),
+        ("busy_neighbour", {"waited": 1.86}),  # 35 % of what it could have computed
         ("window_length", {"window_s": 3.9}),
         ("other_processes", {"others": (0, 1)}),
         ("other_processes", {"others": (0, None)}),
@@ -107,3 +110,22 @@ def test_without_a_gpu_every_check_of_it_is_null_with_the_reason(monkeypatch):
     assert {check.check for check in found if check.verdict != "null"} == {"padding"}
     said = {check.says for check in found if check.verdict == "null"}
     assert said == {record.REASONS["no_gpu"], record.REASONS["peak_unknown"]}
+
+
+def test_a_busy_neighbour_is_seen_where_the_system_counts_and_where_it_does_not(monkeypatch):
+    """A thread that waits for a core is counted by Linux; else by what the window lacks of one core."""
+    made = meter(monkeypatch, on_gpu=False)
+    made._note_waited({"1": 1.0, "2": 5.0}, {"1": 2.5, "3": 0.5})  # thread 2 has ended, thread 3 begun
+    assert made.waited_s == 2.0 and made.waited_share == pytest.approx(2 / 62)
+    made._note_waited(None, {"1": 2.5})
+    assert made.waited_s is None
+    made.cpu_time_s = 0.35 * 60
+    assert made.waited_share == pytest.approx(0.65)
+    assert verdicts(made)["busy_neighbour"] == "flagged"
+    made.device = torch.device("cuda")
+    assert made.waited_share is None and verdicts(made)["busy_neighbour"] == "null"
+
+
+def test_what_a_thread_waits_for_a_core_is_read_from_the_system():
+    found = meters._waited_s()
+    assert found is None or (found and all(seconds >= 0 for seconds in found.values()))

@@ -30,9 +30,10 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
     names = labels(runs)
     colour, certified = colours(names), runs.groupby("label")["certified"].all()
     found = compare.ratios(runs, metric).set_index("label").reindex(names)
-    flags = compare.flagged(runs)
+    flags, counted = compare.flagged(runs), compare.comparable(runs).index
     for row, name in enumerate(names):
         own, of = runs[runs["label"] == name], found.loc[name]
+        own = own[own.index.isin(counted)]
         values = own[metric].dropna().astype(float) / scale
         if values.empty:
             axes.text(0.01, row, why(own, metric), va="center", transform=axes.get_yaxis_transform(), **SMALL)

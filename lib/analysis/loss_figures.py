@@ -137,11 +137,12 @@ def _points(axes, runs, metric: str, scale: float) -> None:
     """A point per run: which is better is not said."""
     names = labels(runs)
     colour, marker, title = colours(names), markers(names), titles(runs)
+    shown = compare.comparable(runs)
     for name in names:
-        own = runs[runs["label"] == name].dropna(subset=[metric])
+        own = shown[shown["label"] == name].dropna(subset=[metric])
         hollow = {} if own["certified"].all() else {"facecolors": "none"}
-        shown = {"color": colour[name], "marker": marker[name], "s": 60, "label": f"{title[name]} (n = {len(own)})"}
-        axes.scatter(own[metric] / scale, own["validation_loss"], **shown | hollow)
+        look = {"color": colour[name], "marker": marker[name], "s": 60, "label": f"{title[name]} (n = {len(own)})"}
+        axes.scatter(own[metric] / scale, own["validation_loss"], **look | hollow)
     draw_tables(axes, runs)
     low, high = axes.get_ylim()
     room = max(0.0, 0.1 - (high - low)) / 2  # differences of a thousandth are not drawn as if they were large

@@ -79,7 +79,8 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
         if reading.joules is None:
             reasons[name] = reading.reason
     if at_context is None:
-        reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
+        why = "context_not_timed" if latencies else "not_asked_for"
+        reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), why)
     padding_share = 1 - seen[-1] / (trainer.steps * trainer.rows_per_step * p.context)
     power_time_s, power_w = trainer.meter.power()
     tables = ngrams.losses(trainer.corpus, trainer.rows[: trainer.steps], p.validation_sequences)

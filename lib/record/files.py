@@ -274,6 +274,7 @@ def read(folder) -> pd.DataFrame:
                 "session": record.study.session,
                 "block": record.study.block,
                 "position": record.study.position,
+                "planned": record.study.variants,
                 "device": record.environment["device"],
                 "device_name": record.environment["device_name"],
                 "gpu_uuid": gpu_uuid(record.environment),
