@@ -5,6 +5,7 @@ This module reads that cell, checks what a person gave against it, and says in o
 
 import ast
 import inspect
+import json
 import math
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ from lib.record.names import (
     setting,
 )  # fmt: skip
 from lib.record.names import file_stem as file_name
-from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, PRECISIONS
+from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, POSITION_EMBEDDINGS, PRECISIONS
 
 # Names of records, which hold the parameters, and so are made there.
 __all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
@@ -39,6 +40,7 @@ CHOICES = {
     "schedule": ("cosine", "constant"),
     "turns": ("roles", "joined"),
     "packing": (False, True, "documents"),
+    "position_embedding": POSITION_EMBEDDINGS,
 }
 
 
@@ -133,8 +135,9 @@ def _way_out(wanted: type, value) -> str:
 def portable(values: dict) -> dict:
     """The values with paths as seen from the repository's root, so that no record names a machine's folders."""
     found = dict(values)
-    for name in ("attention", "dataset", "tokenizer"):
-        found[name] = paths.portable(values[name])
+    for name in ("attention", "dataset", "tokenizer", "save_model"):
+        if name in values:
+            found[name] = paths.portable(values[name])
     return found
 
 
@@ -177,6 +180,25 @@ def check_values(values: dict) -> None:
             raise UsageError(f"options: {_shown(option)} must be a number, text, true, false, or a list of such")
     pin(p.attention)
     named(values, check_attention(p))
+    if p.save_model:
+        check_folder(p.save_model, run_name(portable(values)))
+
+
+SAVED = "attention_study.json"  # in the folder of a saved model: which record it belongs to
+
+
+def check_folder(name: str, record_name: str) -> None:
+    """Raises UsageError where a model saved there would lie among, or replace, what is not this run's."""
+    folder = paths.from_root(name)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"save_model: {name} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            found = json.loads(paths.read_bounded(folder / SAVED, 1 << 20)).get("record")
+        except (OSError, ValueError, AttributeError):
+            found = None
+        if found != record_name:
+            raise UsageError(f"save_model: {name} holds something else already; name an empty folder, or a new one")
 
 
 def _listed(value) -> list:

@@ -10,7 +10,10 @@ from lib import attention, parameters, record
 from lib.data import ngrams
 from lib.errors import one_sentence_when_out_of_memory
 from lib.measure import energy, environment, flops, kernels, sampler, selfcheck
+from lib.measure.saved import save_model
 from lib.model import meta_model
+
+__all__ = ["costs", "inference_table", "make_record", "measured", "save_model", "self_check"]
 
 
 def costs(model, p) -> pd.DataFrame:

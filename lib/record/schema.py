@@ -16,6 +16,7 @@ from lib.record import names
 SCHEMA_VERSION = 2
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+POSITION_EMBEDDINGS = ("learned", "none")
 
 REASONS = {
     "no_gpu": "the run used no GPU",
@@ -177,6 +178,8 @@ class Parameters(TypedDict, total=False):
     inference_repeats: _limited("inference_repeats")
     inference_window_s: _limited("inference_window_s", float)
     phase_steps: _limited("phase_steps")
+    position_embedding: Literal[POSITION_EMBEDDINGS]
+    save_model: Text
     inference_contexts: Annotated[list[Annotated[int, Field(ge=1, le=2**27)]], Field(max_length=MOST_CONTEXTS)]
 
 

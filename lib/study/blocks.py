@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from lib import attention, parameters, record
+from lib import attention, parameters, paths, record
 from lib.study import plan
 
 FINISHED, INCOMPLETE, BEGUN, TO_RUN = "finished", "incomplete", "begun", "to run"
@@ -70,6 +70,9 @@ def examined_run(run: dict, folder: Path, data: Data | None) -> tuple[Made | Non
             return None, "its variant's file has changed since"
     except (OSError, ValueError):
         return None, "its record is damaged"
+    wanted = run["values"].get("save_model")
+    if wanted and not paths.from_root(wanted).is_dir():
+        return None, "its model was not saved"
     if data is not None and token_sha256 != data.token_sha256(run):
         return None, f"{run['values']['dataset']} has changed since"
     return found, None

@@ -119,6 +119,8 @@ def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) ->
             parameters.check_names(given, known)
             values = parameters.check_types({name: line.default for name, line in known.items()} | given, known)
             values = parameters.portable(values)
+            if values["save_model"]:  # each run's in a folder of its own
+                values["save_model"] += f"/{parameters.run_name(values)}"
             given = {name: values[name] for name in given}
             runs.append({"values": values, "given": given, "block": block, "position": position})
     for run in runs[: len(entries)] if check else ():
