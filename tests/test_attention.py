@@ -205,12 +205,61 @@ def test_no_scores_or_mask_reach_memory_but_baseline_s(name):
     assert square == (name in MATERIALISES_SCORES)
 
 
-def test_attention_dropout_is_honoured_in_training_alone():
-    for name in ("baseline", "sdpa"):
-        config = gpt2_config(1, 32, 4, 64, 2, dropout=0.5)
-        layer, x = attention.load(name)(config, 0), torch.randn(1, 30, 32)
-        assert not torch.equal(layer.train()(x)[0], layer(x)[0])
-        assert torch.equal(layer.eval()(x)[0], layer(x)[0])
+WITHOUT_WEIGHTS = {"linear"}  # a sum over keys, in which no single weight can be dropped
+REFUSES_DROPOUT = {"flash"}  # on a CPU; with attention's own alone
+
+
+def layer_with(name, attention_dropout=0.0, residual_dropout=0.0):
+    config = gpt2_config(1, 32, 4, 64, 2)
+    config.attn_pdrop, config.resid_pdrop = attention_dropout, residual_dropout
+    torch.manual_seed(0)
+    return attention.load(name)(config, 0)
+
+
+@every_variant
+@pytest.mark.parametrize("what", ["attention_dropout", "residual_dropout"])
+@pytest.mark.parametrize("decoding", [False, True])
+def test_dropout_is_in_training_alone_and_each_has_its_own_rate(name, what, decoding):
+    """Two passes with the same weights: in training they differ, by this dropout alone; in evaluation they do not."""
+    layer, x = layer_with(name, **{what: 0.5}), torch.randn(2, 30, 32)
+
+    def output():
+        if not decoding:
+            return layer(x)[0]
+        cache = Cache(layers=[layer.new_cache()])
+        layer.eval()(x[:, :-1].contiguous(), past_key_values=cache)
+        return layer.train(training)(x[:, -1:].contiguous(), past_key_values=cache)[0]
+
+    training = True
+    if what == "attention_dropout" and name in REFUSES_DROPOUT:
+        with pytest.raises(ValueError, match="has no dropout"):
+            layer.train()(x)
+    else:
+        layer.train()
+        acts = what == "residual_dropout" or name not in WITHOUT_WEIGHTS
+        assert torch.equal(output(), output()) is not acts
+        if what == "residual_dropout":
+            assert 0.3 < (output() == 0).float().mean() < 0.7  # what is dropped behind the projection is 0
+    training = False
+    layer.eval()
+    assert torch.equal(output(), output())
+    torch.testing.assert_close(layer(x)[0], layer_with(name).eval()(x)[0])
+
+
+@every_variant
+def test_attention_s_dropout_leaves_the_mean_where_it_was(name):
+    """Weights that stay are raised by as much as others are lost: 1 / (1 - rate)."""
+    if name in WITHOUT_WEIGHTS | REFUSES_DROPOUT:
+        return
+    layer, x = layer_with(name, attention_dropout=0.3).train(), torch.randn(1, 6, 32)
+    mean = layer(x.repeat(400, 1, 1))[0].mean(0, keepdim=True)
+    expected = layer.eval()(x)[0]
+    assert (mean - expected).norm() < 0.15 * expected.norm()
+
+
+def test_a_run_s_dropout_is_that_of_attention_of_both_branches_and_of_embeddings():
+    config = gpt2_config(1, 32, 4, 64, 2, dropout=0.25)
+    assert (config.attn_pdrop, config.resid_pdrop, config.embd_pdrop) == (0.25, 0.25, 0.25)
 
 
 def test_names_stand_in_study_order_and_each_has_a_paper():

@@ -203,6 +203,33 @@ def test_disk_bytes_that_are_not_counted_are_null(monkeypatch):
     assert values["disk_bytes"] is None and reasons["disk_bytes"] == "not_counted_here"
 
 
+def test_latencies_are_medians_after_a_warm_up_at_the_same_length_and_decoding_is_per_token(monkeypatch):
+    """A clock that says 100 s for a first call, then prefills of 9, 1 and 2 s and tokens of 3, 1/4 and 1/2 s."""
+    model, clock, calls = small("sdpa"), [0.0], []
+    prefills, tokens = iter([100.0, 9.0, 1.0, 2.0] * 2), iter([50.0, *[3.0] * 4, *[0.25] * 4, *[0.5] * 4] * 2)
+
+    def count(module, words, given):
+        is_prefill = words[0].shape[1] > 1
+        clock[0] += next(prefills if is_prefill else tokens, 0.0)  # joules prefill once more, and time nothing
+        calls.append((words[0].clone(), module.training, given["past_key_values"]))
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    monkeypatch.setattr(inference.time, "perf_counter", lambda: clock[0])
+    model.train()
+    rows = inference.measured(model, [8, 20], new_tokens=4, repeats=3, autocast=fp32)
+    assert [row["context"] for row in rows] == [8, 20] and not any(training for _, training, _ in calls)
+    assert [row["prefill_latency_s"] for row in rows] == [2.0, 2.0]
+    assert [row["decode_latency_s_per_token"] for row in rows] == [0.5, 0.5]
+    lengths = [ids.shape[1] for ids, *_ in calls]
+    assert lengths == [n for context in (8, 20) for n in (context, 1, *[context, 1, 1, 1, 1] * 3)] + [8, 20]
+    said = torch.cat([ids for ids, *_ in calls[2:7]], dim=1)  # the prompt, and each token that was most likely
+    hook.remove()
+    with torch.no_grad():
+        assert torch.equal(model(said).logits[:, 7:-1].argmax(-1), said[:, 8:])
+    cache = calls[2][2]
+    assert all(given is cache for *_, given in calls[3:7]) and cache.layers[0].reserved == 8 + 4
+
+
 class Counter(energy.Counter):
     """A counter that moves by 5 J with every token that the model reads."""
 

@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from make import make_record, places
+from make import make_record, parameters_of, places
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 
 from lib import record
 from lib.analysis import compare, paired, quality, tables, target
@@ -57,6 +58,88 @@ def test_the_interval_is_that_of_the_least_squares_with_block_variant_and_place(
             if len(labels) == 2:
                 ends = np.log(table.loc[label, ["low", "high"]].astype(float))
                 assert list(ends) == pytest.approx(list(fit.conf_int().loc[term]))
+
+
+@pytest.mark.parametrize("n", [5, 8])
+@pytest.mark.parametrize("mean", [0.0, 0.012, -0.03])
+def test_the_paired_t_and_its_two_one_sided_tests_are_scipy_s(n, mean):
+    d = mean + 0.01 * np.random.default_rng(n).normal(size=n)
+    found, test = paired.paired_t(d), stats.ttest_1samp(d, 0)
+    ends = test.confidence_interval(0.95)
+    assert [found.mean, found.low, found.high, found.p] == pytest.approx([d.mean(), ends.low, ends.high, test.pvalue])
+    margin = math.log(1.02)
+    above = stats.ttest_1samp(d, -margin, alternative="greater").pvalue
+    below = stats.ttest_1samp(d, margin, alternative="less").pvalue
+    assert found.equivalence_p == pytest.approx(max(above, below))
+    wider = paired.paired_t(d, inflation=4.0, freedom=3.0)  # of the squared error: twice as wide, by t of 3
+    half = 2 * stats.sem(d) * stats.t.ppf(0.975, 3)
+    assert [wider.low, wider.high] == pytest.approx([d.mean() - half, d.mean() + half])
+    assert wider.p == pytest.approx(2 * stats.t.sf(abs(d.mean()) / stats.sem(d) / 2, 3))
+
+
+def test_what_is_exactly_the_same_in_every_block_needs_no_spread():
+    for value, expected in ((0.0, (1, 0)), (0.01, (0, 0)), (0.0199, (0, 1)), (-0.5, (0, 1))):
+        found = paired.paired_t([value] * 5)
+        assert (found.p, found.equivalence_p) == expected and found.low == found.high == value, value
+
+
+@pytest.mark.parametrize("p", [[0.01, 0.04, 0.03, 0.005], [0.4, 0.6, 0.01], [0.02], [0.04, 0.045, 0.2]])
+def test_holm_is_statsmodels_own(p):
+    assert paired.holm(p) == pytest.approx(multipletests(p, method="holm")[1])
+
+
+def test_a_verdict_is_at_5_percent_and_a_sure_difference_goes_first():
+    different, equivalent = "significantly different", "equivalent within 2 %"
+    cases = {(0.049, 0.9): different, (0.049, 0.001): different, (0.051, 0.049): equivalent, (0.05, 0.05): None}
+    assert {p: paired.verdict(*p) for p in cases} == {p: said or "inconclusive" for p, said in cases.items()}
+
+
+def test_what_is_surely_lower_is_so_at_5_percent_over_all_pairs(monkeypatch):
+    """Raw p of 0.01, 0.02 and 0.04 are 0.03, 0.04 and 0.04 by Holm; of 0.02, 0.02 and 0.06 none is below 5 %."""
+    values = np.zeros((5, 3))
+    for p, expected in (((0.01, 0.02, 0.04), [("a", "b"), ("c", "a"), ("b", "c")]), ((0.02, 0.02, 0.06), [])):
+        told = {(0, 1): (-1.0, p[0]), (0, 2): (1.0, p[1]), (1, 2): (-1.0, p[2])}
+        tests = {pair: paired.Paired(mean, 0, 0, raw, 1) for pair, (mean, raw) in told.items()}
+        monkeypatch.setattr(paired, "compared", lambda values, effects, *pair, tests=tests: tests[pair])
+        assert paired.surely_lower(values, None, ["a", "b", "c"], "abc") == expected
+    assert paired.surely_lower(values[:4], None, ["a", "b", "c"], "abc") == []
+
+
+def test_both_p_of_a_table_are_adjusted_for_its_certified_variants(tmp_path, monkeypatch):
+    """Raw p by hand: of four variants three are a family; what is 0.04 three times is 0.12."""
+    names = ("gqa", "lsh", "mla", "aleak", "sdpa_again")
+    raw = dict(zip(names, ((0.01, 1), (0.04, 0.001), (0.4, 0.04), (0.001, 1), (0.04, 0.9)), strict=True))
+    made = blocks(dict.fromkeys(("sdpa", *names), 1.0), count=6)
+    made = [
+        make_record("aleak", one.study.block, certified=False, position=one.study.position)
+        if one.label == "aleak" else one
+        for one in made
+    ]  # fmt: skip
+    runs = read(tmp_path, made)
+    order = sorted(("sdpa", *names))
+    monkeypatch.setattr(
+        compare, "compared", lambda values, effects, one, _: paired.Paired(0.1, 0.0, 0.2, *raw[order[one]])
+    )
+    found = compare.ratios(runs, "time_s").set_index("label")
+    expected = {"gqa": 0.03, "lsh": 0.08, "mla": 0.4, "sdpa_again": 0.04}
+    assert found["p"].dropna().to_dict() == pytest.approx(expected)
+    assert found["verdict"].to_dict() == {
+        "sdpa": "the reference", "gqa": "significantly different", "lsh": "equivalent within 2 %",
+        "mla": "inconclusive", "aleak": "fails its certificate", "sdpa_again": "significantly different",
+    }  # fmt: skip
+
+
+def test_a_level_is_the_reference_s_geometric_mean_times_the_ratio(tmp_path):
+    """gqa misses the two slowest of eight blocks; its plain mean says nothing."""
+    made = blocks({"sdpa": 1.0, "gqa": 1.25, "mla": 2.0}, spread=1e-6)
+    runs = read(tmp_path, made)
+    runs.loc[(runs["label"] == "gqa") & (runs["block"] > 5), "time_s"] = np.nan
+    level = compare.ratios(runs, "time_s").set_index("label")["level"]
+    middle = stats.gmean([20.0 * (1 + block) for block in range(8)])
+    assert level.to_dict() == pytest.approx({"sdpa": middle, "gqa": 1.25 * middle, "mla": 2 * middle}, rel=1e-4)
+    by_hand = read(tmp_path / "by hand", [make_record("lsh", session=None)])
+    alone = compare.ratios(pd.concat([runs, by_hand], ignore_index=True), "time_s")
+    assert alone.set_index("label").loc["lsh", "level"] == pytest.approx(20.0)
 
 
 def test_the_verdict_follows_the_interval(tmp_path):
@@ -134,6 +217,30 @@ def test_settings_and_devices_are_never_mixed(tmp_path):
     )
     found = [sorted(group.runs["label"].unique()) for group in compare.groups(runs)]
     assert found[0] == ["baseline", "sdpa"] and sorted(found[1:]) == [["gqa"], ["mla"]]
+
+
+def test_tokens_are_never_mixed_and_a_title_says_what_was_run(tmp_path):
+    """Of one setting, on data that changed under their name: the title says which tokens; the larger group is first."""
+    made = blocks({"sdpa": 1.0, "gqa": 2.0}, count=1, data={"token_sha256": "a" * 64})
+    values = parameters_of("mla") | {"accumulation": 3}
+    others = [make_record("lsh", data={"token_sha256": "b" * 64}), make_record(run_parameters=values)]
+    first, *rest = compare.groups(read(tmp_path, [*made, *others]))
+    assert sorted(first.runs["label"]) == ["gqa", "sdpa"] and len(rest) == 2
+    size = "GPT-2 with 2 layers of 32, T = 16, 4 steps of"
+    titles = {group.runs["label"].iloc[0]: group.title for group in rest}
+    assert first.title == f"{size} 4 rows, builtin data (tokens aaaaaaaa), on a GPU"
+    assert titles["lsh"] == f"{size} 4 rows, builtin data (tokens bbbbbbbb), on a GPU"
+    assert titles["mla"] == f"{size} 12 rows, builtin data, on a GPU"
+
+
+def test_means_are_over_the_same_seeds_where_there_are_whole_blocks(tmp_path):
+    made = blocks({"sdpa": 1.0, "gqa": 1.5}, count=2)
+    runs = read(tmp_path, [*made, make_record("gqa", 7, session="torn"), make_record("mla", 5, session="later")])
+    shown = compare.comparable(runs)
+    assert sorted(zip(shown["label"], shown["block"], strict=True)) == [
+        ("gqa", 0), ("gqa", 1), ("mla", 5), ("sdpa", 0), ("sdpa", 1),
+    ]  # fmt: skip
+    assert compare.comparable(runs[runs["label"] == "mla"])["label"].tolist() == ["mla"]
 
 
 def test_no_record_is_said_in_one_sentence(tmp_path):

@@ -1,5 +1,6 @@
 """Conversations become rows that keep every token, in an order that depends on the seed alone."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -65,6 +66,8 @@ def test_the_builtin_corpus_is_about_4_mb_of_prose_and_the_same_each_time():
     talks = conversations.builtin()
     text = "".join(turn["content"] for talk in talks for turn in talk)
     assert 3.5e6 < len(text) < 5e6
+    answers = [talk[1]["content"] for talk in talks]
+    assert len(set(answers)) == len(answers) and min(map(len, answers)) >= 80
     conversations.builtin.cache_clear()
     assert conversations.builtin() == talks
 
@@ -91,6 +94,69 @@ def test_a_row_is_a_conversation_with_roles_and_its_end_padded_on_the_right(talk
     assert text.endswith("<|endoftext|>")
     assert (labels[0, length:] == -100).all() and (labels[0, :length] == ids[0, :length]).all()
     assert 0 < data.facts["padding_share"] < 1
+
+
+def as_said(talk):
+    return "".join(f"<|{one['role']}|>\n{one['content']}\n" for one in talk["messages"])
+
+
+def test_the_side_of_a_conversation_is_that_of_its_text_s_hash(talk_file, monkeypatch):
+    """Every conversation is on one of the two sides and in their order, though they are read in several batches."""
+    monkeypatch.setattr(conversations, "BATCH", 25)
+    data, words = load(talk_file(), context=512, validation_share=0.21), corpus.load_tokenizer("builtin")
+    sides = {"train": [], "validation": []}
+    for text in map(as_said, TALK):
+        share = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64
+        sides["validation" if share < 0.21 else "train"].append(text)
+    for name, texts in sides.items():
+        part = getattr(data, name)
+        rows = [part.batch(np.array([row]))[0][0, : part.lengths[row]].tolist() for row in range(len(part))]
+        assert [words.decode(row) for row in rows] == [f"{text}<|endoftext|>" for text in texts] != []
+    assert data.facts["conversations"] == 60
+
+
+def test_every_row_is_the_begin_of_its_own_conversation_and_the_facts_are_counted_from_them(talk_file):
+    """All conversations but the shortest are longer than a row: whoever counts from the cut ones is a row off."""
+    words = corpus.load_tokenizer("builtin")
+    own = {text: [*words(text)["input_ids"], words.eos_token_id] for text in map(as_said, TALK)}
+    context = sorted(map(len, own.values()))[29]  # there are some that just fit
+    data = load(talk_file(), context=context)
+    sides = {}
+    for text, ids in own.items():
+        is_validation = int(hashlib.sha256(text.encode()).hexdigest()[:16], 16) / 2**64 < 0.2
+        sides.setdefault("validation" if is_validation else "train", []).append(ids)
+    for name, of_side in sides.items():
+        ids, labels = getattr(data, name).batch(np.arange(len(of_side)))
+        for row, told, wanted in zip(of_side, ids.tolist(), labels.tolist(), strict=True):
+            filled = context - min(len(row), context)
+            assert told == row[:context] + [words.eos_token_id] * filled and wanted == row[:context] + [-100] * filled
+    sizes, trained = [len(ids) for ids in own.values()], [min(len(ids), context) for ids in sides["train"]]
+    expected = {
+        "conversations": 60, "empty_conversations": 0, "empty_turns": 0, "unlabelled_conversations": 0,
+        "cut_conversations": sum(size > context for size in sizes),
+        "tokens_in_no_row": sum(max(0, size - context) for size in sizes),
+        "train_sequences": len(sides["train"]), "validation_sequences": len(sides["validation"]),
+        "train_tokens": sum(trained), "padding_share": pytest.approx(1 - sum(trained) / len(trained) / context),
+    }  # fmt: skip
+    assert {name: data.facts[name] for name in expected} == expected
+    assert 0 < expected["cut_conversations"] < 60 and sizes.count(context) > 0 and expected["padding_share"] != 0
+
+
+@pytest.mark.parametrize(
+    ("packing", "starts", "lengths"),
+    [(False, [0, 3, 12, 19], [3, 8, 7, 2]), (True, [0, 8], [8, 8]), ("documents", [0, 8], [8, 8])],
+)
+def test_rows_are_cut_from_the_tokens_as_with_a_pencil(packing, starts, lengths):
+    """Conversations of 3, 9, 7 and 2 tokens in rows of 8."""
+    rows = corpus._rows(np.arange(21, dtype=np.uint32), np.array([3, 9, 7, 2]), 8, packing, 0)
+    assert (rows.starts.tolist(), rows.lengths.tolist()) == (starts, lengths)
+    ids, labels = rows.batch(np.arange(len(rows)))
+    assert [row[:size].tolist() for row, size in zip(ids, lengths, strict=True)] == [
+        list(range(start, start + size)) for start, size in zip(starts, lengths, strict=True)
+    ]
+    assert (labels == -100).sum() == {False: 32 - 20, True: 0, "documents": 2}[packing]  # 3 and 12 begin documents
+    exact = corpus._rows(np.arange(16, dtype=np.uint32), np.array([10, 6]), 8, packing, 0)
+    assert len(exact) == 2
 
 
 def test_packing_fills_every_row_and_loses_only_the_last_tokens(talk_file):
@@ -150,6 +216,23 @@ def test_the_fingerprint_follows_the_tokens(talk_file):
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
+def test_the_fingerprint_is_of_tokens_and_borders_of_both_parts():
+    """A SHA-256 that was worked out without the function, and another one for each thing that is another."""
+
+    def made(tokens=(1, 2, 3, 4), starts=(0, 2), lengths=(2, 2)):
+        return corpus.Rows(np.array(tokens, np.uint16), np.array(starts), np.array(lengths), 2, 0)
+
+    def bytes_of(rows):
+        arrays = (rows.tokens.astype("<u4"), rows.starts.astype("<i8"), rows.lengths.astype("<i8"))
+        return b"".join(array.tobytes() for array in arrays)
+
+    other = (made(tokens=(1, 2, 3, 5)), made(starts=(0, 1)), made(lengths=(2, 1)))
+    pairs = [(made(), made()), *((made(), one) for one in other), *((one, made()) for one in other)]
+    found = [corpus.fingerprint({"train": train, "validation": validation}) for train, validation in pairs]
+    assert len(set(found)) == len(pairs)
+    assert found == [hashlib.sha256(bytes_of(one) + bytes_of(two)).hexdigest() for one, two in pairs]
+
+
 @given(rows=st.integers(1, 40), count=st.integers(1, 130), seed=st.integers(0, 9))
 @settings(deadline=None)
 def test_the_order_visits_every_row_once_a_round(rows, count, seed):
@@ -160,6 +243,12 @@ def test_the_order_visits_every_row_once_a_round(rows, count, seed):
         assert sorted(order[first : first + rows]) == list(range(rows))
     longer = part.order(count + 17, seed)
     assert np.array_equal(longer[:count], order)
+
+
+def test_every_seed_and_every_round_has_an_order_of_its_own():
+    part = corpus.Rows(np.zeros(30), np.arange(30), np.ones(30), 1, 0)
+    rounds = [tuple(part.order(90, seed)[first : first + 30]) for seed in range(3) for first in (0, 30, 60)]
+    assert len({*rounds, tuple(range(30))}) == 10
 
 
 @pytest.mark.parametrize(

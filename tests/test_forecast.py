@@ -56,6 +56,46 @@ def test_other_settings_are_scaled_by_flops_and_that_is_said():
     assert forecast.lines([wider], [measured(run)])[1].startswith("  1 windows scaled by FLOPs from other settings: ")
 
 
+def test_of_unequal_runs_the_mean_is_expected_and_not_the_best():
+    runs = runs_of("sdpa", blocks=3)
+    costs = ((20.0, 4e3), (50.0, 9e3), (26.0, 5e3))
+    earlier = [measured(run, time_s=time_s, energy_j=j) for run, (time_s, j) in zip(runs, costs, strict=True)]
+    assert forecast.expect(runs[0]["values"], earlier) == forecast.Expected(32.0, 6e3, forecast.SAME)
+
+
+@pytest.mark.parametrize(("changes", "times"), [({"epochs": 6}, 3), ({"accumulation": 5}, 5), ({"batch_size": 4}, 2)])
+def test_a_run_takes_as_many_times_as_long_as_it_has_rows(changes, times):
+    (run,), (longer,) = runs_of("sdpa"), runs_of("sdpa", **changes)
+    found = forecast.expect(longer["values"], [measured(run)])
+    assert found == forecast.Expected(pytest.approx(20 * times), pytest.approx(4e3 * times), forecast.SCALED)
+
+
+def test_what_lies_beside_a_window_is_the_median_gap_without_the_window():
+    """Runs of 20 s that end 35, 30 and 90 s after each other, and the first of another block."""
+    runs = runs_of("sdpa", "gqa", "mla", "lsh", blocks=1)
+    ends = (0, 35, 65, 155)
+    seated = [
+        measured(run, seconds, study={"session": "s", "block": 0, "position": place})
+        for place, (run, seconds) in enumerate(zip(runs, ends, strict=True))
+    ]
+    other = measured(runs[0], 999, study={"session": "s", "block": 1, "position": 0})
+    assert forecast.beside_window([*seated, other], seated[0].setting) == 15.0
+    assert forecast.beside_window(seated[:1], seated[0].setting) is None
+
+
+def test_synthetic_records_tell_nothing(tmp_path):
+    (run,) = runs_of("sdpa")
+    record.write(measured(run, provenance="synthetic"), tmp_path)
+    assert forecast.earlier([tmp_path]) == []
+    record.write(measured(run), tmp_path)
+    assert len(forecast.earlier([tmp_path])) == 1
+
+
+def test_times_and_joules_are_said_in_units_that_fit():
+    assert [forecast._time(seconds) for seconds in (89, 90, 5399, 5400)] == ["89 s", "2 min", "90 min", "1.5 h"]
+    assert [forecast._energy(joules) for joules in (3.6e5, 3.5e6, 9e6)] == ["100 Wh", "972 Wh", "2.5 kWh"]
+
+
 @pytest.mark.parametrize("changes", [{"tokenizer": "gpt2"}, {"precision": "bf16"}, {"compile": True}])
 def test_nothing_is_scaled_from_what_computes_otherwise(changes):
     assert forecast.expect(runs_of("sdpa", **changes)[0]["values"], [measured(runs_of("sdpa")[0])]) is None

@@ -6,15 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from make import CERTIFICATE
-from test_training import P, make_rows
 
-from lib import training
-from lib.data import corpus
-from lib.measure import assemble, energy, environment, flops, inference, kernels, sampler, warmth
+from lib.measure import energy, environment, flops, kernels, sampler, warmth
 from lib.measure.meter import Meter, Window
-from lib.model import build_model, devices, gpt2_config, meta_model
-from lib.study import plan
+from lib.model import build_model, devices, gpt2_config
 
 CPU = torch.device("cpu")
 fp32 = devices.autocast("fp32", CPU)
@@ -22,42 +17,6 @@ fp32 = devices.autocast("fp32", CPU)
 
 def small(name="sdpa"):
     return build_model(name, gpt2_config(layers=3, width=32, heads=4, positions=64, vocabulary=50))
-
-
-def test_flops_by_hand():
-    T, C, L, V = 16, 32, 3, 50
-    matrices = T * 2 * (L * 12 * C * C + C * V)
-    counted = flops.analytic(small(), T)
-    assert counted["forward_flops_causal"] == matrices + L * 4 * C * T * (T + 1) // 2
-    assert counted["forward_flops_full"] == matrices + L * 4 * C * T * T
-    assert counted["attention_core_share"] == pytest.approx(L * 2 * C * T * (T + 1) / counted["forward_flops_causal"])
-
-
-def test_the_core_is_a_small_share_of_gpt2_at_the_paper_s_length():
-    model = meta_model("sdpa", gpt2_config(12, 768, 12, 1024, 50257))
-    assert round(100 * flops.analytic(model, 512)["attention_core_share"], 1) == 3.7
-    dense = flops.analytic(model, 512)
-    assert round(100 * (12 * 4 * 768 * 512**2) / dense["forward_flops_full"], 1) == 7.1
-
-
-@pytest.mark.parametrize("name", ["baseline", "sdpa"])
-def test_torch_s_counter_agrees_with_the_dense_count(name):
-    model = small(name)
-    assert flops.counted(model, 16, fp32) == flops.analytic(model, 16)["forward_flops_full"]
-
-
-def test_the_cache_is_counted_from_what_it_holds():
-    rows = inference.measured(small(), [8, 20], new_tokens=4, repeats=2, autocast=fp32)
-    assert [row["context"] for row in rows] == [8, 20]
-    for row in rows:
-        assert row["cache_bytes"] == row["cache_bytes_analytic"] == 3 * 2 * 32 * (row["context"] + 4) * 4
-        assert row["prefill_latency_s"] > 0 and row["decode_latency_s_per_token"] > 0
-
-
-def test_the_checkpoint_is_as_large_as_its_weights():
-    model = small()
-    weights = sum(p.numel() for p in model.parameters()) * 4
-    assert weights < assemble.checkpoint_bytes(model) < weights * 1.1
 
 
 def test_kernels_name_what_ran_forward_and_backward():
@@ -166,18 +125,6 @@ def test_model_flops_are_those_of_the_tokens_that_are_no_padding():
     model = small()
     by_length = {tokens: flops.analytic(model, tokens)["forward_flops_causal"] for tokens in (3, 16)}
     assert flops.non_padding(model, [[3, 16], [16, 0]]) == by_length[3] + 2 * by_length[16]
-
-
-def test_a_record_s_mfu_leaves_padding_out(monkeypatch):
-    p = SimpleNamespace(**{name: line.default for name, line in plan.known_parameters().items()} | P)
-    trainer = training.Trainer(small(), corpus.Corpus(make_rows(), make_rows(9), 30), p)
-    monkeypatch.setitem(flops.PEAK_FLOPS_PER_S, environment.cpu_name(), {"fp32": 1e12})
-    trainer.run()
-    metrics = assemble.make_record(p, trainer, CERTIFICATE, [], {"phases": [], "slope": None}).metrics
-    rows = trainer.corpus.train.lengths[trainer.rows[: trainer.steps]].ravel()
-    by_hand = 3 * sum(flops.analytic(trainer.model, int(length))["forward_flops_causal"] for length in rows)
-    assert metrics.mfu == pytest.approx(by_hand / metrics.time_s / 1e12)
-    assert metrics.mfu < 0.9 * metrics.causal_flops_per_s / 1e12  # that of whole rows, a third of which is padding
 
 
 def test_the_resident_peak_is_the_window_s_own():

@@ -100,6 +100,25 @@ def test_on_a_gpu_no_variant_launches_head_by_head(name):
     assert roofline.predicted(few, 300, gpu).launches == roofline.predicted(many, 300, gpu).launches
 
 
+def test_what_a_cpu_does_head_by_head_counts_as_one_head_s_on_a_gpu():
+    gpu, cpu = roofline.DEVICES["NVIDIA H200"], roofline.DEVICES["AMD EPYC"]
+    one, four = (values_of("lsh", heads=heads, width=8 * heads, precision="fp32") for heads in (1, 4))
+    of_one, of_four = (len(operators.step(values, 300, "fp32")) for values in (one, four))
+    head = (of_four - of_one) / 3
+    found = roofline.predicted(four, 300, gpu).launches
+    assert of_one <= found < of_one + head / 2 and head > 20  # a few more, which bring the heads together
+    assert roofline.predicted(four, 300, cpu).launches == of_four
+
+
+def test_a_run_takes_its_steps_of_all_its_epochs_in_its_own_precision():
+    gpu = roofline.DEVICES["NVIDIA H200"]
+    once, twice = (roofline.predicted(values_of("sdpa", epochs=epochs), 300, gpu) for epochs in (1, 2))
+    assert (twice.time_s, twice.energy_j) == pytest.approx((2 * once.time_s, 2 * once.energy_j))
+    assert twice.launches == once.launches and twice.flops == once.flops
+    full = roofline.predicted(values_of("sdpa", precision="fp32"), 300, gpu)
+    assert full.flops["fp32"] > 0 and "bf16" not in full.flops and once.flops["bf16"] > 0  # of auto: the device's
+
+
 DEVICE = Device(
     precision="bf16", flops_per_s={"bf16": 100.0, "fp32": 10.0}, bytes_per_s=10.0, launch_s=1.0, waits=False,
     idle_w=100.0, limit_w=400.0, flops_w={"bf16": 300.0, "fp32": 200.0}, bytes_w=200.0, seen="", assumed="",
@@ -163,6 +182,23 @@ def test_what_was_predicted_before_stands_beside_what_was_measured(made, tmp_pat
     assert found["s, above"].tolist() == pytest.approx([0.25, 0.25])
     assert found["J, above"].tolist() == pytest.approx([0.5, 0.5])
     assert predictions.table(found)["s, above"].tolist() == ["+25%", "+25%"]
+
+
+def test_of_unequal_runs_the_mean_is_compared(made, tmp_path):
+    """Three of one variant: 1, 1.5 and 3.5 times what was predicted, in seconds; twice as far off in joules."""
+    said, records = made[0].variants[0], []
+    for block, times in enumerate((1.0, 1.5, 3.5)):
+        run = next(run for run in plan.runs_of(TINY, [said.label], 3) if run["block"] == block)
+        told = {"attention_sha256": said.attention_sha256, "started_at": made[0].made_at + timedelta(seconds=9)}
+        told["finished_at"] = told["started_at"] + timedelta(seconds=60)
+        told["environment"] = {"device": "cuda", "device_name": "NVIDIA H200", "gpu": {"uuid": "GPU-1"}}
+        records.append(record_of(run, **told, time_s=times * said.time_s, energy_j=2 * times * said.energy_j))
+    (row,) = predictions.residuals(read(records, tmp_path), made).to_dict("records")
+    assert (row["s, above"], row["J, above"]) == pytest.approx((1.0, 3.0))
+    assert (row["s, measured"], row["J, predicted"]) == pytest.approx((2 * said.time_s, said.energy_j))
+    some = read(records, tmp_path).assign(energy_j=[1.0, None, 1.0])
+    (row,) = predictions.residuals(some, made).to_dict("records")
+    assert row["J, measured"] is None and row["s, above"] == pytest.approx(1.0)  # never the mean of a part
 
 
 def test_each_variant_s_newest_prediction_counts(made, tmp_path):
@@ -260,8 +296,8 @@ def test_the_committed_predictions_are_of_profiles_and_variants_as_they_are_now(
     assert {one.profile for one in found} >= {"gpu_512", "gpu_4096"}
     for one in found:
         path = None if one.profile == "quick" else f"params/{one.profile}.yaml"
-        runs, _ = plan.chosen(path, attention.variants(), 1)
+        runs, _ = plan.chosen(path, attention.STUDY_ORDER, 1)
         assert {parameters.setting(run["values"]) for run in runs} == {one.setting}, one.profile
-        known = {name: attention.source_sha256(name) for name in attention.variants()}
+        known = {name: attention.source_sha256(name) for name in attention.STUDY_ORDER}
         assert {said.label: said.attention_sha256 for said in one.variants} == known, one.profile
         assert one.device == roofline.DEVICES[one.device_name]

@@ -5,11 +5,13 @@ import os
 import shutil
 import tempfile
 import warnings
+from datetime import timedelta
 
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make import METRICS, fill, make_record, write_blocks
+from make import CERTIFICATE, METRICS, fill, make_record, parameters_of, write_blocks
 from pydantic import ValidationError
 
 from lib import paths, record
@@ -29,6 +31,42 @@ def test_a_table_row_per_run_with_units_in_the_columns(tmp_path):
     assert len(table) == 6
     assert set(METRICS) <= set(table.columns)
     assert table["energy_j"].eq(4e3).all() and table["cpu_energy_j"].isna().all()
+
+
+def test_every_column_of_the_table_is_its_own_field_of_the_record(tmp_path):
+    """A run of which no two facts are alike: seed 7 in block 3 at place 2, causal and yet not certified."""
+    values = parameters_of("gqa", 7)
+    environment = {"device": "cuda", "device_name": "a GPU", "gpu": {"uuid": "GPU-9"}}
+    checks = [{"check": name, "value": 1.0, "limit": 2.0, "says": "s"} for name in ("one", "two")]
+    checks = [check | {"verdict": verdict} for check, verdict in zip(checks, ("green", "flagged"), strict=True)]
+    begun = record.now() - timedelta(seconds=90)
+    made = make_record(
+        run_parameters=values, study={"session": "s", "block": 3, "position": 2, "profile": "a profile"},
+        title="GQA 4:1", attention_sha256="a" * 64, started_at=begun, provenance="synthetic", environment=environment,
+        certificate=CERTIFICATE | {"passed": False}, checks=checks, flags=["two"], data={"token_sha256": "b" * 64},
+    )  # fmt: skip
+    record.write(made, tmp_path)
+    record.write_failure(failure("another"), tmp_path)
+    (row,) = record.read(tmp_path).to_dict("records")
+    expected = {
+        "name": made.name, "label": "gqa", "title": "GQA 4:1", "attention": "gqa", "attention_sha256": "a" * 64,
+        "started_at": begun, "finished_at": made.finished_at, "seed": 7, "setting": made.setting,
+        "token_sha256": "b" * 64, "profile": "a profile", "session": "s", "block": 3, "position": 2, "device": "cuda",
+        "device_name": "a GPU", "gpu_uuid": "GPU-9", "provenance": "synthetic", "certified": False,
+        "parameter_values": values, "data": {"token_sha256": "b" * 64}, "flags": ["two"],
+        "kernels": {"forward": ["k"], "backward": ["k"]}, "null_reasons": made.null_reasons,
+        "certificate": made.certificate.model_dump(),
+    }  # fmt: skip
+    expected |= {f"series_{name}": value for name, value in made.series.model_dump().items()}
+    of_metrics = {name: None if pd.isna(row[name]) else row[name] for name in METRICS}
+    assert of_metrics == made.metrics.model_dump() and expected["certificate"]["causal"]
+    assert {name: value for name, value in row.items() if name not in METRICS} == expected
+
+
+def test_a_label_of_one_s_own_and_runs_by_hand_are_read_as_they_are(tmp_path):
+    record.write(make_record("mine", session=None), tmp_path)
+    (row,) = record.read(tmp_path).to_dict("records")
+    assert (row["label"], row["attention"], row["session"], row["block"]) == ("mine", "mine.py", None, None)
 
 
 @pytest.mark.parametrize(
@@ -61,10 +99,23 @@ def test_a_metric_that_came_later_is_missing_from_older_records_with_that_reason
         LaterRecord.model_validate(content | {"metrics": content["metrics"] | {"extra_s": None}})
 
 
+SERIES = make_record().series.model_dump()
+
+
 @pytest.mark.parametrize(
     "change",
     [
         {"null_reasons": {"cpu_energy_j": "because", "peak_resident_bytes": "gpu_run"}},
+        {"null_reasons": {name: "no_gpu" for name in ("cpu_energy_j", "peak_resident_bytes", "energy_j")}},
+        {"study": {"session": "s", "block": 0}},
+        {"kernels": {"forward": None, "backward": ["k"]}},
+        {"kernels_null_reason": "empty_profile"},
+        {"started_at": record.now() + timedelta(seconds=60)},
+        {"name": "gqa-seed0-00000000"},
+        {"series": SERIES | {"epoch_time_s": [10.0] * 3}},
+        {"series": SERIES | {name: SERIES[name] + SERIES[name][-1:] for name in ("train_loss", "non_padding_tokens")}},
+        {"series": SERIES | {"non_padding_tokens": [64, 256, 192, 256]}},
+        {"series": SERIES | {"epoch_energy_j": [1.0]}},
         {"energy_j": float("nan")},
         {"energy_j": float("inf")},
         {"time_s": 0.0},

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import attention, training
@@ -154,12 +155,76 @@ def test_padding_is_neither_trained_on_nor_counted():
     assert trainer.model(ids, labels=labels).loss == trainer.model(labels.clamp(min=0), labels=labels).loss
 
 
-def test_validation_is_the_mean_over_its_tokens():
-    trainer = make_trainer(batch_size=2)
-    ids, labels = trainer.corpus.validation.batch(np.arange(6))
-    with torch.no_grad():
-        expected = trainer.model.eval()(ids, labels=labels).loss.item()
-    assert trainer.validate(0)["loss"] == pytest.approx(expected, rel=1e-6)
+def losses_of(trainer, part, rows):
+    """The loss of each token that counts in some rows, a list each, and which of them end a bigram seen before: each
+    row alone, without padding, by PyTorch's own cross-entropy."""
+    found = []
+    for row in np.ravel(rows):
+        ids = part.batch(np.array([row]))[0][:, : int(part.lengths[row])]
+        with torch.no_grad():
+            logits = trainer.model.eval()(ids).logits[0, :-1]
+        said = ids[0].tolist()
+        seen = [(a, b) in set(pairwise(said[: place + 1])) for place, (a, b) in enumerate(pairwise(said))]
+        found.append((F.cross_entropy(logits, ids[0, 1:], reduction="none").tolist(), seen))
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [2, 4])
+def test_validation_is_the_mean_over_its_tokens(batch_size):
+    """Of six rows of nine, the last batch a smaller one; without dropout, the kinds of tokens told apart."""
+    trainer = make_trainer(batch_size=batch_size, dropout=0.5)
+    trainer.corpus.validation.tokens %= 6  # so that bigrams repeat
+    found = losses_of(trainer, trainer.corpus.validation, np.arange(6))
+    trainer.model.train()
+    said = trainer.validate(7)
+    kinds = {"loss": (True, False), "repeated_bigram_loss": (True,), "other_loss": (False,)}
+    for name, which in kinds.items():
+        of_kind = [loss for losses, seen in found for loss, one in zip(losses, seen, strict=True) if one in which]
+        assert said[name] == pytest.approx(np.mean(of_kind), rel=1e-6), name
+    assert said["non_padding_tokens"] == 7 and said["repeated_bigram_loss"] != said["other_loss"]
+
+
+def test_a_step_s_loss_is_the_mean_over_the_tokens_of_all_its_parts():
+    trainer = make_trainer(batch_size=2, accumulation=3)
+    rows = trainer.rows[0]
+    expected = np.mean([loss for losses, _ in losses_of(trainer, trainer.corpus.train, rows) for loss in losses])
+    trainer.model.train()
+    trainer.take_step(0)
+    assert trainer.losses[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_every_step_has_its_own_rate_and_rows_and_trains_while_validations_do_not(monkeypatch):
+    """Over both epochs; what is looked at is what stands there when the optimizer steps."""
+    trainer, steps, modes = make_trainer(dropout=0.1, accumulation=2), [], []
+    step = trainer.optimizer.step
+
+    def watched():
+        steps.append([(group["lr"], group["betas"]) for group in trainer.optimizer.param_groups])
+        step()
+
+    def looked_at(module, words, given):
+        of = trainer.corpus.train if "labels" in given else trainer.corpus.validation
+        modes.append((of is trainer.corpus.train, module.training, words[0].clone()))
+
+    trainer.optimizer.step = watched
+    trainer.model.register_forward_pre_hook(looked_at, with_kwargs=True)
+    trainer.model.eval()
+    trainer.warm_up()
+    assert {mode for *_, mode, _ in modes} == {True} and len(modes) == 2 * 3
+    steps.clear(), modes.clear()
+    trainer.run()
+    falling = [1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * n / 7))) for n in range(8)]
+    rates = [5e-3, 1e-2, *falling]  # two steps up, then to a tenth at the last of ten
+    assert [rate for groups in steps for rate, _ in groups] == pytest.approx([rate for rate in rates for _ in range(2)])
+    assert {betas for groups in steps for _, betas in groups} == {(0.9, 0.95)}  # GPT-3's
+    validation = [(False, False)] * 2  # six rows in batches of four
+    epoch = [(True, True)] * 5 * 2
+    assert [one[:2] for one in modes] == [*validation, *epoch, *validation, *epoch, *validation]
+    trained = [ids for is_train, _, ids in modes if is_train]
+    for ids, rows in zip(trained, trainer.rows[:10].reshape(20, -1), strict=True):
+        assert torch.equal(ids, trainer.corpus.train.batch(rows)[0])
+    tokens = trainer.corpus.train.lengths[trainer.rows[:10]].sum((1, 2))
+    assert [one["non_padding_tokens"] for one in trainer.validation] == [0, tokens[:5].sum(), tokens.sum()]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
