@@ -94,7 +94,7 @@ def test_what_is_just_within_bounds_is_green(changes, monkeypatch):
 
 def test_a_check_shows_the_number_that_it_is_about(monkeypatch):
     """The value against a pencil, with its sign, and the limit beside it."""
-    made = meter(monkeypatch, first={"sm_clock_mhz": 1800}, last={"temperature_c": 50})
+    made = meter(monkeypatch, first={"sm_clock_mhz": 1800}, last={"temperature_c": 50}, waited=0.25)
     made.windows = [Window(0.0, 20.0, 1000.0, 1020.0), Window(20.0, 60.0, 1020.0, 1060.0)]
     made.gpu_counter.windows_j, made.states = [8_000.0, 16_000.0], [GREEN | {"sm_clock_mhz": 2000}, GREEN]
     made.trace = made.trace._replace(watts=made.trace.watts * 0.98)
@@ -102,10 +102,10 @@ def test_a_check_shows_the_number_that_it_is_about(monkeypatch):
     expected = {
         "counter_against_power": -0.02, "window_length": 20.0, "launch_bound": 0.99, "warm_up": None,
         "clock_drift": 1980 / 1800 - 1, "clock_under_load": 1 - 1890 / 2000, "temperature_drift": -10.0,
-        "throttling": 0.0, "other_processes": 0.0, "padding": 0.25, "mfu": 0.4, "idle": 0.2,
+        "throttling": 0.0, "other_processes": 0.0, "busy_neighbour": 0.2, "padding": 0.25, "mfu": 0.4, "idle": 0.2,
     }  # fmt: skip
     assert {name: check.value for name, check in found.items()} == pytest.approx(expected)
-    limits = (0.05, 4.0, 0.95, None, 0.05, 0.05, 10.0, 0.01, 0.0, 0.5, 1.0, 1.0)
+    limits = (0.05, 4.0, 0.95, None, 0.05, 0.05, 10.0, 0.01, 0.0, 0.1, 0.5, 1.0, 1.0)
     assert [found[name].limit for name in expected] == list(limits)
 
 
@@ -153,7 +153,7 @@ def test_without_a_gpu_every_check_of_it_is_null_with_the_reason(monkeypatch):
     made, none = meter(monkeypatch, on_gpu=False), dict.fromkeys(METRICS)
     reasons = {"gpu_busy_fraction": "no_gpu", "mfu": "peak_unknown", "net_energy_j": "no_gpu"}
     found = selfcheck.checks(made, none, reasons, 0.1, {"steady": None, "seconds": 1.0})
-    assert {check.check for check in found if check.verdict != "null"} == {"padding"}
+    assert {check.check for check in found if check.verdict != "null"} == {"padding", "busy_neighbour"}
     said = {check.says for check in found if check.verdict == "null"}
     assert said == {record.REASONS["no_gpu"], record.REASONS["peak_unknown"]}
 
