@@ -17,7 +17,9 @@ def test_every_mistake_of_the_list_can_be_planted_and_names_tests_that_are_there
     found = mutants.listed()
     assert len(found) > 400 and len({(one.module, one.text) for one in found}) == len(found)
     for one in found:
-        assert all((ROOT / test).exists() for test in one.tests if test.startswith("tests/")), one.mistake
+        assert all((ROOT / test.partition("::")[0]).exists() for test in one.tests if test.startswith("tests/")), (
+            one.mistake
+        )
         assert one.equivalent is None or len(one.equivalent) > 20, one.mistake
 
 
@@ -37,7 +39,7 @@ def test_a_mistake_is_planted_where_its_text_stands_once_and_else_the_list_is_wr
     (found,) = project("x + 1", equivalent="why")
     assert found == ("m.py", "one", MODULE.replace("x + 1", "x - 1"), ("tests/t.py",), "why")
     assert project("x + 1", tests=["tests/other.py"])[0].tests == ("tests/other.py",)
-    for right, times in (("x * 1", 0), ("x", 7)):
+    for right, times in (("x * 1", 0), ("x", 6)):
         with pytest.raises(ValueError, match=f"stands there {times} times, not once"):
             project(right)
 
@@ -47,8 +49,8 @@ def test_the_systematic_part_turns_each_operator_number_and_choice_round_once(pr
     found = mutants.systematic([], tmp_path, tmp_path / "list.yaml")
     turned = sorted(one.mistake.partition(": ")[2] for one in found)
     assert turned == sorted(
-        ["x + 1 -> x - 1", "1 -> 2", "x < 2 -> x <= 2", "2 -> 3", "not x == 7 -> +(x == 7)", "x == 7 -> x != 7", "7 -> 8",
-         "x < 2 and (not x == 7) -> x < 2 or not x == 7", "max -> min", "3 -> 4"]
+        ["x + 1 -> x - 1", "1 -> 2", "x < 2 -> x <= 2", "2 -> 3", "not x == 7 -> +(x == 7)", "x == 7 -> x != 7",
+         "7 -> 8", "x < 2 and (not x == 7) -> x < 2 or not x == 7", "max -> min", "3 -> 4"]
     )  # fmt: skip
     assert len({one.text for one in found}) == len(found) == 10
 
