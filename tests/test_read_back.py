@@ -108,6 +108,13 @@ def test_over_blocks_a_bar_is_sdpa_s_mean_times_the_paired_ratio_with_its_interv
         assert sum("n = 6)" in text.get_text() for text in axes.texts) == len(LABELS)
 
 
+def test_without_sdpa_a_bar_is_the_mean_of_its_runs(several):
+    runs = several[several["label"].isin(["baseline", "gqa"])]
+    (axes,) = figures.gpu_power(runs).axes
+    means = [runs.loc[runs["label"] == label, "mean_power_w"].mean() for label in ("baseline", "gqa")]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx(means)
+
+
 def test_what_fails_its_certificate_is_hatched_below_a_line(one_block):
     runs = one_block.assign(certified=one_block["label"] != "baseline")
     (axes,) = figures.training_time(runs).axes
