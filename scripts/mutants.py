@@ -47,14 +47,14 @@ class Mutant(NamedTuple):
 
 
 def listed(modules=(), root: Path = ROOT, listing: Path = LIST) -> list[Mutant]:
-    """The mistakes of the list, of `modules` alone where some are named. Raises ValueError for one that cannot be
-    planted."""
+    """The mistakes of the list, or those alone whose module and mistake, "lib/training.py: no validation before
+    training", hold one of some words. Raises ValueError for one that cannot be planted."""
     found = []
     for module, own in yaml.safe_load(listing.read_text(encoding="utf-8")).items():
-        if modules and not any(name in module for name in modules):
-            continue
         text = (root / module).read_text(encoding="utf-8")
         for one in own["mutants"]:
+            if modules and not any(name in f"{module}: {one['mistake']}" for name in modules):
+                continue
             if (count := text.count(one["right"])) != 1:
                 raise ValueError(f"{module}, {one['mistake']!r}: {one['right']!r} stands there {count} times, not once")
             planted, tests = text.replace(one["right"], one["wrong"]), tuple(one.get("tests", own["tests"]))
@@ -214,7 +214,7 @@ def outcome(status: int | None) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/mutants.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="parts of paths; without it all")
+    parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="parts of paths or mistakes")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at once (%(default)s)")
     parser.add_argument("--tests-of", metavar="COMMIT", help="with the tests of another commit: the score before")
     parser.add_argument("--systematic", action="store_true", help="operators and numbers, in the modules of the list")

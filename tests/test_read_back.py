@@ -108,6 +108,13 @@ def test_over_blocks_a_bar_is_sdpa_s_mean_times_the_paired_ratio_with_its_interv
         assert sum("n = 6)" in text.get_text() for text in axes.texts) == len(LABELS)
 
 
+def test_a_bar_s_n_is_of_the_blocks_that_have_its_metric(several):
+    lacks = (several["label"] == "gqa") & (several["block"] == 0)
+    (axes,) = figures.gpu_power(several.assign(mean_power_w=several["mean_power_w"].mask(lacks))).axes
+    counts = [text.get_text().rpartition("n = ")[2] for text in axes.texts]
+    assert counts == ["6)", "6)", "6)", "5)"]
+
+
 def test_without_sdpa_a_bar_is_the_mean_of_its_runs(several):
     runs = several[several["label"].isin(["baseline", "gqa"])]
     (axes,) = figures.gpu_power(runs).axes
