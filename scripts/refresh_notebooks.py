@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
 MEASURED = "nbval-ignore-output"
+KEPT = ("tags", "jupyter")  # of a cell's metadata: the second says that Lab folds its source
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -30,7 +31,7 @@ def refresh(path: Path, redraw: bool) -> bool:
         "language_info": {"name": "python"},
     }
     for cell in notebook.cells:
-        cell.metadata = {"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {}
+        cell.metadata = {name: cell.metadata[name] for name in KEPT if cell.metadata.get(name)}
         if cell.cell_type == "code" and MEASURED in cell.metadata.get("tags", []) and stored[cell.id] and not redraw:
             cell.outputs = stored[cell.id]
         for output in cell.get("outputs", []):

@@ -12,10 +12,10 @@ import torch
 from make import make_record
 
 from lib import attention, paths, record
-from lib.analysis import figures
+from lib.analysis import figures, growth
 from lib.data import corpus
 from lib.errors import UsageError
-from lib.explore import bench, records, weights
+from lib.explore import bench, budget, records, weights
 from lib.explore.widgets import Choice, Picker, Screen
 from lib.measure import assemble, flops
 from lib.model import build_model, gpt2_config, meta_model
@@ -41,12 +41,17 @@ def map_of(name, **options):
     return weights.of_layer(*layer_and_input(name, **options), HEADS)
 
 
+WITHOUT_WEIGHTS = {"gated_deltanet"}  # what it writes for a token depends on the others' keys, and a norm stands behind
+
+
 @pytest.mark.parametrize("name", attention.variants())
-def test_weights_are_found_in_every_variant_they_sum_to_one_and_look_back_only(name):
+def test_weights_are_found_where_there_are_such_sum_to_one_and_look_back_only(name):
     found = map_of(name)
-    assert found.kind == "weights" and found.values.shape == (HEADS, TOKENS, TOKENS)
-    torch.testing.assert_close(found.values.sum(-1), torch.ones(HEADS, TOKENS, dtype=torch.float64))
+    kind, heads = ("influence", 1) if name in WITHOUT_WEIGHTS else ("weights", HEADS)
+    assert found.kind == kind and found.values.shape == (heads, TOKENS, TOKENS)
     assert not found.values.triu(1).any() and (found.values >= 0).all()
+    if name not in WITHOUT_WEIGHTS:
+        torch.testing.assert_close(found.values.sum(-1), torch.ones(HEADS, TOKENS, dtype=torch.float64))
 
 
 def test_the_baseline_s_weights_are_its_softmax():
@@ -129,7 +134,7 @@ def test_the_cost_table_says_what_measure_counts(name):
     (table,) = bench.cost_table(Choice(name), size, 256)
     model = meta_model(name, gpt2_config(4, 128, 8, 256, corpus.BUILTIN_VOCABULARY))
     counted = flops.analytic(model, 256)
-    shown = dict(zip(table.iloc[:, 0], table[name], strict=True))
+    shown = dict(zip(table.iloc[:, 0], table[Choice(name).label], strict=True))
     assert shown["parameters"] == f"{sum(p.numel() for p in model.parameters()):,}"
     assert shown["forward GFLOPs, causal"] == f"{counted['forward_flops_causal'] / 1e9:,.3f}"
     assert shown["forward GFLOPs, full T x T"] == f"{counted['forward_flops_full'] / 1e9:,.3f}"
@@ -148,10 +153,10 @@ def test_the_cost_table_follows_the_options():
 
 def test_costs_by_context_are_each_variant_s_own_and_a_refused_option_is_one_sentence():
     costs = bench.by_context(Choice("sliding_window", {"window": 4}), bench.GPT2_SMALL)
-    assert set(costs["label"]) == {*attention.variants(), "sliding_window (window=4)"}
-    own = costs[costs["label"] == "sliding_window (window=4)"].set_index("context")
+    assert set(costs["label"]) == {*(Choice(name).label for name in attention.variants()), "Window 4"}
+    own = costs[costs["label"] == "Window 4"].set_index("context")
     assert (own["cache_bytes"] == 12 * 2 * 768 * 3 * 2).all()
-    baseline = costs[costs["label"] == "baseline"].set_index("context")
+    baseline = costs[costs["label"] == "Eager"].set_index("context")
     assert baseline["core_flops_per_token"][64] == 12 * 4 * 768 * 65 / 2
     with pytest.raises(UsageError, match=r"^kv_heads must divide heads"):
         bench.by_context(Choice("gqa", {"kv_heads": 5}), bench.GPT2_SMALL)
@@ -160,7 +165,7 @@ def test_costs_by_context_are_each_variant_s_own_and_a_refused_option_is_one_sen
 def test_a_picker_has_the_options_of_the_variant_s_signature_and_tells_those_that_are_turned():
     picker = Picker("sliding_window", window=7)
     assert picker.choice == Choice("sliding_window", {"window": 7})
-    assert picker.choice.label == "sliding_window (window=7)"
+    assert picker.choice.label == "Window 7"
     picker.variant.value = "mla"
     assert [option.description for option in picker.options.children] == [
         "kv_lora_rank",
@@ -223,7 +228,7 @@ def test_models_trained_on_the_page_are_those_that_its_screens_then_use(monkeypa
     shared = bench.Bench("sliding_window", window=4)
     assert "not trained" in shared.model(shared.picker.choice)[1]
     _, table = list(shared.training_pages(Picker("linear"), shared.picker.choice, 1e9))[-1]()
-    assert list(table["variant"]) == ["sliding_window (window=4)", "linear"] and set(table["steps"]) == {"3"}
+    assert list(table["variant"]) == ["Window 4", "Linear (elu+1)"] and set(table["steps"]) == {"3"}
     model, said = shared.model(shared.picker.choice)
     assert said.startswith("after 3 steps")
     start = bench.small_model(shared.picker.choice)
@@ -273,10 +278,10 @@ def test_what_is_measured_here_warms_up_takes_turns_and_shows_its_spread(monkeyp
     assert all(one != other for one, other in pairwise(rounds))
     figure, said, table = last()
     assert "Medians of 8 rounds in turns, after 2 to warm up" in said
-    row = table[(table["context"] == "64") & (table["variant"] == "baseline")].iloc[0]
+    row = table[(table["context"] == "64") & (table["variant"] == "Eager")].iloc[0]
     median, low, high = (float(part) for part in row["ms"].replace("[", "").replace("]", "").replace("to", "").split())
     assert low == 1000 and high == 1200 and low < median < high  # none of the first passes
-    ratio = row["mla takes of it, by round"]
+    ratio = row["MLA takes of it, by round"]
     assert ratio.startswith("2.") or ratio.startswith("1.9") or ratio.startswith("1.8")
     assert len(figure.axes[0].collections) == 2  # the two bands
 
@@ -285,20 +290,25 @@ def test_one_variant_beside_itself_is_measured_once(monkeypatch):
     monkeypatch.setattr(bench, "MEASURED_CONTEXTS", (64,))
     clock = Clock(monkeypatch, lambda kind, turn: 1.0)
     *_, last = bench.measured_pages(Choice("baseline"), Choice("baseline"))
-    assert len(clock.turns) == bench.WARM_UPS + bench.ROUNDS and list(last()[2]["variant"]) == ["baseline"]
+    assert len(clock.turns) == bench.WARM_UPS + bench.ROUNDS and list(last()[2]["variant"]) == ["Eager"]
 
 
 def of_committed_files():
     """The cells of explore.ipynb that committed files alone decide: what they show, and what is stored."""
-    shared = bench.Bench("sliding_window", window=4)
-    screens = {"shared.costs()": shared.costs, "shared.cost_by_context()": shared.cost_by_context}
+    shared = bench.Bench("sliding_window")
+    budgeted = 'shared = bench.Bench("sliding_window")\nshared.budget()'
+    screens = {
+        budgeted: shared.budget,
+        "shared.costs()": shared.costs,
+        "shared.cost_by_context()": shared.cost_by_context,
+    }
     screens |= {"records.records()": records.records, "records.lengths()": records.lengths}
     cells = nbformat.read(paths.ROOT / "notebooks" / "explore.ipynb", as_version=4).cells
     stored = {cell.source: cell for cell in cells if cell.source in screens}
     return [(stored[source], screens[source]) for source in screens]
 
 
-@pytest.mark.parametrize("which", range(4), ids=["costs", "costs by context", "records", "lengths"])
+@pytest.mark.parametrize("which", range(5), ids=["budget", "costs", "costs by context", "records", "lengths"])
 def test_the_stored_pages_of_explore_are_those_of_the_committed_files(which):
     """`make refresh` stores them anew: their cells have no tag that keeps what was once stored."""
     cell, screen = of_committed_files()[which]
@@ -346,9 +356,9 @@ def test_a_record_s_facts_hold_its_numbers_and_why_one_is_missing():
 
 def test_published_records_can_be_browsed():
     screen = records.records()
-    assert 'alt="Validation loss against cost' in screen.page.value
+    assert 'alt="Validation loss at the end, nats: Eager 5.996' in screen.page.value
     screen.controls["figure"].value = figures.training_time
-    assert 'alt="Training time"' in screen.page.value
+    assert 'alt="Training time, seconds per epoch: Eager 2.49' in screen.page.value
     screen.controls["figure"].value = figures.gpu_energy
     assert ": not measured: the run used no GPU.</p>" in screen.page.value
     screen.controls["variants"].value = ()
@@ -366,7 +376,7 @@ def test_gathered_records_are_browsed_and_notes_of_failures_are_not_in_the_way(t
 
 def test_cost_by_length_can_be_browsed():
     screen = records.lengths()
-    assert 'alt="SDPA&#x27;s cost over the best variant' in screen.page.value
+    assert 'alt="SDPA&#x27;s cost over the best' in screen.page.value
     screen.controls["variants"].value = ("sdpa", "mla")
     assert "Linear" not in screen.page.value and "MLA" in screen.page.value
     screen.controls["figure"].value = records.LENGTH_FIGURES["peak memory"]
@@ -386,3 +396,85 @@ def test_the_card_is_the_table_that_train_ipynb_shows():
     theirs = assemble.costs(meta_model("lsh", config), p)
     (ours,) = bench.cost_table(Choice("lsh"), "the quick profile (4 layers of 128)", 256)
     assert ours.iloc[:, 1:].to_numpy().tolist() == theirs.to_numpy().tolist()
+
+
+# The budget.
+
+
+def budgeted(choice=None, size=bench.GPT2_SMALL, context=8192, batch=8, share=0.3, memory=2):
+    marked, *said = budget.table(choice or Choice("sliding_window"), size, context, batch, share, memory)
+    return marked, marked.table.set_index("variant"), " ".join(said)
+
+
+def test_what_a_variant_needs_is_its_weights_and_its_own_count_of_the_cache():
+    sdpa = budget.need(Choice("sdpa"), bench.GPT2_SMALL, 8192)
+    assert sdpa.cache_bytes == 12 * 2 * 768 * 8192 * 2  # layers, keys and values, width, tokens, bf16
+    model = meta_model("sdpa", gpt2_config(12, 768, 12, 8192, 50257))
+    assert sdpa.weights_bytes == 2 * sum(weight.numel() for weight in model.parameters())
+    assert sdpa.flops_per_token == flops.analytic(model, 8192)["forward_flops_causal"] / 8192
+
+
+def test_what_does_not_fit_is_marked_and_stands_below_and_follows_the_memory():
+    marked, table, _ = budgeted(memory=2)
+    assert table.loc["SDPA", "fits"] == "no" and table.loc["GQA 4:1", "fits"] == "yes"
+    fits = list(table["fits"])
+    assert fits == sorted(fits, reverse=True) and marked.quiet == [
+        place for place, one in enumerate(fits) if one == "no"
+    ]
+    assert list(table.index)[marked.bold[0]] == "Window 128"
+    assert set(budgeted(memory=4)[1]["fits"]) == {"yes"} and not budgeted(memory=4)[0].quiet
+    assert budgeted(batch=16)[1].loc["SDPA", "cache"] == "4.5 GiB"
+
+
+def test_times_are_of_the_records_at_their_lengths_and_elsewhere_a_dash():
+    known = budget.known()
+    _, table, said = budgeted(share=1.0)
+    decoding = growth.ratios(known.points, "decode_s_per_token", "sdpa").set_index(["label", "context"])["ratio"]
+    assert table.loc["GQA 4:1", "time ÷ SDPA's"].startswith(f"{decoding['gqa', 8192]:.2f} [")
+    reading = growth.ratios(known.points, "prefill_s", "sdpa").set_index(["label", "context"])["ratio"]
+    assert budgeted(share=0.0)[1].loc["MLA", "time ÷ SDPA's"].startswith(f"{reading['mla', 8192]:.2f} [")
+    step = known.steps.ratio("mla", 8192, "time_s_per_step").ratio
+    assert (
+        table.loc["MLA", "training step ÷ SDPA's"].startswith(f"{step:.2f} [") and table.loc["SDPA"].iloc[-2] == "1.00"
+    )
+    assert "writing 100% one by one" in said and known.steps.machine in said
+    long = budgeted(context=65536)[1]
+    assert set(long["time ÷ SDPA's"]) == set(long["activations ÷ SDPA's"]) == {"–"}
+    assert table.loc["Window 128", "recalls"] == "0% (as Window 16)" and table.loc["SDPA", "recalls"] == "100%"
+
+
+def test_a_choice_with_options_of_its_own_has_a_row_without_records_and_a_wrong_one_is_one_sentence():
+    marked, table, _ = budgeted(Choice("sliding_window", {"window": 64}))
+    assert list(table.loc["Window 64"])[-4:] == ["–"] * 4 and "Window 128" in table.index
+    assert [marked.table["variant"][place] for place in marked.bold] == ["Window 64"]
+    with pytest.raises(UsageError, match=r"^kv_heads must divide heads"):
+        budgeted(Choice("gqa", {"kv_heads": 5}))
+
+
+def test_a_choice_is_called_by_its_title():
+    assert [Choice(name).label for name in ("sdpa", "gqa", "sliding_window")] == ["SDPA", "GQA 4:1", "Window 128"]
+    assert Choice("gqa", {"kv_heads": 2}).label == "GQA (kv_heads=2)"  # of how many heads, a model says
+    assert Choice("lsh", {"n_hashes": 2}).label == "LSH (Reformer) (n_hashes=2)"
+    assert Choice("nowhere.py").label == "nowhere"
+
+
+def test_one_picker_stands_on_the_page_and_every_screen_says_what_it_shows():
+    shared = bench.Bench("sliding_window")
+    screens = [shared.budget(), shared.costs(), shared.measured()]
+    assert [shared.picker in screen.children for screen in screens] == [True, False, False]
+    shared.picker.variant.value = "mla"
+    assert all("MLA" in screen.picked.value for screen in screens) and "MLA" in screens[1].page.value
+
+
+def test_the_page_s_answer_is_the_readme_s_without_its_marks():
+    said = budget.conclusion()
+    page = (paths.ROOT / "README.md").read_text().replace("**", "")
+    assert all(sentence in page for sentence in said.answer) and said.rests_on in page
+    assert "**" not in " ".join(said.answer) and "](" not in said.not_shown
+
+
+def test_maps_have_one_scale():
+    for name in ("sdpa", "linear"):
+        tokens, found, seen = bench.attention_map(bench.small_model(Choice(name)), "one two three four", 1)
+        picture = bench.draw_map(name, tokens, found, seen, 1, 0).axes[0].images[0]
+        assert picture.get_clim() == (0, 1)

@@ -489,7 +489,8 @@ def every(costs=COSTS, n=3, **words):
 
 
 FIGURES = {
-    "time": lambda made: growth_figures.growth_figure(made, "forward_backward_s", 1024),
+    "time": lambda made: growth_figures.ratio_figure(made, ["forward_backward_s"]),
+    "growth": lambda made: growth_figures.growth_figure(made, "forward_backward_s", 1024),
     "cache": growth_figures.cache_and_decode_figure,
     "map": growth_figures.decision_map_figure,
 }
@@ -497,7 +498,7 @@ FIGURES = {
 
 def test_ratio_lines_bands_and_names_are_those_of_the_ratios():
     made = every(noise=0.02)
-    axes, curves, slopes = growth_figures.growth_figure(made, "forward_backward_s", 1024).axes
+    (axes,), (curves, slopes) = FIGURES["time"](made).axes, FIGURES["growth"](made).axes
     found = growth.ratios(made, "forward_backward_s", "sdpa")
     lines = {tuple(line.get_ydata()) for line in axes.lines}
     bands = [band.get_paths()[0].vertices[:, 1] for band in axes.collections]
@@ -523,7 +524,7 @@ def test_ratio_lines_bands_and_names_are_those_of_the_ratios():
 
 def test_names_of_lines_that_end_together_stand_apart_and_inside_the_panel():
     made = every({f"v{index}": polynomial(1, 1) for index in range(12)} | {"sdpa": polynomial(1, 1)})
-    axes = growth_figures.growth_figure(made, "forward_backward_s", 1024).axes[1]
+    (axes,) = FIGURES["time"](made).axes
     heights = np.array([text.xyann[1] for text in axes.texts])
     assert len(heights) == 13 and (np.diff(heights) >= growth_figures.GAP - 1e-9).all() and heights.max() <= 1 + 1e-9
 
@@ -537,7 +538,7 @@ def test_without_the_reference_or_an_interval_the_figure_says_so():
     assert FIGURES["map"](without).axes[0].get_title(loc="left").startswith("The best variant")
 
 
-def test_the_map_shows_the_reference_s_cost_over_the_best_and_is_hatched_only_where_it_is_open():
+def test_the_map_shows_the_reference_s_cost_over_the_best_and_names_all_that_tie():
     read, write = ({name: COSTS[name] for name in ("sdpa", "linear")} for _ in "ab")
     made = pd.concat([both(read, write, n=3, noise=1e-6), points(read, n=3)])
     found = crossovers.decision_map(made, "prefill_s", "decode_s_per_token")
@@ -545,13 +546,17 @@ def test_the_map_shows_the_reference_s_cost_over_the_best_and_is_hatched_only_wh
     heat = np.asarray(axes.collections[0].get_array()).reshape(found.over.shape[1:])
     assert heat == pytest.approx(found.over[found.labels.index("sdpa")]) and heat.max() > 6
     assert {text.get_text() for text in axes.texts} == {"sdpa", "linear"}
-    assert axes.get_legend() is None and not any(collection.get_hatch() for collection in axes.collections)
+    assert "not told apart" not in axes.get_title(loc="left")
     alike = {"sdpa": polynomial(1, 1), "flash": polynomial(1, 1)}
     tied = growth_figures.decision_map_figure(pd.concat([both(alike, alike, n=3, noise=0.1), points(alike, n=3)]))
-    assert tied.axes[0].get_legend().get_texts()[0].get_text() == "the best and another tie"
+    assert "sdpa or\nflash" in [text.get_text() for text in tied.axes[0].texts]
+    assert "or: not told apart" in tied.axes[0].get_title(loc="left")
+    many = {name: polynomial(1, 1) for name in ("sdpa", "flash", "gqa", "mla")}
+    crowd = growth_figures.decision_map_figure(pd.concat([both(many, many, n=3, noise=0.1), points(many, n=3)]))
+    assert "more than 3\nare not told apart" in [text.get_text() for text in crowd.axes[0].texts]
 
 
-@pytest.mark.parametrize("name", ["time", "map"])
+@pytest.mark.parametrize("name", ["time", "growth", "map"])
 def test_figures_are_drawn_byte_identical(name, tmp_path):
     made = every(noise=0.01)
     for turn in ("one", "two"):

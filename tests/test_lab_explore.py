@@ -16,9 +16,8 @@ pytestmark = [
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "explore.ipynb"
 PATIENCE = lab.PATIENCE * 1000
-MAP, CERTIFICATE, DEVICE_FOLDER, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS, LENGTHS = range(
-    9
-)  # the screens, from above
+# The screens, from above; the first has the page's picker.
+BUDGET, MAP, CERTIFICATE, DEVICE_FOLDER, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS, LENGTHS = range(10)
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +77,16 @@ def type_in(notebook, number, label, text) -> None:
     changes(notebook, number, act)
 
 
+def pick(notebook, option, value) -> None:
+    """Turns an option of the picker, and sees the map follow."""
+
+    def act():
+        control(notebook, BUDGET, option).fill(value)
+        control(notebook, BUDGET, option).press("Enter")
+
+    changes(notebook, MAP, act)
+
+
 def slide(notebook, number, label) -> None:
     slider = screen(notebook, number).locator(f".widget-hslider:has(label:text-is('{label}')) .noUi-handle")
     changes(notebook, number, lambda: slider.press("ArrowRight"))
@@ -94,14 +103,18 @@ def test_run_all_shows_every_screen_and_no_error(notebook, tmp_path):
     assert notebook.outputs("error") == []
     assert [out["text"] for out in notebook.outputs("stream") if out["name"] == "stderr"] == []
     expect(screen(notebook, LENGTHS)).to_be_visible(timeout=PATIENCE)
-    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(9)]
-    assert pictures == [1, 1, 1, 1, 0, 0, 2, 11, 2]  # what a button must begin is not there yet
+    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(10)]
+    assert pictures == [1, 1, 1, 1, 1, 0, 0, 2, 11, 2]  # what a button must begin is not there yet
     assert notebook.errors == []
 
 
 def test_every_control_changes_what_is_shown(notebook):
+    slide(notebook, BUDGET, "context, tokens")
+    slide(notebook, BUDGET, "sequences at once")
+    slide(notebook, BUDGET, "share that is decoded")
+    slide(notebook, BUDGET, "memory, GiB")
     type_in(notebook, MAP, "sentence", "A window sees little, and a wider one sees more.")
-    type_in(notebook, MAP, "window", "2")
+    pick(notebook, "window", "2")
     slide(notebook, MAP, "layer")
     choose(notebook, MAP, "head", "2")
     press(notebook, CERTIFICATE, "Examine")
@@ -116,18 +129,19 @@ def test_every_control_changes_what_is_shown(notebook):
 
 
 def test_another_variant_is_picked_on_every_screen_at_once_and_a_wrong_one_is_one_sentence(notebook):
-    choose(notebook, DEVICE_FOLDER, "variant", "gqa")
-    expect(control(notebook, MAP, "variant")).to_have_value("gqa")
-    expect(page(notebook, DEVICE_FOLDER)).to_contain_text("gqa")
-    expect(page(notebook, MAP).locator("img[alt^='gqa']")).to_be_visible()
-    type_in(notebook, MAP, "kv_heads", "3")
-    expect(screen(notebook, MAP).get_by_role("alert")).to_have_text(re.compile(r"^kv_heads must divide heads: [^\n]*$"))
-    type_in(notebook, MAP, "kv_heads", "2")
-    expect(screen(notebook, MAP).get_by_role("alert")).to_have_count(0)
-    control(notebook, MAP, "or a file").fill("nowhere.py")
-    control(notebook, MAP, "or a file").press("Enter")
-    expect(screen(notebook, MAP).get_by_role("alert")).to_have_text(re.compile("^there is no attention file"))
-    changes(notebook, MAP, lambda: control(notebook, MAP, "variant").select_option("linear"))
+    choose(notebook, BUDGET, "variant", "GQA 4:1")
+    expect(page(notebook, DEVICE_FOLDER)).to_contain_text("GQA 4:1", timeout=PATIENCE)
+    expect(page(notebook, MAP).locator("img[alt^='GQA 4:1']")).to_be_visible(timeout=PATIENCE)
+    expect(screen(notebook, CERTIFICATE)).to_contain_text("GQA 4:1, as picked above")
+    pick(notebook, "kv_heads", "3")
+    alert = screen(notebook, MAP).get_by_role("alert")
+    expect(alert).to_have_text(re.compile(r"^kv_heads must divide heads: [^\n]*$"), timeout=PATIENCE)
+    pick(notebook, "kv_heads", "2")
+    expect(alert).to_have_count(0, timeout=PATIENCE)
+    control(notebook, BUDGET, "or a file").fill("nowhere.py")
+    control(notebook, BUDGET, "or a file").press("Enter")
+    expect(screen(notebook, BUDGET).get_by_role("alert")).to_have_text(re.compile("^there is no attention file"))
+    changes(notebook, MAP, lambda: control(notebook, BUDGET, "variant").select_option("Linear (elu+1)"))
     assert notebook.errors == []
 
 
@@ -147,7 +161,7 @@ def test_work_is_seen_while_it_goes_on_and_can_be_stopped(notebook):
 def test_records_follow_their_controls(notebook):
     choose(notebook, RECORDS, "figure", "training time")
     choose(notebook, RECORDS, "rank by", "cache MiB")
-    choose(notebook, RECORDS, "variants", ["sdpa", "mla"])
+    choose(notebook, RECORDS, "variants", ["SDPA", "MLA"])
     choose(notebook, RECORDS, "record", "mla-seed0-644c9204")
     expect(screen(notebook, RECORDS)).to_contain_text("deepseek", ignore_case=True)
     kernels = page(notebook, RECORDS).locator("details:has(summary:text-is('kernels'))")
@@ -160,7 +174,7 @@ def test_records_follow_their_controls(notebook):
 
 def test_cost_by_length_follows_its_controls(notebook):
     choose(notebook, LENGTHS, "figure", "peak memory")
-    choose(notebook, LENGTHS, "variants", ["sdpa", "linear"])
+    choose(notebook, LENGTHS, "variants", ["SDPA", "Linear (elu+1)"])
     assert notebook.errors == []
 
 

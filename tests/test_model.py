@@ -36,7 +36,8 @@ def test_initialisation_is_gpt2_s(name):
     for key, value in build_model(name, config).named_parameters():
         if ".attn." in key and value.dim() >= 2:
             std = 0.02 / math.sqrt(2 * 3) if key.endswith("c_proj.weight") else 0.02
-            assert value.std().item() == pytest.approx(std, rel=0.02), key
+            by_chance = 5 / math.sqrt(2 * value.numel())
+            assert value.std().item() == pytest.approx(std, rel=max(0.02, by_chance)), key
         elif ".attn." in key and key.endswith("bias"):
             assert not value.any(), key
 

@@ -296,8 +296,8 @@ def test_the_committed_predictions_are_of_profiles_and_variants_as_they_are_now(
     assert {one.profile for one in found} >= {"gpu_512", "gpu_4096"}
     for one in found:
         path = None if one.profile == "quick" else f"params/{one.profile}.yaml"
-        runs, _ = plan.chosen(path, attention.variants(), 1)
+        runs, _ = plan.chosen(path, attention.STUDY_ORDER, 1)
         assert {parameters.setting(run["values"]) for run in runs} == {one.setting}, one.profile
-        known = {name: attention.source_sha256(name) for name in attention.variants()}
+        known = {name: attention.source_sha256(name) for name in attention.STUDY_ORDER}
         assert {said.label: said.attention_sha256 for said in one.variants} == known, one.profile
         assert one.device == roofline.DEVICES[one.device_name]

@@ -49,6 +49,12 @@ def test_no_logit_depends_on_a_later_token(name):
     assert moved[:15].max() < 1e-5 < moved[15:].max()
 
 
+def test_only_what_is_asked_for_gets_logits():
+    net, ids = net_of("sdpa"), torch.randint(1, 16, (3, 24))
+    asked = torch.rand(3, 24) < 0.2
+    torch.testing.assert_close(net(ids, asked), net(ids)[asked])
+
+
 def test_the_convolution_is_of_the_last_three_tokens_times_a_projection():
     conv, x = BaseConv(4), torch.randn(1, 6, 4)
     kernel = conv.conv.weight[:, 0]  # (C, 3)
@@ -222,9 +228,12 @@ def test_the_sentences_follow_from_the_records():
     found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
     said = " ".join(capability.conclusion(found))
     assert "GQA and SDPA recall all" in said and "GQA does so with 50% of SDPA's memory" in said
-    assert "LINEAR 0.70 lie between" in said and "SLIDING_WINDOW 0.00: most of it is forgotten" in said
+    assert "all and nothing: LINEAR 0.70." in said and "Most of it is forgotten: SLIDING_WINDOW 0.00." in said
+    assert "Not from every seed" not in said
     other = " ".join(capability.conclusion(made(cell("gqa", (1.0, 1.0, 0.3), state=500))))
-    assert "GQA 0.30: most of it is forgotten" in other
+    assert "Most of it is forgotten: GQA 0.30." in other
+    torn = [cell("gqa", (1.0, 1.0, value), seed=seed) for seed, value in enumerate((1.0, 0.97, 0.1))]
+    assert "Not from every seed: GQA 0.10 at worst." in " ".join(capability.conclusion(made(*torn)))
 
 
 def test_tables_show_medians_ranges_and_what_was_not_tried():
@@ -245,6 +254,17 @@ def test_tables_show_medians_ranges_and_what_was_not_tried():
     assert by.loc["LINEAR", "scaled accuracy by difficulty"] == "8: 0.90, 16: 0.80, 32: 0.70"
     published = capability.published_table(found)
     assert published[published["mixer"] == "LINEAR"]["numbers kept"].tolist() == ["62"]
+
+
+def test_the_order_of_the_published_figure_is_compared_seed_by_seed():
+    window = [cell("sliding_window", (0, 0, value), seed=seed) for seed, value in enumerate((0.1, 0.2))]
+    first, why = capability.published_order(made(*window))
+    assert "is found again, seed by seed: SDPA 0.99, LINEAR 0.70 and SLIDING_WINDOW 0.15." in first
+    assert "Taylor map" in why
+    window.append(cell("sliding_window", (0, 0, 0.75), seed=2))
+    (first, _) = capability.published_order(made(*window))
+    assert "not found again of every seed" in first and "LINEAR and SLIDING_WINDOW overlap" in first
+    assert "Too few" in capability.published_order(made().query("label == 'sdpa'"))[0]
 
 
 def test_every_seed_is_a_point_of_the_figure_at_its_state():

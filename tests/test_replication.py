@@ -167,7 +167,8 @@ def test_curves_are_drawn_of_both_byte_identical(tmp_path):
         record.write(make_record(label, certified=False), tmp_path / "records")
     found = compare.groups(record.read(tmp_path / "records"))[0].runs
     for folder in ("first", "second"):
-        figure = style.save(replication.loss_curves(found), tmp_path / folder, "losses")
+        figure = replication.loss_curves(found)
+        style.save(figure, tmp_path / folder, "losses")
     assert (tmp_path / "first" / "losses.svg").read_bytes() == (tmp_path / "second" / "losses.svg").read_bytes()
     assert [len(axes.lines) for axes in figure.axes] == [1, 3, 1, 1, 1, 1, 1, 2]
     table = replication.final_losses(found).set_index("variant")

@@ -33,6 +33,7 @@ from lib.analysis import (
     benchmarks,
     capability,
     compare,
+    conclusions,
     crossovers,
     figures,
     growth,
@@ -672,6 +673,7 @@ def read_everywhere(folder: Path, draw, by: str) -> int:
         compare.about_blocks(runs)
         shown = [tables.ranking(runs, by), tables.noise(runs), tables.without_flagged(runs, by)]
         shown += [tables.unmeasured(runs), tables.certificates(runs), predictions.why_none(runs, [])]
+        shown += [tables.main(runs, by), conclusions.of_runs(group).shown().data]
         shown += [group.title, draw(runs)]
         for figure in (part for part in shown if isinstance(part, plt.Figure)):
             figure.savefig(io.BytesIO(), format="png", dpi=20, bbox_inches="tight")
@@ -762,11 +764,11 @@ def of_lengths(folder: Path):
     costs, references = growth.cost_metrics(points), ["sdpa", "baseline"]
     by = [costs[name] for name in ("training", "prefill", "decode")]
     yield stored.title(found)
-    yield lambda: growth_figures.growth_figure(points, costs["training"], 1024, references[0])
-    yield lambda: growth_figures.growth_figure(points, "peak_activation_bytes", 1024, references[0])
+    yield lambda: growth_figures.ratio_figure(points, by, references[0])
+    yield lambda: growth_figures.growth_figure(points, "peak_activation_bytes", 1024)
     yield lambda: growth_figures.cache_and_decode_figure(points, references[0])
     yield lambda: growth_figures.decision_map_figure(points, references[0])
-    yield lambda: growth_tables.conclusion(points, by, references[0])
+    yield lambda: conclusions.of_lengths(points, by, references[0], stored.title(found)).shown().data
     yield lambda: growth_tables.points_table(points)
     yield lambda: growth_tables.unmeasured(points)
     yield lambda: growth_tables.exponents_table(points, 1024)
@@ -795,7 +797,7 @@ def of_references(folder: Path):
 def of_probes(folder: Path):
     cells = probe.frame(probe.load_all(folder))
     for said in (
-        capability.conclusion, capability.remarks, capability.recall_figure, capability.convolution_table,
+        conclusions.of_capability, capability.remarks, capability.recall_figure, capability.convolution_table,
         capability.tasks_table, capability.difficulty_table, capability.rates_table, capability.published_table,
     ):  # fmt: skip
         yield partial(said, cells)

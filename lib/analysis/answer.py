@@ -16,7 +16,8 @@ from lib import paths
 from lib.analysis import evidence as records
 from lib.analysis import style
 from lib.analysis.answer_figure import headline, picture
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall, cost, joined
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall
+from lib.analysis.words import cost, joined
 from lib.attention import CONTROL
 from lib.errors import UsageError
 
@@ -93,6 +94,12 @@ def _name(evidence: Evidence, label: str) -> str:
 def escaped(text: str) -> str:
     """As Markdown shows it, in a table's cell or a picture's alternative text too."""
     return re.sub(r"([\\`*\[\]<>|]|(?<!\w)_|_(?!\w))", r"\\\1", text)
+
+
+def plain(text: str) -> str:
+    """A sentence of `sentences` or `how_sure` for a page that is no Markdown."""
+    text = re.sub(r"(?<!\\)\[([^\]]*)\]\([^)]*\)", r"\1", text.replace("**", ""))
+    return re.sub(r"\\([\\`*\[\]<>|_])", r"\1", text)
 
 
 def _savings(evidence: Evidence, pick: Pick, context: int) -> str:
@@ -197,6 +204,19 @@ def how_sure(evidence: Evidence) -> list[str]:
     return said
 
 
+def briefly_sure(evidence: Evidence) -> str:
+    """What the answer rests on in a sentence, above `how_sure`."""
+    e = evidence
+    control = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.ratio(CONTROL, at, TIME)) is not None]
+    noise = f"; SDPA beside itself took {joined(control)} tokens" if control else "; without an A/A control"
+    entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
+    passed = sum(entry.certified for entry in entries)
+    return (
+        f"How sure is that: {_counted(len(e.found.rounds), 'round')} in turns on one {escaped(e.machine)}, paired "
+        f"ratios with 95 % intervals{noise}; {passed} of {len(entries)} variants certified. All of it"
+    )
+
+
 def _minutes(found) -> str:
     """From the first round's begin to the record's end."""
     if not found.rounds:
@@ -260,7 +280,7 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
     for label in labels:
         own = []
         found = evidence.recall.get(label)
-        if found is not None and found.median < RECALLS:
+        if found is not None and not evidence.recalls(label):
             other = found.title != evidence.entries[label].title
             who = f" (tried as {escaped(found.title)})" if other else ""
             own.append(f"recalls {_share(found)}{who}")
@@ -285,9 +305,10 @@ def markdown(evidence: Evidence) -> str:
     head = f"| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n"
     body = "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
     sure = "".join(f"- {line}\n" for line in how_sure(evidence))
+    sure = f"<details><summary>{briefly_sure(evidence)}</summary>\n\n{sure}\n</details>"
     said = "\n".join(f"- {line}" for line in sentences(evidence))
     alt = escaped(" ".join(headline(evidence)))
-    return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\nHow sure is that:\n\n{sure}\n{END}"
+    return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\n{sure}\n\n{END}"
 
 
 def put(page: str, text: str) -> str:

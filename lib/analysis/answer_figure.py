@@ -4,13 +4,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lib.analysis import style
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence, cost, factor, joined
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence
+from lib.analysis.style import BLUE
+from lib.analysis.words import cost, factor, joined
 from lib.record import REASONS
 
-BLUE, PALE, QUIET = "#0072b2", "#9ecae1", "0.4"
-ON_PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # words over a row's line
+PALE, QUIET = style.QUIET_BLUE, style.INK
 WORTH_A_WORD = 1.015  # a ratio further from 1 than this is written beside its point
-RATIOS, COUNTS, RECALL, EMPTY = 1.8, 1.15, 1.0, 1.15  # widths of the columns
+RATIOS, COUNTS, RECALL, EMPTY = 1.8, 1.25, 0.9, 1.15  # widths of the columns
 
 
 def picture(evidence: Evidence):
@@ -23,14 +24,14 @@ def picture(evidence: Evidence):
         COUNTS if memory else EMPTY, COUNTS,
     ]  # fmt: skip
     figure, axes = plt.subplots(
-        1, 5, figsize=(2.1 * sum(widths), 0.46 * len(labels) + 1.4), sharey=True,
+        1, 5, figsize=(1.6 * sum(widths), 0.46 * len(labels) + 1.4), sharey=True,
         gridspec_kw={"width_ratios": widths, "wspace": 0.12},
     )  # fmt: skip
     places = {label: len(labels) - 1 - index for index, label in enumerate(labels)}
     axes[0].set_yticks(list(places.values()), [e.title[label] for label in places])
     for axis in axes:
         axis.grid(axis="x", visible=False)
-        axis.grid(axis="y", color="0.9")
+        axis.grid(axis="y", visible=True)
         axis.set_axisbelow(True)
         axis.spines["left"].set_visible(False)
         axis.set_ylim(-0.7, len(labels) - 0.3)
@@ -40,7 +41,7 @@ def picture(evidence: Evidence):
     _bar_panel(axes[3], places, memory, style.GIB, f"Training memory,\n{e.long:,} tokens", "GiB")
     _bar_panel(axes[4], places, e.cache, style.MIB, f"KV cache,\n{CACHE_CONTEXT:,} tokens", "MiB")
     _around(figure, e)
-    return figure
+    return style.tell(figure, " ".join(headline(e)))
 
 
 def _around(figure, e: Evidence):
@@ -52,8 +53,8 @@ def _around(figure, e: Evidence):
     figure.text(
         0.0, -0.35 / size[1],
         f"Time, joules, memory: training steps of GPT-2 ({setting.layers} layers of {setting.width}, "
-        f"{setting.precision}) on {e.machine}, {len(e.found.rounds)} rounds in turns; 95 % intervals (bars) are mostly "
-        "narrower than the marks.\n"
+        f"{setting.precision}) on {e.machine}, {len(e.found.rounds)} rounds in turns; 95 % intervals where they "
+        "are wider than the marks.\n"
         f"Recall: {PAIRS} pairs in 128 tokens, a point a seed, the tick their median; a window of 16 stands for the "
         "window. Cache: by each variant's own definition, bf16.",
         fontsize=9, color=QUIET, va="top",
@@ -84,8 +85,8 @@ def headline(evidence: Evidence) -> list[str]:
 
 
 def _nothing(axis, words: str):
-    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=QUIET, style="italic",
-              bbox=ON_PAPER)  # fmt: skip
+    axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color=QUIET, style="italic")
+    axis.grid(visible=False)
     axis.set_xticks([])
 
 
@@ -99,7 +100,7 @@ def _recall_panel(axis, e: Evidence, places: dict):
     for label, y in places.items():
         own = e.points[e.points["label"] == label]["scaled"] * 100
         if label not in e.recall:
-            axis.text(0, y, "not tried", va="center", color=QUIET, style="italic", fontsize=9, bbox=ON_PAPER)
+            axis.text(0, y, "not tried", va="center", color=QUIET, style="italic", fontsize=9)
             continue
         axis.plot(own.clip(lower=0), [y] * len(own), "o", color=PALE, markersize=5, clip_on=False)
         axis.plot([max(0.0, e.recall[label].median) * 100], [y], "|", color=BLUE, markersize=15, markeredgewidth=3)
@@ -114,7 +115,7 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
     axis.axvline(1, color=QUIET, linewidth=1)
     axis.set_xscale("log", base=2)
     lengths = list(dict.fromkeys((e.short, e.long)))
-    for context, up, face in zip(lengths, (0.18, -0.18), ("white", BLUE), strict=False):
+    for context, up, face in zip(lengths, (0.18, -0.18), (PALE, BLUE), strict=False):
         for label, y in places.items():
             row = e.ratio(label, context, metric)
             if row is None:
@@ -125,7 +126,7 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
             _ratio(axis, row, y + up, face)
         axis.plot([], [], "o", color=BLUE, markerfacecolor=face, label=f"{context:,} tokens")
     low, high = axis.get_xlim()
-    axis.set_xlim(min(low / 1.8, 0.6), max(high * 1.8, 1.7))
+    axis.set_xlim(min(low / 2.4, 0.6), max(high * 1.8, 1.7))
     axis.xaxis.set_major_formatter(plt.FuncFormatter(_factor))
     axis.xaxis.set_minor_locator(plt.NullLocator())
     axis.set_xlabel("less  ←  1  →  more")
@@ -156,12 +157,12 @@ def _bar_panel(axis, places: dict, bytes_of: dict, unit: int, title: str, name: 
     if not known:
         _nothing(axis, "not measured")
         return
+    axis.grid(visible=False)  # or its lines run through the numbers
     axis.barh([places[label] for label in known], list(known.values()), height=0.5, color=BLUE)
     for label, value in known.items():
         words = f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
         axis.annotate(
             words, (value, places[label]), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9,
-            bbox=ON_PAPER,
         )  # fmt: skip
     axis.set_xlim(0, max(known.values()) * 1.35)
     axis.set_xlabel(name)

@@ -3,7 +3,7 @@
 From training steps that took turns (`lib.record.steps`: time, joules, memory), recall (`lib.record.probe`), and each
 variant's own count of its cache. A variant is *cheaper* only where it is certified and its paired ratio to SDPA is
 significantly below 1; of several, those that are not told apart from the lowest share the place. It *recalls* if
-the median of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the README's words of it, `answer_figure` its
+each of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the README's words of it, `answer_figure` its
 picture.
 """
 
@@ -16,9 +16,10 @@ import pandas as pd
 import torch
 
 from lib import attention
-from lib.analysis import capability, compare, style
+from lib.analysis import capability, compare
 from lib.analysis import steps as tables
 from lib.analysis.paired import FEWEST_BLOCKS
+from lib.analysis.words import cost, size
 from lib.attention import CONTROL, REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
@@ -142,7 +143,7 @@ class Evidence:
         return f"n = {most}, and a verdict needs {FEWEST_BLOCKS}" if most < FEWEST_BLOCKS else rows[0].verdict
 
     def recalls(self, label: str) -> bool:
-        return label in self.recall and self.recall[label].median >= RECALLS
+        return label in self.recall and self.recall[label].low >= RECALLS
 
     def cheapest(self, context: int, metric: str, among: list[str]) -> Pick:
         """Of `among` those that cost significantly less than SDPA and share the lowest rank."""
@@ -206,44 +207,6 @@ def _points(cells: pd.DataFrame) -> pd.DataFrame:
     best = capability.at_best(cells)
     best = best[(best["task"] == TASK) & best["convolution"]]
     return best[best["difficulty"] == best["difficulty"].max()][["label", "scaled"]]
-
-
-NEAR = 1.5  # a ratio closer to 1 is said in percent
-
-
-def cost(row) -> str:
-    """A ratio in words, with its interval: "2.1 % less [1.4, 2.8]", "÷ 6.1 [6.0, 6.2]", "× 3.3 [3.2, 3.4]"."""
-    ratio, ends = row.ratio, [] if np.isnan(row.low) else [row.low, row.high]
-    less = ratio < 1
-    if 1 / NEAR < ratio < NEAR:
-        numbers = [100 * (1 - x if less else x - 1) for x in (ratio, *ends)]
-        words = [f"{round(number, 1) + 0:.1f}" for number in numbers]  # and no -0.0
-        first, rest = f"{words[0]} % {'less' if less else 'more'}", words[1:]
-    else:
-        words = [f"{x:.2f}" if x < 2.95 else f"{x:.1f}" for x in (1 / x if less else x for x in (ratio, *ends))]
-        first, rest = f"{'÷' if less else '×'} {words[0]}", words[1:]
-    low, high = sorted(rest, key=float) if rest else ("", "")
-    return f"{first} [{low}, {high}]" if rest else first
-
-
-def factor(row) -> str:
-    """A ratio as a figure has room for: "÷6.1", "×3.3", "+24.0 %"; as `cost` says it."""
-    if 1 / NEAR < row.ratio < NEAR:
-        return f"{100 * (row.ratio - 1):+.1f} %".replace("-", "−")
-    ratio, sign = (1 / row.ratio, "÷") if row.ratio < 1 else (row.ratio, "×")
-    return f"{sign}{ratio:.{2 if ratio < 2.95 else 1}f}"
-
-
-def size(count: float) -> str:
-    """Bytes in the unit that leaves the fewest digits."""
-    unit, name = (style.GIB, "GiB") if count >= 4 * style.GIB else (style.MIB, "MiB")
-    value = count / unit
-    return f"{value:,.0f} {name}" if value >= 99.5 else f"{value:.3g} {name}"
-
-
-def joined(parts: list[str]) -> str:
-    """A, B and C."""
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
 
 
 def read(steps_file: Path, cells_folder: Path) -> Evidence:

@@ -2,7 +2,8 @@
 
 Every function takes the runs of one group (`lib.analysis.compare.groups`) and returns a matplotlib figure, or the
 sentence that stands for it where nothing was measured. A variant whose metric was not measured keeps its row, with the
-reason; one that fails its certificate stands below the line, hatched. Beneath each figure stands what the A/A control
+reason; one that fails its certificate stands below the line, hatched. Bars are of one colour, since their names stand
+beside them. Beneath each figure stands what the A/A control
 differs by in the figure's own metrics.
 """
 
@@ -11,46 +12,56 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.figure import Figure
 
+from lib import attention
 from lib.analysis import compare
 from lib.analysis.loss_figures import cost_to_target, loss_against_cost, loss_by_recall, loss_curves
 from lib.analysis.notes import SMALL, absent, note, why
-from lib.analysis.style import BESIDE, GIB, MIB, colours, labels, markers, name_rows, titles, use_style
+from lib.analysis.style import BESIDE, BLUE, GIB, INK, MIB, labels, looks, name_rows, tell, titles, use_style
 from lib.analysis.tables import interval
 from lib.paths import ROOT
 
 PUBLISHED = ROOT / "records" / "published_figures.csv"
 
 
-def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: str = "{:,.3g}") -> None:
-    """One horizontal bar per variant: its level, every run as a point, and its ratio to sdpa.
+def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: str = "{:,.3g}") -> list[str]:
+    """One horizontal bar per variant: its level, every run as a point, and its ratio to sdpa; sdpa's own is the grey
+    one. Returns what the bars say, in words.
 
     From five whole blocks up a bar is sdpa's mean times the paired ratio, with the ratio's 95 % interval: what misses a
-    slow block is not drawn shorter for it.
+    slow block is not drawn shorter for it. The shortest comes first where numbers allow an order: counts, and ratios
+    with intervals; below five blocks variants stand in the study's order.
     """
-    names = labels(runs)
-    colour, certified = colours(names), runs.groupby("label")["certified"].all()
-    found = compare.ratios(runs, metric).set_index("label").reindex(names)
-    flags = compare.flagged(runs)
+    certified = runs.groupby("label")["certified"].all()
+    found = compare.ratios(runs, metric).set_index("label").reindex(labels(runs))
+    found["level"] = found["level"].fillna(runs.groupby("label")[metric].agg(lambda own: own.astype(float).mean()))
+    if metric in compare.COUNTED or found["low"].notna().any():
+        found = found.assign(apart=~certified).sort_values(["apart", "level"], kind="stable")
+    names, flags, title, said = list(found.index), compare.flagged(runs), titles(runs), []
     for row, name in enumerate(names):
         own, of = runs[runs["label"] == name], found.loc[name]
         values = own[metric].dropna().astype(float) / scale
         if values.empty:
             axes.text(0.01, row, why(own, metric), va="center", transform=axes.get_yaxis_transform(), **SMALL)
             continue
-        level = values.mean() if pd.isna(of["level"]) else of["level"] / scale
-        axes.barh(row, level, color=colour[name], alpha=0.85, hatch=None if certified[name] else "//", height=0.7)
+        level = of["level"] / scale
+        colour = INK if name == attention.REFERENCE else BLUE
+        hatch = {} if certified[name] else {"hatch": "//", "facecolor": "none"}
+        axes.barh(row, level, **{"color": colour, "edgecolor": colour, "height": 0.7} | hatch)
         n, end, note = len(values), max(level, values.max()), f" {form.format(level)}"
+        said.append(f"{title[name]}{note}")
         if not pd.isna(of["low"]):
             ends = [[level * (1 - of["low"] / of["ratio"])], [level * (of["high"] / of["ratio"] - 1)]]
-            axes.errorbar(level, row, xerr=ends, color="0.2", capsize=3)
+            axes.errorbar(level, row, xerr=ends, color=INK, capsize=3)
             ratio = f"{of['ratio']:.3f}" if metric in compare.COUNTED else interval(of)
             note, n = f"{note} (× {ratio}, n = {of['n']:.0f}", int(of["n"])
+        elif metric in compare.COUNTED:
+            note = f"{note} (counted"
         else:
             note = f"{note} (n = {n}"
         if n > 1:
-            axes.plot(values, [row + 0.25] * len(values), ".", color="0.55", markersize=3)
+            axes.plot(values, [row + 0.25] * len(values), ".", color=INK, markersize=3)
         note += ")" if flags[name].startswith("0 ") else f", flagged in {flags[name]})"
-        axes.text(end, row, note, va="center", fontsize=9, color="0.2")
+        axes.text(end, row, note, va="center", fontsize=9)
     name_rows(axes, runs, names, certified)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, axes.get_xlim()[1] * (1.35 if found["low"].isna().all() else 1.9))
@@ -58,7 +69,8 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
     axes.grid(axis="y", visible=False)
     first_uncertified = int(certified.sum())
     if 0 < first_uncertified < len(names):
-        axes.axhline(first_uncertified - 0.5, color="0.3", linewidth=1, linestyle=":")
+        axes.axhline(first_uncertified - 0.5, color=INK, linewidth=1, linestyle=":")
+    return said
 
 
 def _bar_figure(runs: pd.DataFrame, panels: list[tuple[str, str, float, str]], form="{:,.3g}") -> Figure | str:
@@ -72,9 +84,11 @@ def _bar_figure(runs: pd.DataFrame, panels: list[tuple[str, str, float, str]], f
     if compare.ratios(runs, drawn[0][1])["low"].notna().any():
         width = 7.2  # intervals need room
     figure, all_axes = plt.subplots(1, len(drawn), figsize=(max(6.5, width * len(drawn)), height), squeeze=False)
+    said = []
     for axes, (title, metric, scale, unit) in zip(all_axes[0], drawn, strict=True):
-        _bars(axes, runs, metric, scale, unit, form)
+        said.append(f"{title}, {unit}: {', '.join(_bars(axes, runs, metric, scale, unit, form))}.")
         axes.set_title(title, loc="left")
+    tell(figure, " ".join(said))
     figure.tight_layout()
     note(figure, runs, {title: metric for title, metric, *_ in drawn}, missing)
     return figure
@@ -141,12 +155,12 @@ def model_size(runs):
 
 def _by_context(axes, runs, field: str, scale: float) -> None:
     names = labels(runs)
-    colour, marker, title = colours(names), markers(names), titles(runs)
+    look, title = looks(names), titles(runs)
     for name in names:
         own = pd.DataFrame([row for rows in runs[runs["label"] == name]["series_inference"] for row in rows])
         if not own.empty:
             line = own.groupby("context")[field].median() / scale
-            axes.plot(line.index, line, color=colour[name], marker=marker[name], linewidth=1.4, label=title[name])
+            axes.plot(line.index, line, **look[name], linewidth=1.4, label=title[name])
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(mpl.ticker.ScalarFormatter())
     axes.xaxis.set_minor_locator(mpl.ticker.NullLocator())
@@ -189,15 +203,15 @@ def power_over_time(runs):
     missing = {title[name]: _why_no_trace(runs[runs["label"] == name]) for name in traces_of if name not in names}
     if not names:
         return f"GPU power over time: {_why_no_trace(runs)}."
-    colour, certified = colours(names), runs.groupby("label")["certified"].all()
+    certified = runs.groupby("label")["certified"].all()
     height = 1.2 + 0.8 * len(names)
     figure, all_axes = plt.subplots(len(names), 1, figsize=(8, height), sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(all_axes[:, 0], names, strict=True):
         own = runs[runs["label"] == name]
         for times, watts in traces_of[name]:
-            axes.plot(times, watts, color=colour[name], linewidth=1, alpha=0.85)
+            axes.plot(times, watts, color=BLUE, linewidth=1)
         if own["mean_power_w"].notna().any():
-            axes.axhline(own["mean_power_w"].mean(), color="0.2", linewidth=1, linestyle="--")
+            axes.axhline(own["mean_power_w"].mean(), color=INK, linewidth=1, linestyle="--")
         lines = [title[name], *([] if certified[name] else ["(not certified)"]), f"(n = {len(traces_of[name])})"]
         axes.set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", labelpad=12)
     axes.set_ylim(bottom=0)
@@ -236,17 +250,17 @@ def published_beside_ours(runs):
     measured = {}
     for axes, (column, (title, metric)) in zip(all_axes.flat, PUBLISHED_BESIDE_OURS.items(), strict=True):
         theirs = published[column] / published.loc["sdpa", column]
-        axes.plot(theirs, range(len(theirs)), "o", markerfacecolor="none", color="0.35", label="published (RTX 4090)")
+        axes.plot(theirs, range(len(theirs)), "o", markerfacecolor="none", color=INK, label="published (RTX 4090)")
         ours = compare.ratios(runs, metric).set_index("label").reindex(theirs.index)
         ratio = ours["ratio"].astype(float)
         measured |= {title: metric} if ratio.notna().any() else {}
         ends = [ratio - ours["low"].fillna(ratio), ours["high"].fillna(ratio) - ratio]
-        axes.errorbar(ratio, range(len(ratio)), xerr=ends, fmt="D", color="C0", capsize=2, label="ours")
-        axes.axvline(1, color="0.6", linewidth=1)
+        axes.errorbar(ratio, range(len(ratio)), xerr=ends, fmt="D", color=BLUE, capsize=2, label="ours")
+        axes.axvline(1, color=INK, linewidth=1)
         axes.set_yticks(range(len(theirs)), [called.get(name, name) for name in theirs.index])
         axes.set_ylim(len(theirs) - 0.5, -0.5)
         axes.set_title(title + ("" if ratio.notna().any() else " (ours: not measured here)"), loc="left")
-        axes.set_xlabel("ratio to sdpa")
+        axes.set_xlabel(f"ratio to {called.get(attention.REFERENCE, attention.REFERENCE)}'s")
     all_axes[0, 0].legend(frameon=True, fontsize=9, loc="lower right")
     figure.tight_layout()
     note(figure, runs, measured)

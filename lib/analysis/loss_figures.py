@@ -10,7 +10,7 @@ import pandas as pd
 from lib import attention
 from lib.analysis import compare, ngrams, target
 from lib.analysis.notes import SMALL, about_noise, absent, beneath, note, why
-from lib.analysis.style import BESIDE, colours, labels, markers, name_rows, titles, use_style
+from lib.analysis.style import BESIDE, BLUE, INK, labels, looks, name_rows, tell, titles, use_style
 from lib.analysis.tables import interval
 from lib.record import REASONS
 
@@ -24,16 +24,16 @@ def loss_curves(runs):
     use_style()
     figure, axes = plt.subplots(figsize=(7, 4.2))
     names = labels(runs)
-    colour, marker, title = colours(names), markers(names), titles(runs)
+    look, title = looks(names), titles(runs)
     shown = compare.comparable(runs)
     for name in names:
         own = shown[shown["label"] == name]
         step = 1 + max(map(len, own["series_train_loss"])) // MOST_DRAWN
         training = _mean([losses[::step] for losses in own["series_train_loss"]])
-        axes.plot(_longest(own["series_non_padding_tokens"])[::step], training, **FAINT, color=colour[name])
+        axes.plot(_longest(own["series_non_padding_tokens"])[::step], training, **FAINT, color=look[name]["color"])
         points, tokens = _validation(own, "loss")
         certified = "" if own["certified"].all() else ", not certified"
-        style = {"color": colour[name], "marker": marker[name], "markersize": 5, "linewidth": 1.6}
+        style = look[name] | {"markersize": 5, "linewidth": 1.6}
         axes.plot(tokens, points, label=f"{title[name]} (n = {len(own)}{certified})", **style)
     draw_tables(axes, shown)
     axes.set_title("Loss: training (faint) and validation (marked)", loc="left")
@@ -41,10 +41,16 @@ def loss_curves(runs):
     axes.set_ylabel("nats per token")
     axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
     axes.legend(**BESIDE)
+    ends = shown.groupby("label")["validation_loss"].mean()
+    tell(figure, f"Validation loss at the end, nats: {_said(ends, names, title)}.")
     validations = min(len(points) - 1 for points in shown["series_validation"])
     few = () if validations > 1 else ("One validation after training began is no curve: raise epochs.",)
     note(figure, runs, {"validation loss": "validation_loss"}, [ngrams.sentence(shown), *few])
     return figure
+
+
+def _said(values: pd.Series, names: list[str], title: dict, form: str = "{:.3f}") -> str:
+    return ", ".join(f"{title[name]} {form.format(values[name])}" for name in names if not pd.isna(values.get(name)))
 
 
 def _longest(series) -> list:
@@ -69,7 +75,7 @@ def draw_tables(axes, runs: pd.DataFrame, kind: str = "loss") -> None:
     """The losses of the n-gram tables as lines, where they are known."""
     for name, loss in ngrams.tables(runs, kind).items():
         label = f"{name} table, {loss:.2f}"
-        axes.axhline(loss, color="0.3", linewidth=1.1, linestyle=DASHES[name], label=label, zorder=1)
+        axes.axhline(loss, color=INK, linewidth=1.1, linestyle=DASHES[name], label=label, zorder=1)
 
 
 DASHES = {"bigram": "--", "unigram": ":"}
@@ -93,12 +99,12 @@ def loss_by_recall(runs):
         )
     shown, names = shown[known], labels(shown[known])
     figure, all_axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    colour, marker, title = colours(names), markers(names), titles(runs)
+    look, title = looks(names), titles(runs)
     for axes, (kind, heading) in zip(all_axes, SPLIT.items(), strict=True):
         for name in names:
             own = shown[shown["label"] == name]
             losses, tokens = _validation(own, kind)
-            style = {"color": colour[name], "marker": marker[name], "markersize": 4, "linewidth": 1.4}
+            style = look[name] | {"markersize": 4, "linewidth": 1.4}
             axes.plot(tokens, losses, label=f"{title[name]} (n = {len(own)})", **style)
         draw_tables(axes, shown, kind)
         axes.set_title(heading, loc="left")
@@ -129,6 +135,12 @@ def loss_against_cost(runs):
         _points(axes, runs, metric, scale)
     axes.set_xlabel(unit if on_energy else f"{unit} (energy not measured)")
     axes.legend(**BESIDE)
+    means, names = runs.groupby("label")[[metric, "validation_loss"]].mean(), labels(runs)
+    tell(
+        figure,
+        f"Validation loss at the end, nats: {_said(means['validation_loss'], names, titles(runs))}; "
+        f"{unit}: {_said(means[metric] / scale, names, titles(runs), '{:.3g}')}.",
+    )
     note(figure, runs, {unit.split(",")[0]: metric, "validation loss": "validation_loss"}, [ngrams.sentence(runs)])
     return figure
 
@@ -136,11 +148,16 @@ def loss_against_cost(runs):
 def _points(axes, runs, metric: str, scale: float) -> None:
     """A point per run: which is better is not said."""
     names = labels(runs)
-    colour, marker, title = colours(names), markers(names), titles(runs)
+    look, title = looks(names), titles(runs)
     for name in names:
         own = runs[runs["label"] == name].dropna(subset=[metric])
         hollow = {} if own["certified"].all() else {"facecolors": "none"}
-        shown = {"color": colour[name], "marker": marker[name], "s": 60, "label": f"{title[name]} (n = {len(own)})"}
+        shown = {
+            "color": look[name]["color"],
+            "marker": look[name]["marker"],
+            "s": 60,
+            "label": f"{title[name]} (n = {len(own)})",
+        }
         axes.scatter(own[metric] / scale, own["validation_loss"], **shown | hollow)
     draw_tables(axes, runs)
     low, high = axes.get_ylim()
@@ -153,13 +170,13 @@ def _points(axes, runs, metric: str, scale: float) -> None:
 def _paired_points(axes, runs, cost: pd.DataFrame, loss: pd.DataFrame) -> None:
     """What a variant costs and loses beside sdpa, each with its interval; the front through what none of them beats."""
     names = [name for name in labels(runs) if not pd.isna(cost.loc[name, "ratio"])]
-    colour, marker, title = colours(names), markers(names), titles(runs)
+    look, title = looks(names), titles(runs)
     certified = runs.groupby("label")["certified"].all()
     for name in names:
         x, y, (of, by) = cost.loc[name, "ratio"], loss.loc[name, "difference"], (cost.loc[name], loss.loc[name])
         ends = {"xerr": [[x - of["low"]], [of["high"] - x]], "yerr": [[y - by["low"]], [by["high"] - y]]}
         hollow = {} if certified[name] else {"markerfacecolor": "none"}
-        shown = {"color": colour[name], "marker": marker[name], "markersize": 7, "capsize": 2, "linestyle": "none"}
+        shown = look[name] | {"markersize": 7, "capsize": 2, "linestyle": "none"}
         axes.errorbar(x, y, **ends, **shown | hollow, label=f"{title[name]} (n = {of['n']:.0f})")
     low, high = axes.get_ylim()
     room = max(0.0, 0.1 - (high - low)) / 2
@@ -168,9 +185,7 @@ def _paired_points(axes, runs, cost: pd.DataFrame, loss: pd.DataFrame) -> None:
     for table, lost in ngrams.tables(runs).items():
         lost -= loss.loc[attention.REFERENCE, "level"]
         seen = "" if low < lost < high else ", outside this picture"
-        axes.axhline(
-            lost, color="0.3", linewidth=1.1, linestyle=DASHES[table], label=f"{table} table, {lost:+.2f}{seen}"
-        )
+        axes.axhline(lost, color=INK, linewidth=1.1, linestyle=DASHES[table], label=f"{table} table, {lost:+.2f}{seen}")
     axes.set_ylim(low, high)
     above = ngrams.above_bigram(runs)
     competing = [n for n in names if certified[n] and n != attention.CONTROL and not above[n] > 0]
@@ -189,7 +204,7 @@ def _front(axes, costs: pd.Series, losses: pd.Series) -> None:
     right, top = axes.get_xlim()[1], axes.get_ylim()[1]
     x, y = [points["cost"].iloc[0], *points["cost"], right], [top, *points["loss"], points["loss"].iloc[-1]]
     label = "Pareto front (of paired means)"
-    axes.step(x, y, where="post", color="0.4", linewidth=1, linestyle="--", zorder=0, label=label)
+    axes.step(x, y, where="post", color=INK, linewidth=1, linestyle="--", zorder=0, label=label)
     axes.set_xlim(right=right)
     axes.set_ylim(top=top)
 
@@ -217,6 +232,11 @@ def cost_to_target(runs):
         axes.set_title(title, loc="left")
         axes.set_xlabel(f"{unit} (×: ratio to SDPA's)")
     figure.tight_layout()
+    told = [
+        f"{title}, {unit}: {_said(summary[cost] / scale, labels(runs), titles(runs), '{:.3g}')}."
+        for title, cost, scale, unit in drawn
+    ]
+    tell(figure, " ".join(told))
     lines = about_noise(runs, {title: (target.noise(runs, cost), cost) for title, cost, *_ in drawn})
     lines += [target.rule(runs), ngrams.sentence(runs), *missing]
     beneath(figure, lines)
@@ -234,7 +254,7 @@ def _why_no_target(runs: pd.DataFrame, summary: pd.DataFrame, cost: str) -> str:
 
 def _target_bars(axes, runs, target: pd.DataFrame, summary: pd.DataFrame, cost: str, scale: float) -> None:
     names = labels(runs)
-    colour, certified = colours(names), runs.groupby("label")["certified"].all()
+    certified = runs.groupby("label")["certified"].all()
     summary = summary.reindex(names)
     longest = summary[cost].max() / scale
     for row, (name, found) in enumerate(summary.iterrows()):
@@ -244,17 +264,18 @@ def _target_bars(axes, runs, target: pd.DataFrame, summary: pd.DataFrame, cost: 
             axes.text(0.01, row, text, va="center", transform=axes.get_yaxis_transform(), **SMALL)
             continue
         value, sign = found[cost] / scale, found["censored"]
-        axes.barh(row, value, color=colour[name], alpha=0.85 if pd.isna(sign) else 0.35, height=0.7)
+        colour = INK if name == attention.REFERENCE else BLUE
+        axes.barh(row, value, color=colour, alpha=1 if pd.isna(sign) else 0.35, height=0.7)
         note, end = f" {value:,.3g}", value
         if not pd.isna(sign):
             end = value + (0.06 if sign == ">" else -0.06) * longest
-            axes.annotate("", (end, row), (value, row), arrowprops={"arrowstyle": "->", "color": "0.2"})
+            axes.annotate("", (end, row), (value, row), arrowprops={"arrowstyle": "->", "color": INK})
             short = target.loc[target["label"] == name, "gap_nats"].max()
             missing = f", {short:.2g} nats above the target" if sign == ">" else ""
             note = f" {sign} {value:,.3g} (reached in {found['reached']:.0f} of {found['n']:.0f}{missing})"
         else:
             note += f" (× {interval(found, cost)}, n = {found['n']:.0f})"
-        axes.text(max(end, value), row, note, va="center", fontsize=9, color="0.2")
+        axes.text(max(end, value), row, note, va="center", fontsize=9)
     name_rows(axes, runs, names, certified)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)

@@ -7,10 +7,10 @@ from matplotlib.figure import Figure
 
 from lib import attention
 from lib.analysis import compare
-from lib.analysis.style import titles
+from lib.analysis.style import INK, titles
 from lib.record import REASONS
 
-SMALL = {"fontsize": 9, "color": "0.35"}
+SMALL = {"fontsize": 9, "color": INK}
 NO_CONTROL = "There is no A/A control among these runs: their noise is unknown."
 CHARACTERS_PER_INCH = 13  # of that size
 

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
-from lib import attention, certificate, model
+from lib import attention, certificate, markup, model
 from lib.analysis import compare, figures, loss_figures, ngrams, notes, published_flops, style
 from lib.errors import UsageError
 from lib.measure import flops
@@ -86,6 +86,12 @@ def side_by_side(name: str, known: dict, **ours_too) -> pd.DataFrame:
     return pd.concat([checks, pd.DataFrame({c: _sizes(*f) for c, f in columns.items()})])
 
 
+def folded(name: str, known: dict, **ours_too):
+    """`side_by_side` under the published module's name, which a click opens."""
+    found = side_by_side(name, known, **ours_too).rename_axis("what is asked").reset_index()
+    return markup.folded(f"{called(name)}: published and ours", found)
+
+
 def _sizes(name, options) -> dict:
     earlier, later = moved_by_a_token(name, **options)
     count = published_flops.observed if name in attention.variants() else published_flops.derived
@@ -126,15 +132,15 @@ def loss_curves(found: pd.DataFrame) -> plt.Figure:
     n-gram tables of the same training tokens as grey lines."""
     style.use_style()
     figure, all_axes = plt.subplots(2, 4, figsize=(12, 5.6), sharex=True, sharey=True)
-    colour, marker = (choose(list(attention.STUDY_ORDER)) for choose in (style.colours, style.markers))
-    called = style.titles(found)
+    look = style.looks(list(attention.STUDY_ORDER))
+    names = style.titles(found)
     for axes, name in zip(all_axes.flat, attention.STUDY_ORDER, strict=True):
         for (said, label), line in zip(LABELS.items(), ("-", "--", ":"), strict=True):
             for points in found[found["label"] == label.format(name)]["series_validation"]:
                 x, y = ([point[key] for point in points] for key in ("non_padding_tokens", "loss"))
-                axes.plot(x, y, line, color=colour[name], marker=marker[name], markersize=4, label=said)
+                axes.plot(x, y, **look[name] | {"linestyle": line}, markersize=4, label=said)
         loss_figures.draw_tables(axes, found)
-        axes.set_title(called.get(name, name), loc="left")
+        axes.set_title(names.get(name, name), loc="left")
         axes.legend(frameon=False, fontsize=7, loc="upper right")
         axes.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
     axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # shared; room for the legends
@@ -157,22 +163,158 @@ def final_losses(found: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def leaks(path: Path) -> pd.DataFrame:
-    """The losses that `prefix_losses` found, and what is lost where the rest of the row is out of sight."""
+def losses_both_ways(path: Path) -> pd.DataFrame:
+    """What `lib.study.leakage` found, a row per run: `name` of the variant, `is_published`, `teacher_forced_loss`,
+    `autoregressive_loss` and their difference, `gap`, in nats; where a module was asked both with a mask and without,
+    one row of each."""
     if not path.is_file():
         raise UsageError(
             f"there is no {path.name} beside the records; `python -m lib.study.leakage --help` says how to make it"
         )
     found = pd.read_csv(path)
+    name = found["run"].str.removeprefix("published_").str.removesuffix("_unpadded")
     gap = found["autoregressive_loss"] - found["teacher_forced_loss"]
+    return found.assign(name=name, is_published=found["run"].str.startswith("published_"), gap=gap)
+
+
+def leaks(path: Path) -> pd.DataFrame:
+    """The losses that `prefix_losses` found, and what is lost where the rest of the row is out of sight."""
+    found = losses_both_ways(path)
     return pd.DataFrame(
         {
             "run": found["run"],
             "teacher-forced loss": found["teacher_forced_loss"].map("{:.2f}".format),
             "autoregressive loss": found["autoregressive_loss"].map("{:.2f}".format),
-            "lost in generation": (gap.round(2) + 0.0).map("{:.2f}".format),
+            "lost in generation": (found["gap"].round(2) + 0.0).map("{:.2f}".format),
         }
     )
+
+
+FUTURE = {(True, True): "always", (True, False): "without padding", (False, False): "never"}
+AT, CONTEXT = 300, 512  # the token that is another, of so many
+
+
+def called(name: str) -> str:
+    """What the published study calls its module for a variant."""
+    return attention.load(published(name)).paper.split(", ")[1].split(" (")[0]
+
+
+def modules(known: dict) -> pd.DataFrame:
+    """What each published module does, a row each, from `moved_by_a_token` of one layer and from its certificate.
+
+    `sees_future`: "never", "without padding" (a mask came with padding, and was the only one) or "always"; `seen_by`,
+    how many of the 211 tokens behind a token see it, with the mask where there is one; `projects`, whether it has an
+    output projection; `agrees`, whether two passes over one text do; `weights`, over those of GPT-2's own attention.
+    `known`: the `certificates` of runs.
+    """
+    rows = []
+    for name in attention.STUDY_ORDER:
+        ways = [found for column, found in definitions(name).items() if column.startswith("published")]
+        moved = [moved_by_a_token(path, layers=1, at=AT, context=CONTEXT, **options) for path, options in ways]
+        path, options = ways[0]
+        said = known.get((path, str(options))) or certificate.certify(path, options)
+        rows.append({
+            "name": name, "module": called(name), "sees_future": FUTURE[moved[0][0] > 0, moved[-1][0] > 0],
+            "seen_by": moved[-1][1], "projects": said["gpt2_projection"], "agrees": _agrees(path),
+            "weights": said["parameters_vs_baseline"],
+        })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def _agrees(path: str) -> bool:
+    """Whether two passes of a layer as initialised give the same, whatever the random state."""
+    gpt2 = model.build_model(path, model.gpt2_config(1, 64, 8, CONTEXT, 64)).double().eval()
+    ids, outputs = torch.arange(64)[None], []
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            outputs.append(gpt2(ids, use_cache=False).logits)
+    return torch.equal(*outputs)
+
+
+def modules_table(found: pd.DataFrame) -> pd.DataFrame:
+    """`modules` as a reader sees it."""
+    behind = CONTEXT - 1 - AT
+    return pd.DataFrame({
+        "published module": found["module"],
+        "sees the future": found["sees_future"],
+        "a token is seen by": [f"{seen} of {behind} behind it" for seen in found["seen_by"]],
+        "output projection": found["projects"].map({True: "yes", False: "none"}),
+        "two passes agree": found["agrees"].map({True: "yes", False: "no"}),
+        "weights / GPT-2's": found["weights"].map("{:.3f}".format),
+    })  # fmt: skip
+
+
+def finding(leaks: pd.DataFrame, found: pd.DataFrame) -> plt.Figure:
+    """The finding in one picture: the losses of `losses_both_ways` in one pass and token by token, beside what each of
+    `modules` sees. A row per published module; ours of the same name in grey."""
+    style.use_style()
+    size = (10, 0.36 * len(found) + 1.3)
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, width_ratios=(1, 1), sharey=True)
+    for y, row in enumerate(found.itertuples()):
+        own = leaks[leaks["name"] == row.name]
+        if own["is_published"].sum() == 0:
+            left.text(0.01, y, "not asked", va="center", style="italic", transform=left.get_yaxis_transform())
+        for loss in own[~own["is_published"]].itertuples():
+            left.plot(loss.autoregressive_loss, y, "|", color=style.INK, markersize=13, markeredgewidth=2)
+        for loss in own[own["is_published"]].itertuples():
+            _both_ways(left, loss, y)
+        _cells(right, row, y)
+    left.plot([], [], "o", color=style.ORANGE, markerfacecolor="none", label="in training's one pass")
+    left.plot([], [], "o", color=style.ORANGE, label="token by token")
+    left.plot([], [], "|", color=style.INK, markersize=11, markeredgewidth=2, label="ours, both ways")
+    left.set_yticks(range(len(found)), found["module"])
+    left.set_ylim(len(found) - 0.5, -0.5)
+    low, high = left.get_xlim()
+    left.set_xlim(low - 0.1 * (high - low), high + 0.1 * (high - low))  # room for the numbers
+    left.set_xlabel("validation loss, nats per token")
+    left.grid(axis="y", visible=False)
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=9, columnspacing=1.0)
+    right.set_xlim(-0.5, 2.5)
+    right.set_xticks(range(3), ["sees\nthe future", "seen by those\nbehind it", "output\nprojection"], fontsize=9)
+    right.xaxis.tick_top()
+    right.grid(visible=False)
+    right.tick_params(length=0)
+    for side in ("left", "bottom", "top", "right"):
+        right.spines[side].set_visible(False)
+    figure.tight_layout()
+    said = [
+        f"{called(loss.name)} {loss.teacher_forced_loss:.2f} in one pass, {loss.autoregressive_loss:.2f} token by token"
+        for loss in leaks[leaks["is_published"]].itertuples()
+    ]
+    sees = [f"{row.module} {row.sees_future}" for row in found.itertuples()]
+    return style.tell(
+        figure, f"Losses of the published modules: {'; '.join(said)}. Sees the future: {', '.join(sees)}."
+    )
+
+
+def _both_ways(axes, loss, y: int) -> None:
+    """A published module's two losses, joined; written where they differ."""
+    ends = loss.teacher_forced_loss, loss.autoregressive_loss
+    axes.plot(ends, [y, y], color=style.ORANGE, linewidth=2, alpha=0.5, zorder=1)
+    axes.plot(ends[0], y, "o", color=style.ORANGE, markerfacecolor="none", markersize=8)
+    axes.plot(ends[1], y, "o", color=style.ORANGE, markersize=8)
+    if abs(loss.gap) > WRITTEN:
+        for end, side, turn in zip(ends, ("right", "left"), (-8, 8), strict=True):
+            words = {"xytext": (turn, 0), "textcoords": "offset points", "ha": side, "va": "center", "fontsize": 9}
+            axes.annotate(f"{end:.2f}", (end, y), **words)
+
+
+WRITTEN = 0.05  # nats; two losses that are nearer to each other are one
+
+
+def _cells(axes, row, y: int) -> None:
+    """What a module does, in words; what its name does not promise on colour."""
+    behind = CONTEXT - 1 - AT
+    cells = (
+        (row.sees_future, row.sees_future != "never"),
+        (f"{row.seen_by} of {behind}", row.seen_by < behind),
+        ("yes" if row.projects else "none", not row.projects),
+    )
+    for x, (words, is_odd) in enumerate(cells):
+        box = {"facecolor": style.ORANGE, "alpha": 0.28, "edgecolor": "none"} if is_odd else {"facecolor": "none"}
+        axes.add_patch(plt.Rectangle((x - 0.48, y - 0.44), 0.96, 0.88, **box))
+        axes.text(x, y, f"{words} !" if is_odd else words, ha="center", va="center", fontsize=9)
 
 
 def table_of_claims(costs: pd.DataFrame, losses: pd.DataFrame) -> pd.DataFrame:

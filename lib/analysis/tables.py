@@ -7,10 +7,10 @@ from lib.analysis import compare, ngrams
 from lib.analysis.notes import NO_CONTROL, noise_in_words
 from lib.analysis.style import GIB, MIB, labels, titles
 from lib.errors import UsageError
-from lib.markup import lines, table
+from lib.markup import folded, lines, table
 from lib.record import REASONS
 
-__all__ = ["certificates", "interval", "lines", "ranking", "table", "unmeasured"]
+__all__ = ["certificates", "folded", "interval", "lines", "main", "ranking", "table", "unmeasured"]
 
 RANKED = {
     "time_per_epoch_s": ("s per epoch", 1, "{:,.2f}"),
@@ -50,6 +50,17 @@ def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
         row["loss − bigram table's"] = "–" if pd.isna(above[label]) else f"{above[label]:+.2f}"
         rows.append(row | {"flagged": flags[label]})
     return pd.DataFrame(rows)
+
+
+def main(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
+    """`ranking` without what it leaves empty: columns of dashes alone; `flagged` where nothing is; and below five
+    blocks, where each verdict says no more than n, verdicts and n."""
+    table = ranking(runs, by)
+    idle = {"rank", "n", "verdict", "verdict on the loss"} if (table["rank"] == "–").all() else set()
+    if not runs["flags"].map(bool).any():
+        idle.add("flagged")
+    empty = {name for name in table if (table[name] == "–").all()}
+    return table.drop(columns=[name for name in table if name in idle | empty])
 
 
 def _beside_reference(runs: pd.DataFrame, metric: str) -> pd.DataFrame:

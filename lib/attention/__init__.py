@@ -47,7 +47,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 
-# The paper's eight, in its order. A display order, not a registry: what exists is what has a file.
+# The paper's eight, in its order: what a study trains where no variants are named. What exists is what has a file.
 STUDY_ORDER = ("baseline", "sdpa", "gqa", "linear", "sliding_window", "lsh", "flash", "mla")
 REFERENCE = "sdpa"  # of all ratios
 CONTROL = "sdpa_again"  # the A/A control: the reference, run a second time

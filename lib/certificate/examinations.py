@@ -37,6 +37,7 @@ GRADIENTS_WORSE = 5.0  # and its gradients: a product more on the way
 STEP = 1e-7  # relative; of a finite difference in float64
 SLOPE = 1e-4  # relative; what such a difference may be off
 SEEN = 1e-12  # of the largest gradient; what less moves nothing
+CLEARLY = 1e-9  # and what more is seen beyond doubt: a definition that decays crosses the line between
 UNSEEN = 0.25  # share of a long row that a definition by content may miss, though it missed nothing of a short one
 LONGEST_LAYER = 2048  # tokens for which a layer alone is asked how far it sees
 PASS_OVER_USEFUL = 3.5  # FLOPs counted in one pass over those of the formula: masks, fills and blocks are computed too
@@ -89,24 +90,26 @@ def by_value(twins: Twins):
         long = tokens.draw(s.rows_at(s.longest), s.longest)
         several = tokens.draw(s.rows, s.length)
         full, out = tokens(long), tokens(several)
-        cut = prefix_difference(tokens, long, full, s.prefixes)
+        # for what more rows add nothing to
+        few, out_of_few, one, out_of_one = several[:3], out[:3], long[:1], full[:1]
+        cut = prefix_difference(tokens, one, out_of_one, s.prefixes)
         yield within("prefix_equal", f"{len(s.prefixes)} prefixes of {s.longest:,} tokens, float64", cut, TOLERANCE)
         power = long[:, : 2 ** (s.longest.bit_length() - 1)]
         of_power = full if power.shape == long.shape else tokens(power)
-        for x, y, shifts in ((long, full, (0, 30)), (power, of_power, (2,)), (several, out, (3,))):
+        for x, y, shifts in ((long, full, (0, 30)), (power, of_power, (2,)), (few, out_of_few, (3,))):
             moved = max(changed_tails(tokens, x, y, shift) for shift in shifts)
             where = f"{x.shape[0]} x {x.shape[1]:,} tokens, float64"
             yield within("causal", f"all later tokens drawn anew, {where}", moved, TOLERANCE)
         alone = row_difference(tokens, several, out)
         yield within("rows_independent", "a row alone, and beside others, float64", alone, TOLERANCE)
-        moved = moved_later(tokens, long, full)
+        moved = moved_later(tokens, one, out_of_one)
         yield fact("mixes", "a changed token moves a later output", moved > TOLERANCE and math.isfinite(moved))
         model.train()
-        trained, long_trained, again = tokens(several), tokens(long), tokens(long)
+        trained, long_trained, again = tokens(few), tokens(one), tokens(one)
         model.eval()
-        after_all = relative(tokens(several), out)
-        yield within("training_equal", "several rows, float64", relative(trained, out), TOLERANCE)
-        yield within("training_equal", f"{s.longest:,} tokens, float64", relative(long_trained, full), TOLERANCE)
+        after_all = relative(tokens(few), out_of_few)
+        yield within("training_equal", "several rows, float64", relative(trained, out_of_few), TOLERANCE)
+        yield within("training_equal", f"{s.longest:,} tokens, float64", relative(long_trained, out_of_one), TOLERANCE)
         yield within("repeatable", "the same input again, in training", relative(again, long_trained), TOLERANCE)
         yield within("repeatable", "the same input again, after all this", after_all, TOLERANCE)
 
@@ -300,8 +303,8 @@ def of_the_reference(twins: Twins):
         hidden = twins.hidden(1, length, twins.exact_device, torch.float64)
         mine, (own_leaf,) = Floats(layer, s.width, hidden).traced(hidden)  # first: some draw what the reference reads
         theirs, (leaf,) = Floats(layer.reference, s.width, hidden).traced(hidden)
-        sees = _seen(theirs, leaf, length - 1)
-        unlike += int((_seen(mine, own_leaf, length - 1) != sees).sum())
+        ours, expected = _moved(mine, own_leaf, length - 1), _moved(theirs, leaf, length - 1)
+        unlike += int((((ours > CLEARLY) & (expected <= SEEN)) | ((expected > CLEARLY) & (ours <= SEEN))).sum())
         half = length // 2
         gradient = _gradient(theirs, leaf, half)
         leak = max(leak, _ratio(largest(gradient[half + 1 :]), largest(gradient)))
@@ -309,10 +312,10 @@ def of_the_reference(twins: Twins):
             layer(hidden[:, :half].contiguous())
             prefix = layer.reference(hidden[:, :half].contiguous())
         cut = max(cut, relative(prefix, theirs[:, :half], largest(theirs)))
-        if sees.all():  # of a definition that sees all, all must be seen however far
+        if (expected > SEEN).all() and not _fades(expected, far):  # then all must be seen however far
             hidden = twins.hidden(1, far, twins.exact_device, torch.float64)
             mine, (leaf,) = Floats(layer, s.width, hidden).traced(hidden)
-            blind = max(blind, int((~_seen(mine, leaf, far - 1)).sum()))
+            blind = max(blind, int((_moved(mine, leaf, far - 1) <= SEEN).sum()))
     yield within("reach", f"of {length:,} tokens, seen by layer or reference alone", unlike, 0.0)
     yield within("reach", f"of {far:,} tokens, unseen though the reference sees all it has", blind / far, UNSEEN)
     yield within("reference_causal", "gradient of the reference by a later token", leak, 0.0)
@@ -326,7 +329,7 @@ def receptive_field(twins: Twins) -> int:
     fields = []
     for layer in attentions(twins.exact):
         out, (leaf,) = Floats(layer, twins.setting.width, hidden).traced(hidden)
-        fields.append(int(_seen(out, leaf, hidden.shape[1] - 1).sum()))
+        fields.append(int((_moved(out, leaf, hidden.shape[1] - 1) > SEEN).sum()))
     return min(fields)
 
 
@@ -337,10 +340,16 @@ def _gradient(out, leaf, t) -> torch.Tensor:
     return gradient.abs().amax(dim=(0, 2))
 
 
-def _seen(out, leaf, t) -> torch.Tensor:
-    """Which tokens move output t: (T,) bool."""
+def _moved(out, leaf, t) -> torch.Tensor:
+    """How much each token moves output t, over the most that one does: (T,)."""
     gradient = _gradient(out, leaf, t)
-    return gradient > SEEN * gradient.max()
+    return gradient / gradient.max()
+
+
+def _fades(moved, far: int) -> bool:
+    """Whether what is older counts so much less that of `far` tokens the oldest would no longer be seen."""
+    third = max(1, len(moved) // 3)
+    return bool((moved[:third].median() / moved[-third:].median()) ** (far / len(moved)) <= SEEN)
 
 
 def _beside_gpt2(twins: Twins):

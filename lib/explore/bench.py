@@ -11,15 +11,16 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 
-from lib import attention, certificate, parameters
+from lib import attention, certificate
 from lib.analysis import style
 from lib.data import corpus
 from lib.errors import UsageError
-from lib.explore import weights
+from lib.explore import budget, weights
+from lib.explore.budget import GPT2_SMALL, SIZES
 from lib.explore.widgets import LABELLED, Choice, Picker, Screen
+from lib.explore.widgets import fitting as check
 from lib.measure import assemble, inference
 from lib.model import GPT2, build_model, devices, gpt2_config, meta_model
 from lib.study import plan
@@ -28,12 +29,6 @@ from lib.training import Trainer
 SIZE = {"layers": 2, "width": 64, "heads": 4, "positions": 256}  # of the models on this page
 LESSON = SIZE | {"context": 128, "batch_size": 4, "steps_per_epoch": 1000, "epochs": 1, "schedule": "constant"}
 MOST_TOKENS = 40  # of a sentence whose map is still legible
-SIZES = {  # layers, width, heads, vocabulary
-    "the quick profile (4 layers of 128)": (4, 128, 8, corpus.BUILTIN_VOCABULARY),
-    "GPT-2 small (12 layers of 768)": (12, 768, 12, 50257),
-    "GPT-2 XL (48 layers of 1,600)": (48, 1600, 25, 50257),
-}
-GPT2_SMALL = list(SIZES)[1]
 CONTEXTS = tuple(2**power for power in range(6, 16))
 MEASURED_CONTEXTS = (64, 128, 256, 512, 1024)
 WARM_UPS, ROUNDS = 2, 8  # of "Measure here", at each length
@@ -50,7 +45,7 @@ class Bench:
         self.of_models: list[Screen] = []  # what training changes; measurements and certificates stay
 
     def screen(self, *words, of_models: bool = False, **options) -> Screen:
-        shown = Screen(*words, follow=self.picker, **options)
+        shown = Screen(*words, follow=self.picker, **{"picks": False} | options)
         self.of_models += [shown] if of_models else []
         return shown
 
@@ -60,6 +55,10 @@ class Bench:
             model, steps = self.trained[choice.label]
             return copy.deepcopy(model).cpu().eval(), f"after {steps:,} steps of training on this page"
         return small_model(choice).eval(), "as initialised, not trained yet"
+
+    def budget(self) -> Screen:
+        """What each variant needs and takes, beside a budget; the page's picker stands in it."""
+        return self.screen("budget", budget.table, controls=budget.controls(), picks=True)
 
     def attention(self, sentence: str) -> Screen:
         controls = {
@@ -168,11 +167,6 @@ class Lesson:
         return self.trainer.losses[: self.steps].cpu().numpy()
 
 
-def check(choice: Choice, size: dict) -> None:
-    """Raises UsageError where a model of this size refuses the variant's options."""
-    parameters.check_attention(SimpleNamespace(attention=choice.attention, options=choice.options, **size))
-
-
 def small_model(choice: Choice) -> GPT2:
     """The page's small GPT-2 with this attention. Raises UsageError for a option that it refuses."""
     check(choice, SIZE)
@@ -214,12 +208,17 @@ def draw_map(label: str, tokens: list[str], found: weights.Map, seen: torch.Tens
     values = found.values.mean(0) if one or not head else found.values[head - 1]
     of = "all heads together" if one else f"head {head}" if head else "mean of all heads"
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.4, 5.2), width_ratios=(1.9, 1), sharey=True)
-    colours = mpl.colormaps["viridis_r"].with_extremes(bad="0.93")
-    picture = left.imshow(np.ma.masked_equal(values.numpy(), 0.0), cmap=colours, aspect="auto")
+    colours = mpl.colormaps["viridis_r"].with_extremes(bad=(0.5, 0.5, 0.5, 0.15))
+    shown = values if found.kind == "weights" else values / values.max()
+    picture = left.imshow(np.ma.masked_equal(shown.numpy(), 0.0), cmap=colours, aspect="auto", vmin=0, vmax=1)
     left.set_xticks(range(len(tokens)), tokens, rotation=90, fontsize=8)
     left.set_yticks(range(len(tokens)), tokens, fontsize=8)
     left.grid(visible=False)
-    what = "weight" if found.kind == "weights" else "influence (norm of the Jacobian): no weights are found in it"
+    what = (
+        "weight"
+        if found.kind == "weights"
+        else "influence (norm of the Jacobian, of the largest): no weights are found"
+    )
     left.set_title(f"{label}: layer {layer}, {of}", loc="left")
     left.set_xlabel("token seen; grey: not at all")
     left.set_ylabel("token that looks")
@@ -274,7 +273,7 @@ def _by_context(name: str, options: tuple, size: str) -> pd.DataFrame:
             "core_flops_per_token": layer.core_flops(context) / context,
             "cache_bytes": layer.cache_bytes(context, 2),
         }
-        rows.append({"label": choice.label, "name": Choice(name).label, "context": context})
+        rows.append({"label": choice.label, "name": Choice(name).name, "context": context})
         rows[-1] |= {cost: layers * value for cost, value in costs.items()}
     return pd.DataFrame(rows)
 
@@ -307,13 +306,13 @@ def on_paper(choice: Choice, size: str) -> list:
 
 def _lines(axes, costs: pd.DataFrame, cost: str, scale: float, chosen: str) -> None:
     """A line for each cost that differs from the others; variants that cost the same share one."""
-    colour, marker = (choose(sorted(set(costs["name"]))) for choose in (style.colours, style.markers))
+    look = style.looks(sorted(set(costs["name"])))
     lines: dict[tuple, list] = {}
     for label, own in costs.groupby("label", sort=False):
         lines.setdefault(tuple(own[cost]), []).append((label, own))
     for same in lines.values():
         name, own = next((pair for pair in same if pair[0] == chosen), same[0])
-        drawn = {"color": colour[own["name"].iloc[0]], "marker": marker[own["name"].iloc[0]], "markersize": 4}
+        drawn = look[own["name"].iloc[0]] | {"markersize": 4}
         drawn |= {"linewidth": 4, "alpha": 0.9} if name == chosen else {"linewidth": 1.2}
         axes.plot(own["context"], own[cost] / scale, label="\n= ".join(label for label, _ in same), **drawn)
     axes.legend(fontsize=8, loc="upper left")
@@ -348,7 +347,7 @@ def measured_pages(choice: Choice, beside: Choice, rounds: int = ROUNDS):
                 seconds[label] += [took_s] if number >= WARM_UPS else []
         for one in choices:
             times_s = seconds[one.label]
-            row = {"label": one.label, "name": Choice(one.attention).label, "context": context, "times_s": times_s}
+            row = {"label": one.label, "name": one.name, "context": context, "times_s": times_s}
             row |= {"time_s": statistics.median(times_s), "low_s": min(times_s), "high_s": max(times_s)}
             rows.append(row | {"activation_bytes": certificate.activation_bytes(layers[one.label], hidden)})
         yield partial(measured_page, pd.DataFrame(rows), choice)
@@ -373,7 +372,7 @@ def measured_page(costs: pd.DataFrame, choice: Choice) -> list:
         axes.set_title(title, loc="left")
         axes.set_ylabel(unit)
     for _, own in costs.groupby("label", sort=False):
-        all_axes[0].fill_between(own["context"], own["low_s"] / 1e-3, own["high_s"] / 1e-3, color="0.5", alpha=0.2)
+        all_axes[0].fill_between(own["context"], own["low_s"] / 1e-3, own["high_s"] / 1e-3, color=style.INK, alpha=0.2)
     figure.tight_layout()
     rounds = len(costs["times_s"].iloc[0])
     said = (
@@ -405,12 +404,12 @@ def training_page(runs: list[Lesson]) -> list:
     """Losses by steps and by each one's own seconds, and a table of both."""
     style.use_style()
     figure, (by_step, by_second) = plt.subplots(1, 2, figsize=(10.5, 3.8), sharey=True)
-    for run, colour in zip(runs, sns.color_palette("colorblind"), strict=False):
+    for run, colour, dash in zip(runs, (style.BLUE, style.ORANGE), ("-", "--"), strict=False):
         smooth = pd.Series(run.losses).ewm(span=10).mean()
         steps = np.arange(1, run.steps + 1)
         for axes, x in ((by_step, steps), (by_second, steps * run.seconds / run.steps)):
             axes.plot(x, run.losses, color=colour, linewidth=0.6, alpha=0.4)
-            axes.plot(x, smooth, color=colour, linewidth=1.8, label=run.choice.label)
+            axes.plot(x, smooth, dash, color=colour, linewidth=1.8, label=run.choice.label)
     for axes, title, unit in ((by_step, "Loss by steps", "steps"), (by_second, "Loss by time", "seconds of its own")):
         axes.set_title(title, loc="left")
         axes.set_xlabel(unit)
@@ -446,7 +445,7 @@ def generation_page(label: str, said: str, grown: dict[str, list]) -> list:
     """The text so far, and the cache's bytes by its tokens, of the choice and of what stands beside it."""
     style.use_style()
     figure, axes = plt.subplots(figsize=(7, 3.4))
-    for (name, points), dash, colour in zip(grown.items(), ("-", "--"), sns.color_palette("colorblind"), strict=False):
+    for (name, points), dash, colour in zip(grown.items(), ("-", "--"), (style.BLUE, style.ORANGE), strict=False):
         cached, held, _ = zip(*points, strict=True)
         axes.plot(cached, np.array(held) / 1024, dash, color=colour, linewidth=2.5, label=name)
     axes.set_ylim(bottom=0)

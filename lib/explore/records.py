@@ -44,7 +44,7 @@ def records(folder: str = "records") -> Screen:
         "run": widgets.Dropdown(description="record"),
     }
 
-    _offer(controls["variants"], controls["group"], lambda group: style.labels(found[group][1].runs))
+    _offer(controls["variants"], controls["group"], lambda group: _titled(found[group][1].runs, style.labels))
     _offer(controls["run"], controls["group"], lambda group: sorted(found[group][1].runs["name"]))
     return Screen("published records", partial(records_page, found), controls)
 
@@ -59,7 +59,8 @@ def records_page(found: dict, group: str, figure, by: str, variants: tuple, run:
 
 LENGTH_FIGURES = {
     "decision map": growth_figures.decision_map_figure,
-    "forward and backward, s": partial(growth_figures.growth_figure, metric="forward_backward_s", start=1024),
+    "forward and backward, over SDPA's": partial(growth_figures.ratio_figure, metrics=["forward_backward_s"]),
+    "forward and backward, ms": partial(growth_figures.growth_figure, metric="forward_backward_s", start=1024),
     "peak memory": partial(growth_figures.growth_figure, metric="peak_activation_bytes", start=1024),
     "prefill, decoding and cache": growth_figures.cache_and_decode_figure,
 }
@@ -82,7 +83,7 @@ def lengths(folder: str = "records") -> Screen:
         "figure": widgets.Dropdown(options=list(LENGTH_FIGURES.items()), description="figure"),
         "variants": widgets.SelectMultiple(description="variants", rows=8),
     }
-    _offer(controls["variants"], controls["group"], lambda group: growth.labels(found[group]))
+    _offer(controls["variants"], controls["group"], lambda group: _titled(found[group], growth.labels))
     return Screen("cost by context length, measured", partial(lengths_page, found), controls)
 
 
@@ -93,12 +94,21 @@ def lengths_page(found: dict, group: str, figure, variants: tuple) -> list:
     return [figure(points), Folded("the points", growth_tables.points_table(points))]
 
 
+def _titled(found: pd.DataFrame, labels) -> list[tuple[str, str]]:
+    """Variants to pick, by their titles."""
+    titles = style.titles(found)
+    return [(titles[label], label) for label in labels(found)]
+
+
 def _offer(control, by, values) -> None:
     """Fills a control whenever `by` changes, and now: before the screen is made, so that it draws what is offered."""
 
     def fill(_=None):
         control.options = values(by.value)
-        control.value = control.options if isinstance(control, widgets.SelectMultiple) else control.options[0]
+        if isinstance(control, widgets.SelectMultiple):
+            control.value = tuple(label for _, label in control.options)
+        else:
+            control.value = control.options[0]
 
     by.observe(fill, "value")
     fill()

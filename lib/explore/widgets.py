@@ -5,21 +5,24 @@ A screen's picture is in its HTML, which also stands in the saved notebook, wher
 
 import ast
 import asyncio
-import base64
 import contextlib
 import inspect
-import io
+import re
 from dataclasses import dataclass, field
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import ipywidgets as widgets
-import matplotlib.pyplot as plt
 import pandas as pd
+import torch
 import traitlets
 from matplotlib.figure import Figure
 
 from lib import attention, markup, parameters
+from lib.analysis import style
 from lib.errors import UsageError
+from lib.model import gpt2_config
 
 ERROR_COLOUR = "#d1495b"  # readable on white and on black
 WIDE = widgets.Layout(width="420px")
@@ -34,10 +37,40 @@ class Choice:
     options: dict = field(default_factory=dict, hash=False)
 
     @property
+    def name(self) -> str:
+        """The variant's, without options: what colours go by."""
+        return parameters.display_name({"attention": self.attention, "label": ""})
+
+    @property
     def label(self) -> str:
-        name = parameters.display_name({"attention": self.attention, "label": ""})
-        options = ", ".join(f"{option}={value}" for option, value in self.options.items())
-        return f"{name} ({options})" if options else name
+        """As figures call it: its title, which says the options that matter; else the options behind it."""
+        return _title(self.attention, repr(self.options), tuple(self.options.items()))
+
+
+def fitting(choice: Choice, size: dict) -> None:
+    """Raises UsageError where a model of this size refuses the variant's options."""
+    parameters.check_attention(SimpleNamespace(attention=choice.attention, options=choice.options, **size))
+
+
+@lru_cache(maxsize=256)
+def _title(name: str, _told_apart: str, options: tuple) -> str:
+    own = _titled(name) or parameters.display_name({"attention": name, "label": ""})
+    if not options:
+        return own
+    turned = {_titled(name, heads, **dict(options)) for heads in (4, 12)}
+    if len(turned) == 1 and None not in turned and own not in turned:
+        return turned.pop()
+    said = ", ".join(f"{option}={value}" for option, value in options)
+    return f"{re.sub(r' [0-9:]+$', '', own)} ({said})"  # a title that depends on the number of heads too
+
+
+def _titled(name: str, heads: int = 4, **options) -> str | None:
+    """What a layer with these options calls itself; None where it refuses them."""
+    try:
+        with torch.device("meta"):
+            return attention.title(attention.load(name)(gpt2_config(1, 16 * heads, heads, 8, 8), 0, **options), name)
+    except Exception:  # of a file of one's own too; what is wrong with it is said where it is used
+        return None
 
 
 class Folded(NamedTuple):
@@ -48,13 +81,22 @@ class Folded(NamedTuple):
     is_open: bool = False
 
 
+class Marked(NamedTuple):
+    """A table of which some rows stand back, or out."""
+
+    table: pd.DataFrame
+    quiet: list[int]
+    bold: list[int]
+
+
 class Picker(widgets.VBox):
     """Picks a variant, or a file of one's own, and the options that its constructor names. `choice` is the pick."""
 
     choice = traitlets.Instance(Choice)
 
     def __init__(self, name: str, **options):
-        self.variant = widgets.Dropdown(options=attention.variants(), value=name, description="variant")
+        titles = [(Choice(known).label, known) for known in attention.variants()]
+        self.variant = widgets.Dropdown(options=titles, value=name, description="variant")
         self.path = widgets.Text(
             description="or a file",
             placeholder="path of a .py file with your own",
@@ -132,19 +174,25 @@ def _value(option, default):
 class Screen(widgets.VBox):
     """Controls, and below them the page that `show(**their values)` gives: figures, tables and sentences, in a list.
 
+    `picks`: the picker itself stands above; one is enough for a page, elsewhere a line says what is picked.
+
     Without a `button` the page follows the controls and `follow` (a Picker: `show` gets its `choice`). With one, `show`
     yields functions that give a page: pressing works through them, and shows each, until it is pressed again. The page
     says `at_first` until then, and after every change; without `at_first` the work is also done once at the start.
     """
 
-    def __init__(self, title: str, show, controls: dict, follow: Picker | None = None, button="", at_first=""):
+    def __init__(
+        self, title: str, show, controls: dict, follow: Picker | None = None, button="", at_first="", picks=True
+    ):
         self.title, self.show, self.controls, self.follow, self.at_first = title, show, controls, follow, at_first
         self.page = widgets.HTML()
         self.page.add_class("jp-RenderedHTMLCommon")  # Lab's own colours for tables, in both themes
         self.button = widgets.Button(description=button, button_style="primary") if button else None
         self.says, self.working, self.stopping = button, False, False
         row = widgets.HBox(list(controls.values()), layout={"flex_flow": "row wrap"})
-        parts = [*([follow] if follow is not None else []), row, *([self.button] if button else []), self.page]
+        self.picked = widgets.HTML()
+        above = [] if follow is None else [follow] if picks else [self.picked]
+        parts = [*above, row, *([self.button] if button else []), self.page]
         super().__init__(parts)
         for control in controls.values():
             control.style = LABELLED
@@ -159,8 +207,13 @@ class Screen(widgets.VBox):
         found = {name: control.value for name, control in self.controls.items()}
         return found | ({"choice": self.follow.choice} if self.follow is not None else {})
 
+    def say_what_is_picked(self):
+        if self.follow is not None:
+            self.picked.value = f"<b>{markup.escaped(self.follow.choice.label)}</b>, as picked above"
+
     def changed(self):
         """Draws anew what follows the controls; what must be asked for by the button asks to be."""
+        self.say_what_is_picked()
         if self.button is None:
             self.draw()
         elif not self.working:
@@ -168,6 +221,7 @@ class Screen(widgets.VBox):
 
     def draw(self):
         """Draws the page now; where it takes work, the last of its pages."""
+        self.say_what_is_picked()
         if self.at_first:
             self.page.value = page([self.at_first])
             return
@@ -216,16 +270,11 @@ def page(parts: list) -> str:
 
 def _html(part) -> str:
     if isinstance(part, Figure):
-        file = io.BytesIO()
-        part.savefig(file, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-        plt.close(part)
-        name = "; ".join(filter(None, (axes.get_title(loc="left") for axes in part.axes)))
-        source = base64.b64encode(file.getvalue()).decode()
-        return f'<p><img alt="{markup.escaped(name)}" src="data:image/png;base64,{source}" style="max-width: 100%"></p>'
+        return style.picture(part).data
     if isinstance(part, Folded):
-        is_open = " open" if part.is_open else ""
-        shown = markup.table(part.table, align="left").data
-        return f"<details{is_open}><summary>{markup.escaped(part.title)}</summary>{shown}</details>"
+        return markup.folded(part.title, part.table, part.is_open).data
+    if isinstance(part, Marked):
+        return markup.table(part.table, quiet=part.quiet, bold=part.bold).data
     if isinstance(part, pd.DataFrame):
         return markup.table(part).data
     return f"<p>{markup.escaped(part)}</p>"

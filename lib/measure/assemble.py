@@ -169,6 +169,33 @@ def self_check(result: record.Record) -> pd.DataFrame:
     return pd.DataFrame([{"check": c.check, "verdict": c.verdict, "says": c.says} for c in result.checks])
 
 
+def in_words(result: record.Record) -> tuple[list[str], list[str]]:
+    """What a run says in the end: its self-check in a sentence or two, and what stands behind it.
+
+    The first list is what a reader must know: whether anything is flagged, and what.
+    """
+    by = {verdict: [c for c in result.checks if c.verdict == verdict] for verdict in ("green", "flagged", "null")}
+    flagged, asked = by["flagged"], len(by["green"]) + len(by["flagged"])
+    said = (
+        f"{len(flagged)} of {asked} checks flagged; use this run with care" if flagged else f"all {asked} checks green"
+    )
+    answer = [f"Self-check: {said}.", *(f"{c.check}: {c.says}." for c in flagged)]
+    reasons: dict[str, list[str]] = {}
+    for check in by["null"]:
+        reasons.setdefault(check.says, []).append(check.check)
+    rest = [f"Not to be asked here ({reason}): {', '.join(names)}." for reason, names in reasons.items()]
+    m = result.metrics
+    joules = result.null_reasons.get("energy_j")
+    energy = f"joules not measured ({record.REASONS[joules]})" if m.energy_j is None else f"{m.energy_j:,.4g} J"
+    loss = "no loss" if m.validation_loss is None else f"a validation loss of {m.validation_loss:.3f} nats"
+    machine = result.environment["device_name"]
+    rest.append(
+        f"{result.title} on {machine}: {m.time_s:,.4g} s for {len(result.series.train_loss):,} steps, {energy}, {loss}."
+    )
+    rest.append("One run is n = 1: it says what this run took, not which attention takes less. make study runs all.")
+    return answer, rest
+
+
 def checkpoint_bytes(model) -> int:
     """Bytes on disk of the model as `save_pretrained` writes it."""
     with tempfile.TemporaryDirectory() as folder:

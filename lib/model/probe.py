@@ -83,13 +83,15 @@ class ProbeNet(nn.Module):
             if embedding is not None:
                 embedding.weight.normal_(0.0, 0.02)
 
-    def forward(self, ids):
-        """(B, T) token ids -> (B, T, vocabulary) logits."""
+    def forward(self, ids, asked=None):
+        """(B, T) token ids -> (B, T, vocabulary) logits; where `asked`, (B, T) bool, is true: (N, vocabulary)."""
         x = self.embedding(ids)  # (B, T, C)
         if self.positions is not None:
             x = x + self.positions.weight[: ids.shape[1]]
         for norm, part in zip(self.norms, self.parts, strict=False):
             x = x + part(norm(x))
+        if asked is not None:  # most positions of a task ask for nothing, and the head is a third of a step
+            x = x[asked]
         return self.norms[-1](x) @ self.embedding.weight.T
 
     def state_bytes(self, context: int, element_bytes: int = 4) -> int:

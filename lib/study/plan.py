@@ -135,7 +135,7 @@ def chosen(
 ) -> tuple[list[dict], str]:
     """The plan of a profile's file, other variants or blocks than its own where given, and the profile's name."""
     overrides, about_study = read_profile(path)
-    variants = variants or about_study.get("variants") or [*attention.variants(), CONTROL_RUN]
+    variants = variants or about_study.get("variants") or [*attention.STUDY_ORDER, CONTROL_RUN]
     blocks = blocks if blocks is not None else about_study.get("blocks", 1)
     if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
         bound = f"at most {MOST_BLOCKS}" if type(blocks) is int and blocks > MOST_BLOCKS else "at least 1"

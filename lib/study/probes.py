@@ -189,26 +189,32 @@ def run(cell: Cell) -> Probe:
     )  # fmt: skip
 
 
-def _train(net: ProbeNet, task, cell: Cell, go_on=None) -> list[float]:
-    """The loss of each step; ends with the first that is not finite, or where `go_on(step, loss)` says no."""
+def _train(net: ProbeNet, task, cell: Cell) -> list[float]:
+    """The loss of each step; ends with the first that is not finite."""
+    losses = []
+    for loss in _steps(net, task, cell):
+        losses.append(loss)
+        if not math.isfinite(loss):
+            break
+    return losses
+
+
+def _steps(net: ProbeNet, task, cell: Cell):
+    """Trains, and yields the loss of each step."""
     setting, generator = cell.setting, torch.Generator().manual_seed(cell.seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=cell.learning_rate, weight_decay=setting.weight_decay)
-    losses = []
     for step in range(setting.steps):
         difficulty = task.trained_on[torch.randint(len(task.trained_on), (1,), generator=generator).item()]
         ids, labels = task.draw(generator, setting.batch_size, difficulty)
         for group in optimizer.param_groups:
             group["lr"] = cell.learning_rate * _rate(step, setting)
-        logits = net(ids)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+        asked = labels != IGNORED
+        loss = torch.nn.functional.cross_entropy(net(ids, asked), labels[asked])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP_NORM)
         optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]) or (go_on is not None and not go_on(step + 1, losses[-1])):
-            break
-    return losses
+        yield loss.item()
 
 
 def _rate(step: int, setting: Setting) -> float:
@@ -217,43 +223,65 @@ def _rate(step: int, setting: Setting) -> float:
     return rise * 0.5 * (1 + math.cos(math.pi * step / setting.steps))
 
 
-@torch.no_grad()
 def _test(net: ProbeNet, task, cell: Cell) -> list[Result]:
-    found, size = [], cell.setting.batch_size
-    for difficulty in task.tested_on:
-        generator = torch.Generator().manual_seed(TEST_SEED + cell.seed)
-        right = asked = 0
-        for first in range(0, cell.setting.test_sequences, size):
-            ids, labels = task.draw(generator, min(size, cell.setting.test_sequences - first), difficulty)
-            answered = labels != IGNORED
-            right += (net(ids).argmax(-1)[answered] == labels[answered]).sum().item()
-            asked += answered.sum().item()
-        accuracy = right / asked
-        found.append(
-            Result(
-                difficulty=difficulty,
-                context=ids.shape[1],
-                accuracy=accuracy,
-                scaled_accuracy=task.scaled(accuracy, difficulty),
-                state_bytes=net.state_bytes(ids.shape[1]),
-            )
-        )
-    return found
+    return [_tested(net, task, cell, difficulty) for difficulty in task.tested_on]
+
+
+@torch.no_grad()
+def _tested(net: ProbeNet, task, cell: Cell, difficulty: int) -> Result:
+    generator, size = torch.Generator().manual_seed(TEST_SEED + cell.seed), cell.setting.batch_size
+    right = questions = 0
+    for first in range(0, cell.setting.test_sequences, size):
+        ids, labels = task.draw(generator, min(size, cell.setting.test_sequences - first), difficulty)
+        asked = labels != IGNORED
+        right += (net(ids, asked).argmax(-1) == labels[asked]).sum().item()
+        questions += asked.sum().item()
+    accuracy = right / questions
+    return Result(
+        difficulty=difficulty, context=ids.shape[1], accuracy=accuracy,
+        scaled_accuracy=task.scaled(accuracy, difficulty), state_bytes=net.state_bytes(ids.shape[1]),
+    )  # fmt: skip
+
+
+class Learner:
+    """A variant, or a pattern, that learns a task here while one looks on. Raises UsageError for what cannot be."""
+
+    def __init__(self, given: str | dict, task: str, rate: float = 3e-3):
+        self.cell, self.losses = _cell(given, _setting(task, 0), rate, 0), []
+        torch.manual_seed(self.cell.seed)
+        self.net = _net(self.cell)
+        self._steps = _steps(self.net, TASKS[task], self.cell)
+
+    def step(self) -> bool:
+        """One step more; False where it has had all that the task's schedule holds, or its loss is not finite."""
+        loss = next(self._steps, None)
+        if loss is not None:
+            self.losses.append(loss)
+        return loss is not None and math.isfinite(loss)
+
+    def rows(self) -> pd.DataFrame:
+        """A row per step with `label`, `title`, `task`, `step` and `loss`, and, the same in all of them, `accuracy` and
+        `chance` at the hardest of what it is trained on and tested at."""
+        task = TASKS[self.cell.setting.task]
+        difficulty = max(set(task.trained_on) & set(task.tested_on))
+        steps = range(1, len(self.losses) + 1)
+        return pd.DataFrame(
+            {
+                "label": self.cell.label, "title": self.cell.title, "task": task.name, "step": steps,
+                "loss": self.losses, "accuracy": _tested(self.net, task, self.cell, difficulty).accuracy,
+                "chance": task.chance(difficulty),
+            }
+        )  # fmt: skip
 
 
 def learning(variants: list, task: str, seconds: float, rate: float = 3e-3) -> pd.DataFrame:
-    """Trains each variant on a task here, for so many seconds: a row per step with `label`, `title`, `step`, `loss`
-    and, the same in all of a variant's rows, `accuracy` where training and test agree. Raises UsageError."""
-    rows = []
-    for given in variants:
-        cell = _cell(given, _setting(task, 0), rate, 0)
-        torch.manual_seed(cell.seed)
-        net, end_s = _net(cell), time.perf_counter() + seconds
-        losses = _train(net, TASKS[task], cell, lambda *_, end_s=end_s: time.perf_counter() < end_s)
-        result = next(r for r in _test(net, TASKS[task], cell) if r.difficulty == max(TASKS[task].trained_on))
-        who = {"label": cell.label, "title": cell.title, "accuracy": result.accuracy}
-        rows += [who | {"step": step + 1, "loss": loss} for step, loss in enumerate(losses)]
-    return pd.DataFrame(rows)
+    """The `rows` of each variant that learns a task here, for so many seconds each."""
+    learners = [Learner(given, task, rate) for given in variants]
+    for learner in learners:
+        end_s = time.perf_counter() + seconds
+        while learner.step() and time.perf_counter() < end_s:
+            pass
+    return pd.concat([learner.rows() for learner in learners], ignore_index=True)
 
 
 def run_all(made: Plan, folder: Path, say=print) -> list[str]:

@@ -89,7 +89,7 @@ def predict(profile: str | None, device_name: str, vocabulary: int, variants: li
         )
     if vocabulary < 2:
         raise UsageError(f"vocabulary must be at least 2, not {vocabulary}")
-    runs, name = plan.chosen(profile, variants or attention.variants(), 1)
+    runs, name = plan.chosen(profile, variants or attention.STUDY_ORDER, 1)
     if runs[0]["values"]["compile"]:
         raise UsageError("which kernels a compiled model has is not known before; predict it with compile: false")
     return Prediction(

@@ -70,9 +70,9 @@ def checked(values: dict) -> Plan:
 
 
 def _entries(made: Plan) -> list[SimpleNamespace]:
-    """Label, title, attention and options of each variant, of all where none is named. Raises UsageError."""
+    """Label, title, attention and options of each variant, of the paper's where none is named. Raises UsageError."""
     entries = []
-    for given in made.variants or attention.variants():
+    for given in made.variants or attention.STUDY_ORDER:
         given = given if isinstance(given, dict) else {"attention": given}
         parameters.check_names(given, ("attention", "label", "options"))
         if "attention" not in given:

@@ -88,9 +88,9 @@ def read_plan(profile: str | None, **changes) -> Plan:
 
 
 def entries_of(made: Plan) -> list[SimpleNamespace]:
-    """Attention, options, label and title of each variant, of all and the A/A control where none is named."""
+    """Attention, options, label and title of each variant, of the paper's and the A/A control where none is named."""
     found, longest = [], max(size.context for size in made.sizes)
-    for given in made.variants or [*attention.variants(), plan.CONTROL_RUN]:
+    for given in made.variants or [*attention.STUDY_ORDER, plan.CONTROL_RUN]:
         given = given if isinstance(given, dict) else {"attention": given}
         parameters.check_names(given, ("attention", "label", "options"))
         if "attention" not in given:
