@@ -512,9 +512,13 @@ def test_a_target_is_reached_within_what_the_control_differs_by(tmp_path):
     again = [loss + (0.02 if index % 2 else -0.02) for index, loss in enumerate(FALLING)]
     close = [*FALLING[:-3], 4.1, 4.0, 3.97]  # never quite there
     made = [curve("sdpa", FALLING), curve("sdpa_again", again), curve("gqa", close)]
+    made.append(curve("lsh", [*FALLING[:-3], 4.4, 4.35, 4.3]))
     runs = read(tmp_path / "with", made)
     assert target.tolerance(runs) == pytest.approx(0.02)
-    assert target.to_target(runs).set_index("label")["censored"].isna().all()
+    found = target.to_target(runs).set_index("label")
+    assert list(found.index[found["censored"].notna()]) == ["lsh"]
+    # What a curve lacks is told to the target itself, and not to what is allowed beyond it.
+    assert found.loc["lsh", "gap_nats"] == pytest.approx(4.3 - found.loc["lsh", "target"])
     assert "within 0.020 nats" in target.rule(runs)
     alone = read(tmp_path / "without", [made[0], made[2]])
     assert target.tolerance(alone) == 0 and "no A/A control" in target.rule(alone)
