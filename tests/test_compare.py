@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from lib import record
-from lib.analysis import compare, paired, tables, target
+from lib.analysis import compare, paired, quality, tables, target
 from lib.errors import UsageError
 from lib.study import plan
 
@@ -189,6 +189,20 @@ def test_holm_counts_all_comparisons(tmp_path):
     least = min(raw, key=raw.get)
     adjusted = compare.ratios(runs, "time_s").set_index("label")["p"]
     assert adjusted[least] == pytest.approx(min(1.0, raw[least] * 6))
+
+
+def test_below_five_blocks_the_ratio_is_the_geometric_mean_and_one_failed_certificate_fails_all(tmp_path):
+    times = {"sdpa": (20.0, 20.0, 20.0), "gqa": (20.0, 20.0, 160.0)}  # ratios of 1, 1 and 8
+    made = [
+        make_record(label, block, time_s=own[block], position=(block + (label == "gqa")) % 2)
+        for label, own in times.items() for block in range(3)
+    ]  # fmt: skip
+    assert compare.ratios(read(tmp_path, made), "time_s").set_index("label").loc["gqa", "ratio"] == pytest.approx(2.0)
+    runs = read(tmp_path / "six", blocks({"sdpa": 1.0, "gqa": 1.5}, count=6, spread=0.01))
+    runs.loc[(runs["label"] == "gqa") & (runs["block"] == 4), "certified"] = False
+    found = compare.ratios(runs, "time_s").set_index("label").loc["gqa"]
+    assert found["verdict"] == "fails its certificate" and pd.isna(found["p"]) and found["low"] > 1.4
+    assert compare.ranks(runs, "time_s") == {"sdpa": (1, 1)}
 
 
 def test_a_torn_block_does_not_count(tmp_path):
@@ -435,6 +449,45 @@ def test_a_loss_has_its_verdict_by_its_difference_in_nats(tmp_path):
     )
 
 
+def test_quality_is_told_in_two_sentences_with_difference_interval_p_and_n(tmp_path):
+    random = np.random.default_rng(2)
+    gaps = {"sdpa": 0.0, "sdpa_again": 0.0, "gqa": -0.1, "mla": 0.2, "flash": 0.0005}
+    runs = read(tmp_path, blocks(dict.fromkeys(gaps, 1.0), count=8))
+    runs["validation_loss"] = 8.6 + runs["block"] / 10 + runs["label"].map(gaps) + 0.002 * random.normal(size=len(runs))
+    first, second = quality.sentences(runs)
+    found = compare.differences(runs).set_index("label")
+    for label, side in (("gqa", "significantly lower"), ("mla", "significantly higher")):
+        of = found.loc[label]
+        said = (
+            f"{side}: {label} {of['difference']:+.3f} nats [{of['low']:+.3f}, {of['high']:+.3f}], p = {of['p']:.2g}, "
+        )
+        assert f"{said}n = 8" in first and (of["difference"] < 0) == (label == "gqa")
+    assert "equivalent within 0.02 nats: flash +" in first and "sdpa_again" not in first
+    assert second.startswith("A/A control: ") and "bigrams" in second
+    few = runs[runs["block"] < 4]
+    assert "a verdict needs 5 whole blocks, and there are 4" in quality.sentences(few)[0]
+    assert "no run of SDPA" in quality.sentences(runs[runs["label"] != "sdpa"])[0]
+
+
+def test_cpu_seconds_stand_beside_the_wall_clock(tmp_path):
+    """A neighbour slows the clock of half of the runs; processor time says what the runs cost."""
+    cpu = {"device": "cpu", "device_name": "a CPU"}
+    made = [
+        one.model_copy(update={"metrics": one.metrics.model_copy(update={"cpu_time_s": one.metrics.time_s})})
+        for one in blocks({"sdpa": 1.0, "gqa": 0.9}, count=8, spread=1e-3, environment=cpu)
+    ]
+    runs = read(tmp_path, made)
+    random = np.random.default_rng(0)
+    runs["time_s"] = runs["time_s"] * random.uniform(1, 3, len(runs))
+    table = tables.processor(runs).set_index("variant")
+    assert table.loc["gqa", "CPU seconds, ratio to SDPA"].startswith("0.9")
+    assert table.loc["gqa", "verdict on CPU seconds"].startswith("significantly different")
+    assert table.loc["gqa", "verdict on wall clock"].startswith("inconclusive")
+    main = tables.ranking(runs)
+    assert {"CPU s per run", "peak resident GiB"} < set(main) and "peak GPU GiB" not in main
+    assert "peak GPU GiB" in tables.ranking(runs.assign(device="cuda"))
+
+
 def test_flags_are_counted_and_the_table_is_made_again_without_what_they_spoil(tmp_path):
     made = blocks({"sdpa": 1.0, "gqa": 1.5, "mla": 1.2}, count=8, spread=0.001)
     flag = {
@@ -498,9 +551,13 @@ def test_a_target_is_reached_within_what_the_control_differs_by(tmp_path):
     again = [loss + (0.02 if index % 2 else -0.02) for index, loss in enumerate(FALLING)]
     close = [*FALLING[:-3], 4.1, 4.0, 3.97]  # never quite there
     made = [curve("sdpa", FALLING), curve("sdpa_again", again), curve("gqa", close)]
+    made.append(curve("lsh", [*FALLING[:-3], 4.4, 4.35, 4.3]))
     runs = read(tmp_path / "with", made)
     assert target.tolerance(runs) == pytest.approx(0.02)
-    assert target.to_target(runs).set_index("label")["censored"].isna().all()
+    found = target.to_target(runs).set_index("label")
+    assert list(found.index[found["censored"].notna()]) == ["lsh"]
+    # What a curve lacks is told to the target itself, and not to what is allowed beyond it.
+    assert found.loc["lsh", "gap_nats"] == pytest.approx(4.3 - found.loc["lsh", "target"])
     assert "within 0.020 nats" in target.rule(runs)
     alone = read(tmp_path / "without", [made[0], made[2]])
     assert target.tolerance(alone) == 0 and "no A/A control" in target.rule(alone)
