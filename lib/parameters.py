@@ -5,6 +5,7 @@ This module reads that cell, checks what a person gave against it, and says in o
 
 import ast
 import inspect
+import json
 import math
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ from lib.record.names import (
     setting,
 )  # fmt: skip
 from lib.record.names import file_stem as file_name
-from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, PRECISIONS
+from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, POSITION_EMBEDDINGS, PRECISIONS
 
 # Names of records, which hold the parameters, and so are made there.
 __all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
@@ -39,6 +40,7 @@ CHOICES = {
     "schedule": ("cosine", "constant"),
     "turns": ("roles", "joined"),
     "packing": (False, True, "documents"),
+    "position_embedding": POSITION_EMBEDDINGS,
 }
 
 
@@ -133,8 +135,9 @@ def _way_out(wanted: type, value) -> str:
 def portable(values: dict) -> dict:
     """The values with paths as seen from the repository's root, so that no record names a machine's folders."""
     found = dict(values)
-    for name in ("attention", "dataset", "tokenizer"):
-        found[name] = paths.portable(values[name])
+    for name in ("attention", "dataset", "tokenizer", "save_model"):
+        if name in values:
+            found[name] = paths.portable(values[name])
     return found
 
 
@@ -177,6 +180,25 @@ def check_values(values: dict) -> None:
             raise UsageError(f"options: {_shown(option)} must be a number, text, true, false, or a list of such")
     pin(p.attention)
     named(values, check_attention(p))
+    if p.save_model:
+        check_folder(p.save_model, run_name(portable(values)))
+
+
+SAVED = "attention_study.json"  # in the folder of a saved model: which record it belongs to
+
+
+def check_folder(name: str, record_name: str) -> None:
+    """Raises UsageError where a model saved there would lie among, or replace, what is not this run's."""
+    folder = paths.from_root(name)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"save_model: {name} is a file; name a folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        try:
+            found = json.loads(paths.read_bounded(folder / SAVED, 1 << 20)).get("record")
+        except (OSError, ValueError, AttributeError):
+            found = None
+        if found != record_name:
+            raise UsageError(f"save_model: {name} holds something else already; name an empty folder, or a new one")
 
 
 def _listed(value) -> list:
@@ -214,11 +236,75 @@ def check_attention(p):
                 "names seq_idx (lib/attention/__init__.py)"
             )
         with torch.device("meta"):
-            return variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.options)
+            layer = variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.options)
     except ValueError as error:
         raise UsageError(str(error)) from None
     except TypeError as error:
         raise UsageError(f"{p.attention} cannot be built with the options {p.options}: {error}") from None
+    check_contract(p.attention, layer, p.width, getattr(p, "context", p.positions))
+    return layer
+
+
+MEMBERS = {  # of the contract in lib/attention/__init__.py, and how each is called
+    "forward": "forward(hidden_states, past_key_values=None, padding_mask=None, **_)",
+    "new_cache": "new_cache()",
+    "core_flops": "core_flops(context, dense=False)",
+    "cache_bytes": "cache_bytes(context, element_bytes)",
+    "reference": "reference(hidden_states)",
+}
+CONTRACT = "lib/attention/__init__.py lists what a variant has, and sdpa.py shows it"
+
+
+def check_contract(name: str, layer, width: int, context: int) -> None:
+    """Raises UsageError where a `layer` of the variant `name`, built without memory, lacks a member of the contract, or
+    has one that takes or gives something else."""
+    import torch
+
+    if not isinstance(getattr(layer, "paper", None), str):
+        raise UsageError(f"{name} has no text `paper`, which says where its definition stands; {CONTRACT}")
+    for member, call in MEMBERS.items():
+        if not callable(getattr(layer, member, None)) or getattr(type(layer), member, 0) is torch.nn.Module.forward:
+            raise UsageError(f"{name} has no `{call}`; {CONTRACT}")
+    hidden = torch.empty(1, min(context, 8), width, device="meta")
+    given = {
+        "forward": (
+            (hidden,),
+            {"past_key_values": None, "padding_mask": None, "use_cache": False, "position_ids": None},
+        ),
+        "new_cache": ((), {}),
+        "core_flops": ((context,), {"dense": True}),
+        "cache_bytes": ((context, 2), {}),
+        "reference": ((hidden,), {}),
+    }
+    for member, (values, named_values) in given.items():
+        try:
+            inspect.signature(getattr(layer, member)).bind(*values, **named_values)
+        except TypeError as error:
+            raise UsageError(f"{name} cannot be called as `{MEMBERS[member]}`: {error}; {CONTRACT}") from None
+    for member in ("core_flops", "cache_bytes"):
+        _check_number(name, member, layer, *given[member])
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = layer(*given["forward"][0], **given["forward"][1])
+    except Exception:  # not every operator runs without memory: what is wrong with it is said by the run
+        return
+    is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], torch.Tensor)
+    if not is_pair or found[0].shape != hidden.shape:
+        gave = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        gave = f"{tuple(found[0].shape)} for {tuple(hidden.shape)}" if is_pair else gave
+        raise UsageError(
+            f"{name}'s forward must return ((B, T, C), None), not {gave}: `return output, None`; {CONTRACT}"
+        )
+
+
+def _check_number(name: str, member: str, layer, values: tuple, named_values: dict) -> None:
+    try:
+        found = getattr(layer, member)(*values, **named_values)
+    except Exception as error:
+        said = printable(f"{type(error).__name__}: {error}", 200)
+        raise UsageError(f"{name}'s {member}{values} raises {said}; {CONTRACT}") from None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found) or found < 0:
+        raise UsageError(f"{name}'s {member}{values} must give a number, not {_shown(found)}; {CONTRACT}")
 
 
 def options(variant: type) -> dict[str, object]:

@@ -11,7 +11,7 @@ from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from lib import record
-from lib.analysis import compare, paired, tables, target
+from lib.analysis import compare, paired, quality, tables, target
 from lib.errors import UsageError
 from lib.study import plan
 
@@ -447,6 +447,45 @@ def test_a_loss_has_its_verdict_by_its_difference_in_nats(tmp_path):
     assert (
         table.loc["gqa", "loss − SDPA's, nats"].startswith("+0.1") and "p = " in table.loc["gqa", "verdict on the loss"]
     )
+
+
+def test_quality_is_told_in_two_sentences_with_difference_interval_p_and_n(tmp_path):
+    random = np.random.default_rng(2)
+    gaps = {"sdpa": 0.0, "sdpa_again": 0.0, "gqa": -0.1, "mla": 0.2, "flash": 0.0005}
+    runs = read(tmp_path, blocks(dict.fromkeys(gaps, 1.0), count=8))
+    runs["validation_loss"] = 8.6 + runs["block"] / 10 + runs["label"].map(gaps) + 0.002 * random.normal(size=len(runs))
+    first, second = quality.sentences(runs)
+    found = compare.differences(runs).set_index("label")
+    for label, side in (("gqa", "significantly lower"), ("mla", "significantly higher")):
+        of = found.loc[label]
+        said = (
+            f"{side}: {label} {of['difference']:+.3f} nats [{of['low']:+.3f}, {of['high']:+.3f}], p = {of['p']:.2g}, "
+        )
+        assert f"{said}n = 8" in first and (of["difference"] < 0) == (label == "gqa")
+    assert "equivalent within 0.02 nats: flash +" in first and "sdpa_again" not in first
+    assert second.startswith("A/A control: ") and "bigrams" in second
+    few = runs[runs["block"] < 4]
+    assert "a verdict needs 5 whole blocks, and there are 4" in quality.sentences(few)[0]
+    assert "no run of SDPA" in quality.sentences(runs[runs["label"] != "sdpa"])[0]
+
+
+def test_cpu_seconds_stand_beside_the_wall_clock(tmp_path):
+    """A neighbour slows the clock of half of the runs; processor time says what the runs cost."""
+    cpu = {"device": "cpu", "device_name": "a CPU"}
+    made = [
+        one.model_copy(update={"metrics": one.metrics.model_copy(update={"cpu_time_s": one.metrics.time_s})})
+        for one in blocks({"sdpa": 1.0, "gqa": 0.9}, count=8, spread=1e-3, environment=cpu)
+    ]
+    runs = read(tmp_path, made)
+    random = np.random.default_rng(0)
+    runs["time_s"] = runs["time_s"] * random.uniform(1, 3, len(runs))
+    table = tables.processor(runs).set_index("variant")
+    assert table.loc["gqa", "CPU seconds, ratio to SDPA"].startswith("0.9")
+    assert table.loc["gqa", "verdict on CPU seconds"].startswith("significantly different")
+    assert table.loc["gqa", "verdict on wall clock"].startswith("inconclusive")
+    main = tables.ranking(runs)
+    assert {"CPU s per run", "peak resident GiB"} < set(main) and "peak GPU GiB" not in main
+    assert "peak GPU GiB" in tables.ranking(runs.assign(device="cuda"))
 
 
 def test_flags_are_counted_and_the_table_is_made_again_without_what_they_spoil(tmp_path):

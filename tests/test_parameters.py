@@ -1,8 +1,9 @@
 """What a person can get wrong is said in one sentence, before anything runs."""
 
 import pytest
+from make import NINTH
 
-from lib import parameters
+from lib import attention, parameters
 from lib.errors import UsageError
 from lib.paths import ROOT
 from lib.study import plan
@@ -110,13 +111,14 @@ def test_refused_parameters_leave_no_older_ones_to_train_with():
 
 
 def test_a_option_that_its_variant_refuses_is_said(tmp_path):
-    source = (
-        "from torch import nn\n"
-        "class Attention(nn.Module):\n"
-        "    def __init__(self, config, layer_idx, window=8):\n"
-        "        super().__init__()\n"
-        "        if window < 1: raise ValueError('window must be at least 1')\n"
+    source = NINTH.replace("weight=0.5", "window=8").replace(
+        "self.weight = layer_idx, weight", "window = layer_idx, window"
     )
+    source = source.replace(
+        "        self.c_attn,",
+        "        if window < 1: raise ValueError('window must be at least 1')\n        self.c_attn,",
+    )
+    source = source.replace("self.weight", "0.5")
     (tmp_path / "windowed.py").write_text(source)
     attention = f"attention = {str(tmp_path / 'windowed.py')!r}\n"
     with pytest.raises(UsageError, match="window must be at least 1"):
@@ -151,3 +153,44 @@ def test_the_parameters_of_every_notebook_are_checked():
         parameters.checked([history[0], "# Parameters\nrecord_folder = 'mine'\n"], namespace)
     with pytest.raises(UsageError, match="records_folder must be str, not 5"):
         parameters.checked(history, {"records_folder": 5})
+
+
+def without(member):
+    """A variant that lacks a member of the contract."""
+    return NINTH.replace(f"def {member}(", f"def another_{member}(").replace(f"    {member} = ", f"    no_{member} = ")
+
+
+@pytest.mark.parametrize("member", ["paper", *parameters.MEMBERS])
+def test_a_variant_that_lacks_a_member_is_refused_beforehand(member, tmp_path):
+    (tmp_path / "mine.py").write_text(without(member))
+    with pytest.raises(UsageError, match=f"has no (text )?`{member}.*lib/attention/__init__.py") as said:
+        resolve(f"attention = {str(tmp_path / 'mine.py')!r}")
+    assert "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    ("was", "then", "said"),
+    [
+        ("[:, -T:]), None", "[:, -T:])", r"must return \(\(B, T, C\), None\), not Tensor: `return output, None`"),
+        ("[:, -T:]), None", "[:, -T:]), None, None", "not a tuple of 3"),
+        ("[:, -T:]), None", "[:, :1]), None", r"not \(1, 1, 128\) for \(1, 8, 128\)"),
+        ("past_key_values=None, padding_mask=None, **_)", "past_key_values=None)", "cannot be called as `forward"),
+        ("core_flops(self, context, dense=False)", "core_flops(self, context)", "cannot be called as `core_flops"),
+        ("return 2 * self.c_attn.nf * context\n", "return self.nothing\n", "core_flops.* raises AttributeError"),
+        ("return 2 * self.c_attn.nf * context * element_bytes", "return None", "cache_bytes.* must give a number"),
+        ("def reference(self, hidden_states)", "def reference(self)", "cannot be called as `reference"),
+    ],
+)  # fmt: skip
+def test_a_member_that_takes_or_gives_something_else_is_refused_beforehand(was, then, said, tmp_path):
+    assert was in NINTH
+    (tmp_path / "mine.py").write_text(NINTH.replace(was, then))
+    with pytest.raises(UsageError, match=said):
+        resolve(f"attention = {str(tmp_path / 'mine.py')!r}")
+
+
+@pytest.mark.parametrize("name", [*attention.variants(), "lib/published/linear.py", "lib/published/lsh.py"])
+def test_every_variant_keeps_the_contract(name):
+    assert (
+        resolve(f"attention = {name!r}\nlabel = {'' if name in attention.variants() else 'as published'!r}").attention
+        == name
+    )

@@ -249,3 +249,19 @@ def test_the_committed_runs_of_one_function_agree_step_by_step():
     assert len(losses) == 4
     for label, series in losses.items():
         assert series[:20] == pytest.approx(losses["baseline"][:20], abs=1e-4), label
+
+
+def test_a_run_that_is_made_again_replaces_no_record_in_silence(tmp_path, capsys):
+    """As by Run All, or papermill, a second time; written again as it is, nothing is said."""
+    first, second, third = (make_record(time_s=time_s) for time_s in (10.0, 20.0, 30.0))
+    path = record.write(first, tmp_path)
+    was = path.read_bytes()
+    record.write(first, tmp_path)
+    assert not capsys.readouterr().out and not (tmp_path / record.INCOMPLETE).exists()
+    record.write(second, tmp_path)
+    said = capsys.readouterr().out
+    assert said == f"an earlier record of this run is kept in incomplete/{first.name}-earlier-1/\n"
+    record.write(third, tmp_path)
+    kept = sorted((tmp_path / record.INCOMPLETE).rglob("*.json"))
+    assert [record.load(one).metrics.time_s for one in kept] == [10.0, 20.0] and kept[0].read_bytes() == was
+    assert [one.metrics.time_s for one in record.load_all(tmp_path)] == [30.0]

@@ -5,6 +5,7 @@ import torch
 
 from lib import record
 from lib.measure import energy, sampler, selfcheck
+from lib.measure import meter as meters
 from lib.measure.meter import Meter, Window
 
 GREEN = {
@@ -18,10 +19,13 @@ SAMPLE = {"sm_clock_mhz": 1980, "temperature_c": 60, "power_limit_w": 700.0, "th
 WARMED = {"steady": True, "seconds": 5.0}
 
 
-def meter(monkeypatch, on_gpu=True, first=SAMPLE, last=SAMPLE, others=(0, 0), window_s=60.0, odd=SAMPLE, count=8):
+def meter(
+    monkeypatch, on_gpu=True, first=SAMPLE, last=SAMPLE, others=(0, 0), window_s=60.0, odd=SAMPLE, count=8, waited=0.0
+):  # fmt: skip
     """A meter that has measured `window_s` seconds at 400 W by the counter and by the trace; `count` samples, the first
     half of them `first`, the others `last`, but for the newest, `odd`."""
     made = Meter(torch.device("cpu"))
+    made.cpu_time_s, made.waited_s = window_s, waited * window_s
     made.windows = [Window(0.0, window_s, 1000.0, 1000.0 + window_s)]
     halves = [SAMPLE | first] * (count // 2) + [SAMPLE | last] * (count // 2)
     halves[-1] = halves[-1] | odd if odd is not SAMPLE else halves[-1]
@@ -53,6 +57,7 @@ def test_a_sound_run_is_green_throughout(monkeypatch):
         ("mfu", {"metrics": METRICS | {"mfu": 1.01}}),
         ("idle", {"metrics": METRICS | {"idle_power_w": 400.0}}),
         ("padding", {"padding": 0.501}),
+        ("busy_neighbour", {"waited": 1.86}),  # 35 % of what it could have computed
         ("window_length", {"window_s": 3.9}),
         ("other_processes", {"others": (0, 1)}),
         ("other_processes", {"others": (0, None)}),
@@ -89,7 +94,7 @@ def test_what_is_just_within_bounds_is_green(changes, monkeypatch):
 
 def test_a_check_shows_the_number_that_it_is_about(monkeypatch):
     """The value against a pencil, with its sign, and the limit beside it."""
-    made = meter(monkeypatch, first={"sm_clock_mhz": 1800}, last={"temperature_c": 50})
+    made = meter(monkeypatch, first={"sm_clock_mhz": 1800}, last={"temperature_c": 50}, waited=0.25)
     made.windows = [Window(0.0, 20.0, 1000.0, 1020.0), Window(20.0, 60.0, 1020.0, 1060.0)]
     made.gpu_counter.windows_j, made.states = [8_000.0, 16_000.0], [GREEN | {"sm_clock_mhz": 2000}, GREEN]
     made.trace = made.trace._replace(watts=made.trace.watts * 0.98)
@@ -97,10 +102,10 @@ def test_a_check_shows_the_number_that_it_is_about(monkeypatch):
     expected = {
         "counter_against_power": -0.02, "window_length": 20.0, "launch_bound": 0.99, "warm_up": None,
         "clock_drift": 1980 / 1800 - 1, "clock_under_load": 1 - 1890 / 2000, "temperature_drift": -10.0,
-        "throttling": 0.0, "other_processes": 0.0, "padding": 0.25, "mfu": 0.4, "idle": 0.2,
+        "throttling": 0.0, "other_processes": 0.0, "busy_neighbour": 0.2, "padding": 0.25, "mfu": 0.4, "idle": 0.2,
     }  # fmt: skip
     assert {name: check.value for name, check in found.items()} == pytest.approx(expected)
-    limits = (0.05, 4.0, 0.95, None, 0.05, 0.05, 10.0, 0.01, 0.0, 0.5, 1.0, 1.0)
+    limits = (0.05, 4.0, 0.95, None, 0.05, 0.05, 10.0, 0.01, 0.0, 0.1, 0.5, 1.0, 1.0)
     assert [found[name].limit for name in expected] == list(limits)
 
 
@@ -148,6 +153,25 @@ def test_without_a_gpu_every_check_of_it_is_null_with_the_reason(monkeypatch):
     made, none = meter(monkeypatch, on_gpu=False), dict.fromkeys(METRICS)
     reasons = {"gpu_busy_fraction": "no_gpu", "mfu": "peak_unknown", "net_energy_j": "no_gpu"}
     found = selfcheck.checks(made, none, reasons, 0.1, {"steady": None, "seconds": 1.0})
-    assert {check.check for check in found if check.verdict != "null"} == {"padding"}
+    assert {check.check for check in found if check.verdict != "null"} == {"padding", "busy_neighbour"}
     said = {check.says for check in found if check.verdict == "null"}
     assert said == {record.REASONS["no_gpu"], record.REASONS["peak_unknown"]}
+
+
+def test_a_busy_neighbour_is_seen_where_the_system_counts_and_where_it_does_not(monkeypatch):
+    """A thread that waits for a core is counted by Linux; else by what the window lacks of one core."""
+    made = meter(monkeypatch, on_gpu=False)
+    made._note_waited({"1": 1.0, "2": 5.0}, {"1": 2.5, "3": 0.5})  # thread 2 has ended, thread 3 begun
+    assert made.waited_s == 2.0 and made.waited_share == pytest.approx(2 / 62)
+    made._note_waited(None, {"1": 2.5})
+    assert made.waited_s is None
+    made.cpu_time_s = 0.35 * 60
+    assert made.waited_share == pytest.approx(0.65)
+    assert verdicts(made)["busy_neighbour"] == "flagged"
+    made.device = torch.device("cuda")
+    assert made.waited_share is None and verdicts(made)["busy_neighbour"] == "null"
+
+
+def test_what_a_thread_waits_for_a_core_is_read_from_the_system():
+    found = meters._waited_s()
+    assert found is None or (found and all(seconds >= 0 for seconds in found.values()))

@@ -149,7 +149,8 @@ def test_what_is_doubtful_keeps_its_joules_and_is_flagged(said, what, flags):
     found = said["faults"][what]
     scale = float(what.rpartition(" ")[2]) if "times" in what else 1.0
     assert found["energy_j"] == pytest.approx(300.0 * 60 * scale, rel=1e-3)
-    assert [check for check, verdict in found["checks"].items() if verdict == "flagged"] == flags
+    of_the_gpu = {check: verdict for check, verdict in found["checks"].items() if check != "busy_neighbour"}
+    assert [check for check, verdict in of_the_gpu.items() if verdict == "flagged"] == flags
 
 
 def test_what_drags_a_working_gpu_down_is_seen_though_an_idle_one_shows_nothing(said):

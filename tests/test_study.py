@@ -120,27 +120,6 @@ def test_a_profile_is_checked_before_anything_runs(out, tmp_path, profile, said,
     assert not out.exists() or not os.listdir(out)
 
 
-def test_some_runs_now_and_the_rest_in_the_same_session_later(out, monkeypatch, capsys):
-    """For a machine that is lent by the minute: no run twice, one session, and the summary after the last."""
-    done, sessions, summaries = [], [], []
-
-    def run_one(run, profile, session, folder, data):
-        done.append(run["position"])
-        sessions.append(session)
-
-    monkeypatch.setattr(runner, "load_data", lambda runs: runner.Data())
-    monkeypatch.setattr(runner, "run_one", run_one)
-    monkeypatch.setattr(runner, "is_finished", lambda run, folder, data: run["position"] in done)
-    monkeypatch.setattr(runner, "summarize", lambda folder: summaries.append(len(done)))
-    words = ["--variants", "sdpa", "linear", "gqa", "--session", "s1", "--runs"]
-    assert main([*words, "2"]) == runner.RUNS_LEFT
-    assert "left to run: 1; the same command goes on" in capsys.readouterr().out
-    assert main([*words, "2"]) == 0
-    assert sorted(done) == [0, 1, 2] and set(sessions) == {"s1"} and summaries == [3]
-    with pytest.raises(SystemExit):
-        main([*words, "0"])
-
-
 def test_a_profile_that_is_not_there_lists_those_that_are(out, capsys):
     assert main(["params/papr.yaml"]) == 2
     assert "params/paper.yaml" in capsys.readouterr().err

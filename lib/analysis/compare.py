@@ -76,16 +76,37 @@ def _title(run: pd.Series, tokens_too: bool) -> str:
 def whole_blocks(runs: pd.DataFrame) -> pd.DataFrame:
     """The runs of whole blocks: every label once, in one session, on one device (a GPU by its UUID).
 
-    Every label means all that the sessions with `sdpa` hold: a variant added later, in a session without it, is in no
-    block and tears none. A block that holds a label twice is left out: which of the two belongs there is not known.
+    Every label means all that the block was to have, as its runs' records say, but for what has no record in any
+    session with `sdpa`: that failed throughout. Where they do not say it, it means all that a session with `sdpa`
+    holds, unless another holds these and more: then it was torn. So variants that came later may have blocks of their
+    own beside `sdpa`. A block that holds a label twice is left out: which of the two belongs there is not known.
     """
     seated = runs.dropna(subset=BLOCK)
+    if seated.empty:
+        return seated
+    planned = seated["planned"] if "planned" in seated else pd.Series(None, seated.index, dtype=object)
+    untold = seated[np.array([not isinstance(labels, list) for labels in planned])]
+    sessions = {frozenset(part["label"]) for _, part in untold.groupby("session")}
+    panels = {labels for labels in sessions if REFERENCE in labels and not any(labels < other for other in sessions)}
     compared = seated["session"].isin(seated.loc[seated["label"] == REFERENCE, "session"])
-    every = seated.loc[compared, "label"].unique()
+    every = frozenset(seated.loc[compared, "label"])
     device = seated["device_name"].astype(str) + seated["gpu_uuid"].fillna("").astype(str)
-    facts = seated.assign(known=seated["label"].isin(every), device=device).groupby(BLOCK)
-    once = (facts["label"].transform("size") == len(every)) & (facts["label"].transform("nunique") == len(every))
-    return seated[once & facts["known"].transform("all") & (facts["device"].transform("nunique") == 1)]
+    found = []
+    for _, part in seated.assign(planned=planned, device=device).groupby(BLOCK):
+        labels = frozenset(part["label"])
+        told = {every.intersection(one) if isinstance(one, list) else None for one in part["planned"]}
+        is_whole = labels in panels if told == {None} else told == {labels}
+        if is_whole and len(labels) == len(part) and part["device"].nunique() == 1:
+            found.append(part.index)
+    return seated[seated.index.isin([index for part in found for index in part])]
+
+
+def panels(whole: pd.DataFrame) -> list[pd.DataFrame]:
+    """Whole blocks by the labels that they hold: variants that came later have blocks of their own."""
+    found: dict[frozenset, list] = {}
+    for _, part in whole.groupby(BLOCK):
+        found.setdefault(frozenset(part["label"]), []).extend(part.index)
+    return [whole[whole.index.isin(index)] for index in found.values()]
 
 
 def comparable(runs: pd.DataFrame) -> pd.DataFrame:
@@ -100,8 +121,13 @@ def balanced(runs: pd.DataFrame) -> bool:
     A Williams square does that in as many blocks as there are labels, or in twice as many where their number is odd.
     The A/A control is no part of it: only the order of the others among themselves counts.
     """
-    orders = [part.sort_values("position") for _, part in whole_blocks(runs).groupby(BLOCK)]
-    if not orders or any(list(order["position"]) != list(range(len(order))) for order in orders):
+    parts = panels(whole_blocks(runs))
+    return bool(parts) and all(map(_is_balanced, parts))
+
+
+def _is_balanced(whole: pd.DataFrame) -> bool:
+    orders = [part.sort_values("position") for _, part in whole.groupby(BLOCK)]
+    if any(list(order["position"]) != list(range(len(order))) for order in orders):
         return False
     names = [[label for label in order["label"] if label != CONTROL] for order in orders]
     places = Counter(place for order in names for place in enumerate(order))
@@ -124,7 +150,7 @@ def about_blocks(runs: pd.DataFrame) -> str:
             "No block is whole (every variant in one session on one device): runs are paired by seed, points only: no "
             "interval, no verdict, no rank."
         )
-    counted = f"{blocks} whole block{'s' if blocks > 1 else ''}"
+    counted = f"{blocks} whole block{'s' if blocks > 1 else ''}{_by_panel(whole)}{_torn(runs, whole)}"
     if blocks < FEWEST_BLOCKS:
         return f"{counted}, fewer than {FEWEST_BLOCKS}: points only, no interval, no verdict, no rank."
     if balanced(runs):
@@ -132,6 +158,23 @@ def about_blocks(runs: pd.DataFrame) -> str:
     if _places(whole) is None:
         return f"{counted}, but not in which order their runs were: points only, no interval, no verdict, no rank."
     return f"{counted}, the order of runs over them not balanced: the place of each run is in the model."
+
+
+def _by_panel(whole: pd.DataFrame) -> str:
+    parts = panels(whole)
+    if len(parts) == 1:
+        return ""
+    counted = (f"{len(part.groupby(BLOCK))} of {', '.join(sorted(set(part['label'])))}" for part in parts)
+    return f" ({'; '.join(counted)})"
+
+
+def _torn(runs: pd.DataFrame, whole: pd.DataFrame) -> str:
+    """The runs of labels in whole blocks that are in none: their numbers count nowhere."""
+    left = runs[runs["label"].isin(whole["label"]) & ~runs.index.isin(whole.index)]
+    if left.empty:
+        return ""
+    several = f"{len(left)} runs of incomplete blocks count" if len(left) > 1 else "1 run of an incomplete block counts"
+    return f" ({several} nowhere; the same command runs such blocks again)"
 
 
 def pairs(runs: pd.DataFrame) -> pd.DataFrame:
@@ -172,11 +215,19 @@ def laid_out(runs: pd.DataFrame, metric: str, as_ratio: bool) -> Layout | None:
 
 
 def _places(blocks: pd.DataFrame) -> np.ndarray | None:
-    """Which place each label has in each whole block, (blocks, labels); None where nobody knows."""
-    if "position" not in blocks:
+    """Which place each label has in each whole block, (blocks, labels); None where nobody knows. Blocks of other labels
+    have places of their own, whose effects are others; a label that a block does not hold has place -1."""
+    if "position" not in blocks or blocks["position"].isna().any():
         return None
-    places = blocks.pivot(index=BLOCK, columns="label", values="position").to_numpy(dtype=float)
-    return None if np.isnan(places).any() or any(len(set(order)) < len(order) for order in places) else places
+    where = blocks.assign(place=blocks["position"].astype(float))
+    for number, part in enumerate(panels(blocks)):
+        where.loc[part.index, "place"] += number * MOST_PLACES
+    if where.duplicated([*BLOCK, "place"]).any():
+        return None
+    return where.pivot(index=BLOCK, columns="label", values="place").fillna(-1).to_numpy()
+
+
+MOST_PLACES = 10**7  # no block has so many
 
 
 def scaled(values: pd.Series, as_ratio: bool) -> pd.Series:

@@ -33,12 +33,14 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
     """
     certified = runs.groupby("label")["certified"].all()
     found = compare.ratios(runs, metric).set_index("label").reindex(labels(runs))
-    found["level"] = found["level"].fillna(runs.groupby("label")[metric].agg(lambda own: own.astype(float).mean()))
+    counted = compare.comparable(runs)
+    found["level"] = found["level"].fillna(counted.groupby("label")[metric].agg(lambda own: own.astype(float).mean()))
     if metric in compare.COUNTED or found["low"].notna().any():
         found = found.assign(apart=~certified).sort_values(["apart", "level"], kind="stable")
     names, flags, title, said = list(found.index), compare.flagged(runs), titles(runs), []
     for row, name in enumerate(names):
         own, of = runs[runs["label"] == name], found.loc[name]
+        own = own[own.index.isin(counted.index)]
         values = own[metric].dropna().astype(float) / scale
         if values.empty:
             axes.text(0.01, row, why(own, metric), va="center", transform=axes.get_yaxis_transform(), **SMALL)
@@ -54,7 +56,7 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
             axes.errorbar(level, row, xerr=ends, color=INK, capsize=3)
             ratio = f"{of['ratio']:.3f}" if metric in compare.COUNTED else interval(of)
             note, n = f"{note} (× {ratio}, n = {of['n']:.0f}", int(of["n"])
-        elif metric in compare.COUNTED:
+        elif metric in compare.COUNTED and found["low"].isna().all():
             note = f"{note} (counted"
         else:
             note = f"{note} (n = {n}"

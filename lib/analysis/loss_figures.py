@@ -149,8 +149,9 @@ def _points(axes, runs, metric: str, scale: float) -> None:
     """A point per run: which is better is not said."""
     names = labels(runs)
     look, title = looks(names), titles(runs)
+    counted = compare.comparable(runs)
     for name in names:
-        own = runs[runs["label"] == name].dropna(subset=[metric])
+        own = counted[counted["label"] == name].dropna(subset=[metric])
         hollow = {} if own["certified"].all() else {"facecolors": "none"}
         shown = {
             "color": look[name]["color"],

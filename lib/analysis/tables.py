@@ -16,11 +16,17 @@ RANKED = {
     "time_per_epoch_s": ("s per epoch", 1, "{:,.2f}"),
     "energy_per_non_padding_token_j": ("mJ per token", 1e-3, "{:,.3f}"),
     "peak_memory_bytes": ("peak GPU GiB", GIB, "{:,.2f}"),
+    "cpu_time_s": ("CPU s per run", 1, "{:,.2f}"),
+    "peak_resident_bytes": ("peak resident GiB", GIB, "{:,.2f}"),
     "validation_loss": ("validation loss", 1, "{:.3f}"),
     "decode_latency_s_per_token": ("decode ms per token", 1e-3, "{:,.2f}"),
     "cache_bytes": ("cache MiB", MIB, "{:,.2f}"),
     "parameters": ("parameters, M", 1e6, "{:,.2f}"),
 }
+
+
+ON_GPU = ("energy_per_non_padding_token_j", "peak_memory_bytes")
+ON_CPU = ("cpu_time_s", "peak_resident_bytes")
 
 
 def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
@@ -32,14 +38,15 @@ def ranking(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
     """
     if by not in RANKED:
         raise UsageError(f"rank by one of {', '.join(RANKED)}, not {by!r}")
-    found = {metric: _beside_reference(runs, metric) for metric in dict.fromkeys((*RANKED, by, "validation_loss"))}
+    ranked = of_device(runs)
+    found = {metric: _beside_reference(runs, metric) for metric in dict.fromkeys((*ranked, by, "validation_loss"))}
     cost, loss, above = found[by], found["validation_loss"], ngrams.above_bigram(runs)
     ranks, title, flags = compare.ranks(runs, by), titles(runs), compare.flagged(runs)
     certified = runs.groupby("label")["certified"].all()
     rows = []
     for label in sorted(labels(runs), key=lambda label: (not certified[label], *_place(label, ranks, cost))):
         row = {"rank": _rank(ranks.get(label)), "variant": title[label]}
-        for metric, (unit, scale, form) in RANKED.items():
+        for metric, (unit, scale, form) in ranked.items():
             level = found[metric].loc[label, "level"]
             row[unit] = "–" if pd.isna(level) else form.format(level / scale)
         if by != "validation_loss":
@@ -61,6 +68,26 @@ def main(runs: pd.DataFrame, by: str = "time_per_epoch_s") -> pd.DataFrame:
         idle.add("flagged")
     empty = {name for name in table if (table[name] == "–").all()}
     return table.drop(columns=[name for name in table if name in idle | empty])
+
+
+def of_device(runs: pd.DataFrame) -> dict:
+    """`RANKED` without what is about other devices: of a CPU's runs the GPU's numbers, and the other way round."""
+    left_out = ON_GPU if (runs["device"] == "cpu").all() else ON_CPU
+    return {metric: how for metric, how in RANKED.items() if metric not in left_out}
+
+
+def processor(runs: pd.DataFrame) -> pd.DataFrame:
+    """Wall clock beside processor time, each as a ratio to SDPA's: on a CPU that others use too, the second holds."""
+    title, found = titles(runs), {metric: _beside_reference(runs, metric) for metric in ("time_s", "cpu_time_s")}
+    certified, flags = runs.groupby("label")["certified"].all(), compare.flagged(runs)
+    rows = []
+    for label in labels(runs):
+        row = {"variant": title[label]}
+        for metric, called in (("time_s", "wall clock"), ("cpu_time_s", "CPU seconds")):
+            of = found[metric].loc[label]
+            row[f"{called}, ratio to SDPA"], row[f"verdict on {called}"] = shown(of), _verdict(of, certified[label])
+        rows.append(row | {"flagged": flags[label]})
+    return pd.DataFrame(rows)
 
 
 def _beside_reference(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -94,9 +121,9 @@ def _verdict(found: pd.Series, certified: bool) -> str:
 
 
 def _verdict_on_loss(found: pd.Series, certified: bool, above: float, of_all: pd.Series) -> str:
-    """The verdict of the paired difference; none where a loss says nothing about attention (`lib.analysis.ngrams`)."""
+    """The verdict of the paired difference; also where a loss says nothing about attention (`lib.analysis.ngrams`)."""
     if certified and not pd.isna(found["p"]) and max(above, of_all.get(attention.REFERENCE, above)) > 0:
-        return "none: worse than a bigram table"
+        return f"{_verdict(found, certified)}, but worse than a bigram table"
     return _verdict(found, certified)
 
 
@@ -115,7 +142,7 @@ def noise(runs: pd.DataFrame) -> pd.DataFrame | str:
     if attention.CONTROL not in set(runs["label"]):
         return NO_CONTROL
     rows = []
-    for metric, (unit, _, _) in RANKED.items():
+    for metric, (unit, _, _) in of_device(runs).items():
         found = compare.noise(runs, metric)
         said = "counted, the same in every run" if metric in compare.COUNTED else noise_in_words(found, metric)
         rows.append({"metric": unit, "A/A control beside SDPA": said})

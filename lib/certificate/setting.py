@@ -26,12 +26,13 @@ class Setting:
     device: str = "cpu"
     inference_contexts: tuple[int, ...] = ()
     new_tokens: int = 1
+    position_embedding: str = "learned"
 
     @classmethod
     def of(cls, p) -> "Setting":
         """That of a run with the parameters `p` (`lib.parameters.resolve`), with what `auto` means here."""
         device = devices.choose(p.device)
-        given = {field.name: getattr(p, field.name) for field in dataclasses.fields(cls)}
+        given = {field.name: getattr(p, field.name, field.default) for field in dataclasses.fields(cls)}
         given |= {"device": device.type, "precision": devices.resolve_precision(p.precision, device)}
         return cls(**given | {"inference_contexts": tuple(p.inference_contexts)})
 
@@ -41,7 +42,8 @@ class Setting:
 
     def config(self, vocabulary: int, dropout: float = 0.0):
         """The configuration of the run's model."""
-        return gpt2_config(self.layers, self.width, self.heads, self.positions, vocabulary, dropout)
+        sizes = (self.layers, self.width, self.heads, self.positions, vocabulary, dropout)
+        return gpt2_config(*sizes, position_embedding=self.position_embedding)
 
     @property
     def rows(self) -> int:

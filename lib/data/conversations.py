@@ -184,6 +184,11 @@ def local(path: str) -> Path:
     return Path(path) if Path(path).exists() else from_root(path) if from_root(path).exists() else Path(path)
 
 
+def is_here(dataset: str) -> bool:
+    """Whether a data set is on this machine, or by its name should be, rather than on a hub."""
+    return dataset == "builtin" or bool(files.ending(dataset)) or (bool(dataset.strip()) and local(dataset).exists())
+
+
 class Turn(NamedTuple):
     role: str
     content: str

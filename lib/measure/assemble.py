@@ -10,7 +10,10 @@ from lib import attention, parameters, record
 from lib.data import ngrams
 from lib.errors import one_sentence_when_out_of_memory
 from lib.measure import energy, environment, flops, kernels, sampler, selfcheck
+from lib.measure.saved import save_model
 from lib.model import meta_model
+
+__all__ = ["costs", "inference_table", "make_record", "measured", "save_model", "self_check"]
 
 
 def costs(model, p) -> pd.DataFrame:
@@ -79,7 +82,8 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
         if reading.joules is None:
             reasons[name] = reading.reason
     if at_context is None:
-        reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), "not_asked_for")
+        why = "context_not_timed" if latencies else "not_asked_for"
+        reasons |= dict.fromkeys(("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes"), why)
     padding_share = 1 - seen[-1] / (trainer.steps * trainer.rows_per_step * p.context)
     power_time_s, power_w = trainer.meter.power()
     tables = ngrams.losses(trainer.corpus, trainer.rows[: trainer.steps], p.validation_sequences)
@@ -176,9 +180,8 @@ def in_words(result: record.Record) -> tuple[list[str], list[str]]:
     """
     by = {verdict: [c for c in result.checks if c.verdict == verdict] for verdict in ("green", "flagged", "null")}
     flagged, asked = by["flagged"], len(by["green"]) + len(by["flagged"])
-    said = (
-        f"{len(flagged)} of {asked} checks flagged; use this run with care" if flagged else f"all {asked} checks green"
-    )
+    green = "nothing could be asked" if not asked else "green" if asked == 1 else f"all {asked} checks green"
+    said = f"{len(flagged)} of {asked} checks flagged; use this run with care" if flagged else green
     answer = [f"Self-check: {said}.", *(f"{c.check}: {c.says}." for c in flagged)]
     reasons: dict[str, list[str]] = {}
     for check in by["null"]:

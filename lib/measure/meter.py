@@ -50,6 +50,7 @@ class Meter:
         self.samples: list[sampler.Sample] = []  # of the working GPU, in and between the windows
         self.trace: energy.Trace | None = None
         self.cpu_time_s = 0.0
+        self.waited_s: float | None = 0.0  # of its threads, ready and without a core; None where that is not counted
         self.disk_bytes = 0
         self.open = False
         self._others: list[int | None] = []
@@ -126,6 +127,7 @@ class Meter:
         devices.synchronize(self.device)
         self.gpu_counter.begin()
         self.cpu_counter.begin()
+        waited_before = _waited_s()
         disk_before, cpu_before = _disk_bytes(), time.process_time()
         begin_wall_s, begin_s = time.time(), time.perf_counter()
         begun = self._now()
@@ -138,12 +140,28 @@ class Meter:
         self.cpu_counter.end()
         self.gpu_counter.end()
         self.cpu_time_s += cpu_after - cpu_before
+        self._note_waited(waited_before, _waited_s())
         before_s = self.window_s
         self.marks += [(step, before_s + _between_s(begun, moment)) for step, moment in self._marked]
         self.windows.append(Window(begin_s, end_s, begin_wall_s, end_wall_s))
         self.disk_bytes = None if disk_after is None else self.disk_bytes + disk_after - disk_before
         self._read_peaks()
         self._look_around()
+
+    def _note_waited(self, before: dict | None, after: dict | None) -> None:
+        if before is None or after is None or self.waited_s is None:
+            self.waited_s = None
+        else:
+            self.waited_s += sum(max(0.0, waited - before.get(thread, 0.0)) for thread, waited in after.items())
+
+    @property
+    def waited_share(self) -> float | None:
+        """Of the time that this process's threads could have computed in the windows, the share for which other
+        processes had the core; None where neither the system counts it nor the window's processor time tells."""
+        if self.waited_s is not None:
+            wanted_s = self.cpu_time_s + self.waited_s
+            return self.waited_s / wanted_s if wanted_s else 0.0
+        return None if self.device.type == "cuda" else max(0.0, 1 - self.cpu_time_s / self.window_s)
 
     def mark(self, step: int) -> None:
         """Notes, without waiting, when the device has finished what it was given so far: `step` steps."""
@@ -304,6 +322,19 @@ class Meter:
 def _between_s(begin, end) -> float:
     """Seconds between two moments of `Meter._now`; the device has to have passed both."""
     return begin.elapsed_time(end) / 1000 if isinstance(begin, torch.cuda.Event) else end - begin
+
+
+def _waited_s() -> dict[str, float] | None:
+    """For how many seconds each thread of this process was ready so far, and had no core; None where that is not
+    counted (Linux's schedstat counts it)."""
+    found = {}
+    try:
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has just ended
+                found[task.name] = int((task / "schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
+    return found or None
 
 
 def _disk_bytes() -> int | None:

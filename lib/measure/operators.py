@@ -85,7 +85,8 @@ def step(values: dict, vocabulary: int, precision: str) -> list[Operator]:
     Raises UsageError where what runs, or its shape, depends on what tensors hold: that cannot be counted beforehand.
     """
     sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
-    model = meta_model(values["attention"], gpt2_config(*sizes, vocabulary), **values["options"]).train()
+    embedding = {"position_embedding": values.get("position_embedding", "learned")}
+    model = meta_model(values["attention"], gpt2_config(*sizes, vocabulary, **embedding), **values["options"]).train()
     with FakeTensorMode():
         held = [*model.named_parameters(), *model.named_buffers()]
         weights = {n: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad) for n, x in held}

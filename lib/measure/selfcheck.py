@@ -16,6 +16,7 @@ CLOCK_DRIFT = 0.05  # time follows the clock: as much drift as the GPU may wait
 CLOCK_LOSS = 0.05  # below the highest clock seen, idle or not: the same share of speed
 TEMPERATURE_DRIFT_C = 10.0  # leakage grows by about a percent of a GPU's power over so many degrees
 THROTTLED_SHARE = 0.01  # of the samples: one in a hundred is an accident, more is how the run was
+WAITED_SHARE = 0.1  # a tenth of a window lost to a neighbour is more than most variants differ by
 PADDING_SHARE = 0.5  # more padding than text was computed
 HIGHEST_MFU = 1.0  # above the peak something is counted wrongly
 HIGHEST_IDLE = 1.0  # of the mean power: a GPU that draws more idle was not idle
@@ -34,6 +35,7 @@ def checks(meter: Meter, metrics: dict, reasons: dict, padding_share: float, war
         _warm(meter, warmed),
         *_sampled(meter),
         _other_processes(meter),
+        _busy_neighbour(meter),
         _bounded(
             "padding", padding_share, PADDING_SHARE, padding_share <= PADDING_SHARE,
             "{value:.1%} of the positions that were trained on are padding",
@@ -134,6 +136,15 @@ def _other_processes(meter: Meter) -> Check:
         unknown = "whether others computed on the GPU is unknown: the list cannot be read, or hides this process"
         return Check(check=name, value=None, limit=0, verdict="flagged", says=unknown)
     return _bounded(name, others, 0, others == 0, "{value} other processes seen on the GPU")
+
+
+def _busy_neighbour(meter: Meter) -> Check:
+    """Whether other processes had the cores that this one wanted: seconds of the wall then say little of it."""
+    name, share = "busy_neighbour", meter.waited_share
+    if share is None:
+        return _null(name, WAITED_SHARE, REASONS["not_counted_here"])
+    says = "for {value:.1%} of the time that it could have computed other processes had its cores"
+    return _bounded(name, share, WAITED_SHARE, share <= WAITED_SHARE, says)
 
 
 def _idle(metrics: dict, reasons: dict) -> Check:

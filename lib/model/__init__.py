@@ -50,13 +50,20 @@ def _initialise(name: str, parameter: torch.nn.Parameter, config: GPT2Config, se
         parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(own_seed))
 
 
-def gpt2_config(layers: int, width: int, heads: int, positions: int, vocabulary: int, dropout: float = 0.0):
-    """The `GPT2Config` of a size: `layers` blocks of `width` = heads x head width, `positions` learned positions."""
-    return GPT2Config(
+def gpt2_config(
+    layers: int, width: int, heads: int, positions: int, vocabulary: int, dropout: float = 0.0,
+    position_embedding: str = "learned",
+):  # fmt: skip
+    """The `GPT2Config` of a size: `layers` blocks of `width` = heads x head width, `positions` learned positions, or as
+    many without an embedding ("none"), for a variant that brings its own."""
+    config = GPT2Config(
         n_layer=layers, n_embd=width, n_head=heads, n_positions=positions, vocab_size=vocabulary,
         attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout, bos_token_id=None, eos_token_id=None,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own `gelu_new` in one kernel: equal to rounding
     )  # fmt: skip
+    if position_embedding != "learned":
+        config.position_embedding = position_embedding
+    return config
 
 
 def meta_model(name: str, config: GPT2Config, **options) -> GPT2:

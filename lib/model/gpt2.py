@@ -27,6 +27,7 @@ class VariantConfig(GPT2Config):
     model_type = "gpt2_variant"
     attention: str | None = None
     attention_options: dict | None = None
+    position_embedding: str = "learned"
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -48,6 +49,17 @@ HONOURED = {
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False,
     "add_cross_attention": False, "is_causal": True, "output_attentions": False,
 }  # fmt: skip
+
+
+class NoPositions(torch.nn.Module):
+    """Stands where positions are embedded, and adds nothing: for a variant that brings its own, or none at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("nothing", torch.zeros(()), persistent=False)
+
+    def forward(self, position_ids):
+        return self.nothing.expand(*position_ids.shape, 1)
 
 
 class GPT2(GPT2LMHeadModel):
@@ -82,6 +94,10 @@ class GPT2(GPT2LMHeadModel):
         config = VariantConfig.of(config, name, named_options)
         config._attn_implementation = "replaced"
         super().__init__(config)
+        if config.position_embedding == "none":
+            self.transformer.wpe = NoPositions()
+        elif config.position_embedding != "learned":
+            raise Unsupported(f"position_embedding must be learned or none, not {config.position_embedding!r}")
         self.loss_function = mean_loss
         variant = attention.load(name)
         for layer, block in enumerate(self.transformer.h):

@@ -34,7 +34,8 @@ def study_position() -> StudyPosition:
 
 
 def write(record: Record, folder: Path | None = None) -> Path:
-    """Writes a record to `folder`, by default `out_folder()`; returns its path. A half-written file never shows.
+    """Writes a record to `folder`, by default `out_folder()`; returns its path. A half-written file never shows. A
+    record of an earlier going of the same run is a measurement too: it is kept in `incomplete/`, and that is said.
 
     Raises UsageError where the folder cannot be written; the record then lies in the system's temporary folder.
     """
@@ -46,6 +47,7 @@ def write(record: Record, folder: Path | None = None) -> Path:
         kept = _keep_elsewhere(file_name, record.model_dump_json(indent=1) + "\n")
         raise UsageError(f"the record is none by its own schema: {_first_of(error)}; {kept or 'it is lost'}") from error
     try:
+        _keep_earlier(folder / file_name, text)
         path = write_whole(folder / file_name, text)
         (folder / f"{record.name}.{FAILED}").unlink(missing_ok=True)
     except OSError as error:
@@ -53,6 +55,17 @@ def write(record: Record, folder: Path | None = None) -> Path:
         way_out = f"{kept}; make room and move it there" if kept else "make room there and run the cell again"
         raise UsageError(f"the record cannot be written to {folder.name}/: {error.strerror}; {way_out}") from error
     return path
+
+
+def _keep_earlier(path: Path, text: str) -> None:
+    if not path.is_file() or (path.stat().st_size == len(text.encode()) and path.read_text(encoding="utf-8") == text):
+        return
+    number = 1
+    while (aside := path.parent / INCOMPLETE / f"{path.stem}-earlier-{number}" / path.name).exists():
+        number += 1
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(path, aside)
+    print(f"an earlier record of this run is kept in {INCOMPLETE}/{aside.parent.name}/")
 
 
 def _keep_elsewhere(file_name: str, text: str) -> str:
@@ -274,6 +287,7 @@ def read(folder) -> pd.DataFrame:
                 "session": record.study.session,
                 "block": record.study.block,
                 "position": record.study.position,
+                "planned": record.study.variants,
                 "device": record.environment["device"],
                 "device_name": record.environment["device_name"],
                 "gpu_uuid": gpu_uuid(record.environment),

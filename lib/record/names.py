@@ -14,6 +14,9 @@ from lib import attention
 LONGEST_NAME = 80  # characters of a label or a title: more is no row of a table
 LONGEST_TEXT = 10_000  # characters of any other text
 WHO = ("attention", "options", "label", "seed")  # what differs within a study; all else is its setting
+BESIDE = ("save_model",)  # what changes nothing that is measured, so neither names a run nor sets it apart
+# Parameters that came later, and what runs from before them did: with that value a run is the same as theirs.
+LATER = {"position_embedding": "learned"}
 
 # Letters that are drawn like Latin ones and that Unicode's compatibility forms leave apart, each before the one that it
 # looks like (Unicode TS 39, those of which a name in Latin letters can be made): Cyrillic, Greek, Armenian, Latin.
@@ -28,12 +31,18 @@ ALIKE_IN_ASCII = str.maketrans("01|!5", "oliis")
 
 def setting(values: dict) -> str:
     """Eight hex digits of everything but the variant and the seed: runs are compared only where these agree."""
-    return digest({name: value for name, value in values.items() if name not in WHO})
+    return digest({name: value for name, value in measured(values).items() if name not in WHO})
+
+
+def measured(values: dict) -> dict:
+    """The parameters that what is measured follows from."""
+    later = {name for name, value in LATER.items() if values.get(name, value) == value}
+    return {name: value for name, value in values.items() if name not in later and name not in BESIDE}
 
 
 def run_name(values: dict) -> str:
     """The name of a run's record and notebook: variant, seed and a hash of all parameters."""
-    return f"{file_stem(display_name(values))}-seed{values['seed']}-{digest(values)}"
+    return f"{file_stem(display_name(values))}-seed{values['seed']}-{digest(measured(values))}"
 
 
 def display_name(values: dict) -> str:

@@ -16,6 +16,7 @@ from lib.record import names
 SCHEMA_VERSION = 2
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+POSITION_EMBEDDINGS = ("learned", "none")
 
 REASONS = {
     "no_gpu": "the run used no GPU",
@@ -40,6 +41,7 @@ REASONS = {
     "empty_profile": "the profiler saw nothing run",
     "not_counted_here": "the system does not count it per process",
     "not_asked_for": "not asked for by the run's parameters",
+    "context_not_timed": "timed at other lengths alone: add the run's context to inference_contexts",
     "no_repository": "the project's folder is no git repository of its own",
     "git_unavailable": "git is not installed",
     "git_refuses": "git does not answer: no commit yet, or a repository of another user",
@@ -176,6 +178,8 @@ class Parameters(TypedDict, total=False):
     inference_repeats: _limited("inference_repeats")
     inference_window_s: _limited("inference_window_s", float)
     phase_steps: _limited("phase_steps")
+    position_embedding: Literal[POSITION_EMBEDDINGS]
+    save_model: Text
     inference_contexts: Annotated[list[Annotated[int, Field(ge=1, le=2**27)]], Field(max_length=MOST_CONTEXTS)]
 
 
@@ -403,12 +407,16 @@ class Certificate(Strict):
 
 
 class StudyPosition(Strict):
-    """Which study run this was, and where in its order; all None for a run by hand."""
+    """Which study run this was, and where in its order; all None for a run by hand.
+
+    `variants`: the labels of all runs that its block was to have; None in a record from before that was noted.
+    """
 
     profile: Text | None = None
     session: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     block: Annotated[int, Field(ge=0, le=10**6)] | None = None
     position: Annotated[int, Field(ge=0, le=10**6)] | None = None
+    variants: Annotated[list[Text], Field(max_length=1000)] | None = None
 
     @model_validator(mode="after")
     def a_session_has_places(self):

@@ -1,8 +1,9 @@
 """`python -m lib.study [params/PROFILE.yaml]`: train.ipynb by papermill for every variant and seed, then summary.ipynb.
 
 Runs come in blocks: every variant once, and `sdpa` a second time as the A/A control, whose difference from itself
-estimates the noise. The seed is the block's number; the order within blocks is balanced by a Williams square. What has
-a record, of the same tokens, is not run again; what fails is reported at the end and stops nothing else.
+estimates the noise. The seed is the block's number; the order within blocks is balanced by a Williams square. What is
+whole, of the same tokens, is not run again; a block that was torn is set aside and runs again as a whole (of one block
+alone what is missing is run). What fails is reported at the end and stops nothing else.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 
 from lib import parameters, paths
 from lib.errors import UsageError
-from lib.study import forecast, plan, runner
+from lib.study import blocks, forecast, plan, runner
 
 
 def main(words: list[str] | None = None) -> int:
@@ -31,16 +32,7 @@ def main(words: list[str] | None = None) -> int:
         runs, profile = plan.chosen(options.profile, options.variants, options.blocks)
         folder = paths.out_folder()
         if options.plan:
-            data = runner.Data()
-            states = ["finished" if runner.is_finished(run, folder, data) else "to run" for run in runs]
-            for run, state in zip(runs, states, strict=True):
-                print(
-                    f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})"
-                )
-            print(plan.about_order(runs))
-            todo = [run for run, state in zip(runs, states, strict=True) if state == "to run"]
-            print("\n".join(forecast.lines(todo, forecast.earlier(options.records))))
-            return 0
+            return _show_plan(runs, folder, options)
         lock = runner.alone_in(folder)
         with runner.stoppable():
             return runner.study(runs, profile, folder, options.session, options.runs)
@@ -53,6 +45,30 @@ def main(words: list[str] | None = None) -> int:
     finally:
         if lock is not None:
             lock.release()
+
+
+def _show_plan(runs: list[dict], folder, options) -> int:
+    """Prints what the command would do, and raises UsageError at the end for what it would refuse."""
+    data, refused = runner.Data(), None
+    try:
+        runner.check_data(runs, data)
+        later = blocks.settled(runs, folder, data)
+        found = blocks.examined(later.runs, folder, data, options.session)
+    except UsageError as error:  # said at the end, where it is seen; what is there already counts by its parameters
+        data, refused = None, error
+        later = blocks.settled(runs, folder, data)
+        found = blocks.examined(later.runs, folder, data, options.session)
+    for block in found:
+        for run, one in zip(block.runs, block.found, strict=True):
+            state = "to run" if run in block.todo else "finished"
+            state = "to run again" if one is not None and state == "to run" else state
+            print(f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})")
+    print(*later.says, *blocks.about(found), plan.about_order(runs), sep="\n")
+    todo = [run for block in found for run in block.todo]
+    print("\n".join(forecast.lines(todo, forecast.earlier(options.records))))
+    if refused is not None:
+        raise refused
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 from lib import parameters, paths, record
 from lib.errors import UsageError
 from lib.study import forecast, plan, runner
+from lib.study.blocks import FINISHED, INCOMPLETE, TO_RUN, by_number, examined
 
 OPTIONS = {"profile": str, "variants": list, "blocks": int, "gpus": int, "records": list}
 LIBRARIES = ("OMP", "GOTO", "OPENBLAS", "MKL", "NUMEXPR")
@@ -48,9 +49,15 @@ def planned(config: dict, check: bool = True) -> list[dict]:
         raise UsageError(f"gpus must be a number from 1 to {MOST_GPUS}, not {gpus!r}")
     runs, profile = plan.chosen(config.get("profile"), config.get("variants"), config.get("blocks"), check)
     names = [parameters.run_name(run["values"]) for run in runs]
+    variants = list(dict.fromkeys(parameters.display_name(run["values"]) for run in runs))
     return [
         run
-        | {"name": name, "before": names[index - 1] if run["position"] else None, "profile": profile}
+        | {
+            "name": name,
+            "variants": variants,
+            "before": names[index - 1] if run["position"] else None,
+            "profile": profile,
+        }
         | {"gpu": run["block"] % gpus if gpus > 1 else None}
         for index, (run, name) in enumerate(zip(runs, names, strict=True))
     ]
@@ -69,26 +76,14 @@ def folder() -> Path:
 
 def blocks(runs: list[dict]) -> dict[int, list[dict]]:
     """The runs by block."""
-    return {block: [run for run in runs if run["block"] == block] for block in sorted({run["block"] for run in runs})}
+    return by_number(runs)
 
 
 def states(runs: list[dict], folder: Path) -> dict[int, str]:
     """Of each block in a folder: `finished` (all of it, in one session on one device, on the tokens of now),
     `incomplete`, or `to run`. Raises UsageError where there are records, but not their data."""
-    data = runner.Data()
-    return {number: _state(block, folder, data) for number, block in blocks(runs).items()}
-
-
-def _state(block: list[dict], folder: Path, data: runner.Data) -> str:
-    found = [runner.finished(run, folder, data) for run in block]
-    if None not in found:
-        seats = {_seat(one) for one in found}
-        return "finished" if len(seats) == 1 and None not in seats.pop()[:2] else "incomplete"
-    return "incomplete" if any((folder / f"{run['name']}.json").exists() for run in block) else "to run"
-
-
-def _seat(one: record.Record) -> tuple:
-    return one.study.session, one.study.block, one.environment["device_name"], record.gpu_uuid(one.environment)
+    found = examined(runs, folder, runner.Data(), patch=False)
+    return {block.number: block.state if block.state in (FINISHED, TO_RUN) else INCOMPLETE for block in found}
 
 
 def show(runs: list[dict], found: dict[int, str], folder: Path, records=None) -> None:

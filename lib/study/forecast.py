@@ -94,7 +94,9 @@ def _meta_model(values: dict, vocabulary: int):
     from lib.model import gpt2_config, meta_model
 
     sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
-    return meta_model(values["attention"], gpt2_config(*sizes, vocabulary), **values["options"])
+    embedding = values.get("position_embedding", "learned")
+    config = gpt2_config(*sizes, vocabulary, position_embedding=embedding)
+    return meta_model(values["attention"], config, **values["options"])
 
 
 def _forward_flops(values: dict, vocabulary: int) -> float:

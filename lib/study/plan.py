@@ -119,6 +119,8 @@ def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) ->
             parameters.check_names(given, known)
             values = parameters.check_types({name: line.default for name, line in known.items()} | given, known)
             values = parameters.portable(values)
+            if values["save_model"]:  # each run's in a folder of its own
+                values["save_model"] += f"/{parameters.run_name(values)}"
             given = {name: values[name] for name in given}
             runs.append({"values": values, "given": given, "block": block, "position": position})
     for run in runs[: len(entries)] if check else ():
@@ -155,15 +157,26 @@ def balanced_after(variants: int) -> int:
 
 
 def about_order(runs: list[dict]) -> str:
-    """What a plan's blocks let one say, before anything runs: points or intervals, and when the order is balanced."""
-    blocks = len({run["block"] for run in runs})
-    variants = {parameters.display_name(run["values"]) for run in runs} - {attention.CONTROL}
-    square = balanced_after(len(variants))
+    """What a plan's blocks let one say, before anything runs: points or intervals, and whether the order is balanced;
+    where it is not, the next number of blocks that balances it and gives intervals."""
+    groups: dict[frozenset, set[int]] = {}  # blocks that hold the same variants: others may have come later
+    for block in {run["block"] for run in runs}:
+        labels = {parameters.display_name(run["values"]) for run in runs if run["block"] == block}
+        groups.setdefault(frozenset(labels - {attention.CONTROL}), set()).add(block)
+    return "\n".join(_about(len(blocks), len(labels)) for labels, blocks in groups.items())
+
+
+def _about(blocks: int, variants: int) -> str:
+    square = balanced_after(variants)
     planned = f"{blocks} block{'s' if blocks > 1 else ''} planned"
-    order = f"the order of {len(variants)} variants is {'not ' if blocks % square else ''}balanced"
-    order += f" (it is after {square} blocks, and their multiples)" if blocks % square else ""
+    order = f"the order of {variants} variants is {'not ' if blocks % square else ''}balanced"
+    enough = -(-max(blocks, FEWEST_BLOCKS) // square) * square
+    order += f" (it is after {square} blocks, and their multiples: --blocks {enough})" if blocks % square else ""
     if blocks < FEWEST_BLOCKS:
-        return f"{planned}: points only, intervals, verdicts and ranks come from {FEWEST_BLOCKS} blocks up; {order}"
+        more = "" if blocks % square else f"; --blocks {enough} gives them, balanced"
+        return (
+            f"{planned}: points only, intervals, verdicts and ranks come from {FEWEST_BLOCKS} blocks up{more}; {order}"
+        )
     rest = "; the effect of each place is then estimated from these blocks alone" if blocks % square else ""
     return f"{planned}: {order}{rest}"
 

@@ -1,6 +1,7 @@
 """Runs one after the other, each in a kernel of its own; what has a record is not run again."""
 
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -10,56 +11,14 @@ import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 from filelock import FileLock, Timeout
 
-from lib import attention, parameters, paths, record
+from lib import parameters, paths, record
 from lib.errors import UsageError, is_out_of_memory
-from lib.study import plan
-
-
-class Data:
-    """What runs would be trained on if they began now. Each data set is looked at once, when it is first asked for."""
-
-    def __init__(self):
-        self.seen: dict[str, str] = {}
-
-    def token_sha256(self, run: dict) -> str:
-        """The fingerprint of a run's tokens. Raises UsageError for data that it cannot be trained on."""
-        from lib.data import corpus  # here, because its seconds would be added to every run of the workflow
-
-        setting = parameters.setting(run["values"])
-        if setting not in self.seen:
-            self.seen[setting] = corpus.load(SimpleNamespace(**run["values"])).facts["token_sha256"]
-        return self.seen[setting]
-
-
-def _examined(run: dict, folder: Path, data: Data | None) -> tuple[record.Record | None, str | None]:
-    """A run's record where it is there, or why what stands in its place is not: made with another file or data."""
-    path = folder / f"{parameters.run_name(run['values'])}.json"
-    if not path.exists():
-        return None, None
-    try:
-        found = record.load(path)
-        if found.attention_sha256 != attention.source_sha256(run["values"]["attention"]):
-            return None, "its variant's file has changed since"
-    except (OSError, ValueError):
-        return None, "its record is damaged"
-    if data is not None and found.data.get("token_sha256") != data.token_sha256(run):
-        return None, f"{run['values']['dataset']} has changed since"
-    return found, None
-
-
-def finished(run: dict, folder: Path, data: Data | None) -> record.Record | None:
-    """The record of just this run, of the variant's file as it is now and of the tokens that `data` holds, where it is
-    there. Without `data` of any tokens: for the process that has just trained on them."""
-    return _examined(run, folder, data)[0]
-
-
-def is_finished(run: dict, folder: Path, data: Data | None) -> bool:
-    return finished(run, folder, data) is not None
+from lib.study import blocks, plan
+from lib.study.blocks import Data, is_finished
 
 
 class Stopped(BaseException):
@@ -150,24 +109,54 @@ def run_all(
 ) -> dict[str, str]:
     """Runs what is not finished; returns what failed, name to one line. Each failure is noted beside the records.
 
-    `session` goes on where it is named: only for who knows that machine, device and code are those of its runs so far,
-    and the pause short. At most `most` runs; the others are left for the next time.
+    An incomplete block is set aside and run again as a whole (`lib.study.blocks`). `session` goes on where it is named:
+    only for who knows that machine, device and code are those of its runs so far, and the pause short. At most `most`
+    runs; the others are left for the next time.
     """
     folder, data = paths.out_folder(), data or Data()
-    todo = [run for run in runs if not is_finished(run, folder, data)]
-    if len(todo) < len(runs):
-        print(f"{len(runs) - len(todo)} of {len(runs)} runs are finished already")
-    session, begin, failed = session or new_session(), time.monotonic(), {}
-    set_aside(todo[:most], folder, data, session)
-    for number, run in enumerate(todo[:most]):
+    found = blocks.examined(runs, folder, data, session)
+    todo = sum(len(block.todo) for block in found)
+    if todo < len(runs):
+        print(f"{len(runs) - todo} of {len(runs)} runs are finished already")
+    print(*blocks.about(found), sep="\n", end="\n" if blocks.about(found) else "")
+    going = _Going(profile, session or new_session(), folder, data, todo, todo if most is None else most)
+    for block in found:
+        tried = going.through(block, block.todo, repeats=block.state == blocks.INCOMPLETE)
+        if block.state == blocks.WITHOUT and any(one is None for one in tried):
+            going.todo += len(block.runs)
+            going.left += len(block.runs)  # they are of this block, which nobody counted twice beforehand
+            going.through(block, block.runs, repeats=True)
+    return going.failed
+
+
+class _Going:
+    """A study under way: how many of its runs are done, how many may follow, and what failed."""
+
+    def __init__(self, profile: str, session: str, folder: Path, data: Data, todo: int, most: int):
+        self.profile, self.session, self.folder, self.data = profile, session, folder, data
+        self.todo, self.left, self.done = todo, most, 0
+        self.begin, self.failed = time.monotonic(), {}
+
+    def through(self, block: blocks.Block, runs: list[dict], repeats: bool) -> list[str | None]:
+        """Makes runs of a block, as many as may follow, what stands in their place set aside first; returns of each
+        why it failed. `repeats`: all of the block is set aside."""
+        runs = runs[: self.left]
+        if runs:
+            set_aside(block.runs if repeats else runs, self.folder, self.data, self.session, repeats)
+        return [self._one(run, block) for run in runs]
+
+    def _one(self, run: dict, block: blocks.Block) -> str | None:
         name = parameters.run_name(run["values"])
-        left = (time.monotonic() - begin) / number * (len(todo) - number) if number else None
+        left = (time.monotonic() - self.begin) / self.done * (self.todo - self.done) if self.done else None
         about = f", about {_minutes(left)} left" if left else ""
-        print(f"[{number + 1}/{len(todo)}] {name}{about} ...", flush=True)
-        problem = run_one(run, profile, session, folder, data)
+        self.done, self.left = self.done + 1, self.left - 1
+        print(f"[{self.done}/{self.todo}] {name}{about} ...", flush=True)
+        run = run | {"variants": [parameters.display_name(one["values"]) for one in block.runs]}
+        problem = run_one(run, self.profile, self.session, self.folder, self.data)
+        self.failed.pop(name, None)
         if problem:
-            failed[name] = problem
-    return failed
+            self.failed[name] = problem
+        return problem
 
 
 def new_session() -> str:
@@ -175,21 +164,24 @@ def new_session() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def set_aside(runs: list[dict], folder: Path, data: Data, session: str) -> None:
+def set_aside(runs: list[dict], folder: Path, data: Data, session: str, whole: bool = False) -> None:
     """Moves records that stand in the place of runs, but are of other data or of an older file, out of their way, and
-    says so: they are measurements too. Raises UsageError where they cannot be moved."""
-    old = {parameters.run_name(run["values"]): _examined(run, folder, data)[1] for run in runs}
-    old = {name: reason for name, reason in old.items() if reason}
+    says so: they are measurements too. `whole`: all of these runs', of a block that is repeated. Raises UsageError
+    where they cannot be moved."""
+    seen = {parameters.run_name(run["values"]): blocks.examined_run(run, folder, data) for run in runs}
+    old = {name: reason for name, (made, reason) in seen.items() if reason or (whole and made)}
     if not old:
         return
     aside = folder / record.INCOMPLETE / f"{record.now():%Y-%m-%dT%H%M%SZ}-before-{session}"
+    if whole:
+        aside = aside.with_name(f"{aside.name}-block-{runs[0]['block']}")
     try:
         aside.mkdir(parents=True)
         for path in [path for name in old for path in sorted(folder.glob(f"{name}.*"))]:
             os.replace(path, aside / path.name)
     except OSError as error:
         raise UsageError(f"{folder.name}/ cannot be written: {error.strerror}; {OTHER_FOLDER}") from error
-    for reason, count in Counter(old.values()).items():
+    for reason, count in Counter(reason for reason in old.values() if reason).items():
         print(f"{count} of the runs to do {'was' if count == 1 else 'were'} made before, but {reason}")
     print(f"what was measured then is kept in {os.path.relpath(aside)}/")
 
@@ -201,6 +193,7 @@ def run_one(run: dict, profile: str, session: str, folder: Path, data: Data | No
     """
     name = parameters.run_name(run["values"])
     context = {"profile": profile, "session": session, "block": run["block"], "position": run["position"]}
+    context["variants"] = run.get("variants")
     started = time.monotonic()
     problem = execute(plan.NOTEBOOKS / "train.ipynb", folder / f"{name}.ipynb", run["given"], context)
     if problem is None and not is_finished(run, folder, None):
@@ -284,6 +277,31 @@ def load_data(runs: list[dict]) -> Data:
     return data
 
 
+def check_data(runs: list[dict], data: Data) -> None:
+    """As `load_data`, for a plan: raises the same UsageError. What would have to be downloaded is only asked for."""
+    from lib.data import conversations, corpus
+
+    for values in {parameters.setting(run["values"]): run["values"] for run in runs}.values():
+        if conversations.is_here(values["dataset"]):
+            data.token_sha256({"values": values})
+        else:
+            conversations.source(values["dataset"], values["dataset_revision"])
+            corpus.load_tokenizer(values["tokenizer"])
+
+
+def _check_whole(found: list[blocks.Block], most: int) -> None:
+    """Raises UsageError where so many runs would end inside a block: the next call would begin it anew."""
+    if len(found) == 1:
+        return
+    ends = list(itertools.accumulate(len(block.todo) for block in found if block.todo))
+    if ends and most < ends[-1] and most not in ends:
+        below = max((end for end in ends if end < most), default=ends[0])
+        raise UsageError(
+            f"--runs {most} would end inside a block, whose runs count only together; give --runs {below}, or name by "
+            "--session the session that goes on"
+        )
+
+
 RUNS_LEFT = 3  # exit status of a study that was to make some of its runs and has made them
 
 
@@ -294,7 +312,13 @@ def study(runs: list[dict], profile: str, folder: Path, session: str | None = No
     see `run_all`.
     """
     data = load_data(runs)
-    left = sum(not is_finished(run, folder, data) for run in runs) - (len(runs) if most is None else most)
+    later = blocks.settled(runs, folder, data)
+    runs = later.runs
+    print(*later.says, sep="\n", end="\n" if later.says else "")
+    found = blocks.examined(runs, folder, data, session)
+    if most is not None and session is None:
+        _check_whole(found, most)
+    left = sum(len(block.todo) for block in found) - (len(runs) if most is None else most)
     failed = run_all(runs, profile, session, most, data)
     if left > 0:
         print(f"left to run: {left}; the same command goes on")
