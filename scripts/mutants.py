@@ -46,22 +46,19 @@ class Mutant(NamedTuple):
     equivalent: str | None = None  # why no test can see it
 
 
-def listed(modules: list[str], root: Path = ROOT, listing: Path = LIST) -> list[Mutant]:
-    """The mistakes of the list, of `modules` alone where some are named. Raises ValueError for one that cannot be
-    planted."""
+def listed(modules=(), root: Path = ROOT, listing: Path = LIST) -> list[Mutant]:
+    """The mistakes of the list, or those alone whose module and mistake, "lib/training.py: no validation before
+    training", hold one of some words. Raises ValueError for one that cannot be planted."""
     found = []
     for module, own in yaml.safe_load(listing.read_text(encoding="utf-8")).items():
-        if modules and not any(name in module for name in modules):
-            continue
         text = (root / module).read_text(encoding="utf-8")
         for one in own["mutants"]:
+            if modules and not any(name in f"{module}: {one['mistake']}" for name in modules):
+                continue
             if (count := text.count(one["right"])) != 1:
                 raise ValueError(f"{module}, {one['mistake']!r}: {one['right']!r} stands there {count} times, not once")
-            planted = text.replace(one["right"], one["wrong"])
-            compile(planted, module, "exec")
-            found.append(
-                Mutant(module, one["mistake"], planted, tuple(one.get("tests", own["tests"])), one.get("equivalent"))
-            )
+            planted, tests = text.replace(one["right"], one["wrong"]), tuple(one.get("tests", own["tests"]))
+            found.append(Mutant(module, one["mistake"], planted, tests, one.get("equivalent")))
     if not found:
         raise ValueError(f"no mistake is listed for {', '.join(modules)}")
     return found
@@ -105,7 +102,7 @@ def changes(tree: ast.Module):
             yield put(node, "attr", SWAPPED[node.attr])
 
 
-def systematic(modules: list[str], root: Path = ROOT, listing: Path = LIST) -> list[Mutant]:
+def systematic(modules=(), root: Path = ROOT, listing: Path = LIST) -> list[Mutant]:
     """One mutant for each operator, number and choice in the modules, with the module's tests."""
     found = []
     for module, own in yaml.safe_load(listing.read_text(encoding="utf-8")).items():
@@ -217,7 +214,7 @@ def outcome(status: int | None) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/mutants.py", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="parts of paths; without it all")
+    parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="parts of paths or mistakes")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at once (%(default)s)")
     parser.add_argument("--tests-of", metavar="COMMIT", help="with the tests of another commit: the score before")
     parser.add_argument("--systematic", action="store_true", help="operators and numbers, in the modules of the list")
@@ -225,7 +222,9 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         mutants = (systematic if options.systematic else listed)(options.module)
-    except ValueError as error:
+        for mutant in mutants:
+            compile(mutant.text, mutant.mistake, "exec")  # what does not compile would be killed by any test
+    except (ValueError, SyntaxError) as error:
         print(f"scripts/mutants.py: {error}", file=sys.stderr)
         return 2
     _preload([mutant.module for mutant in mutants])
@@ -304,10 +303,8 @@ def _report(mutants: list[Mutant], found: list[str], options) -> int:
             excuse = f" (excused: {mutant.equivalent})" if mutant.equivalent else ""
             print(f"survived: {mutant.module}: {mutant.mistake}{excuse}")
         if what == WRONG or (what == KILLED and mutant.equivalent and not options.tests_of):
-            odd = True
-            print(
-                f"wrong in the list: {mutant.module}: {mutant.mistake}: {'its tests are red' if what == WRONG else 'it is killed'}"
-            )
+            odd, why = True, "its tests are red without it" if what == WRONG else "it is killed, and needs no excuse"
+            print(f"wrong in the list: {mutant.module}: {mutant.mistake}: {why}")
     if options.systematic:
         return 0
     return 2 if odd else int(any(what == SURVIVED and not mutant.equivalent for mutant, what in pairs))
