@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab refresh
+.PHONY: study test lab refresh mutants
 
 study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
 	$(BIN)/python -m lib.study $(PROFILE)
@@ -17,6 +17,9 @@ lab: $(READY)  ## JupyterLab, at the notebook that leads to the others
 
 refresh: $(READY)  ## run the committed notebooks anew; REDRAW=--redraw draws measured outputs and figures anew too
 	$(BIN)/python scripts/refresh_notebooks.py $(REDRAW)
+
+mutants: $(READY)  ## plant mistakes, one at a time: which of them does no test see? MODULE=lib/training those of a module
+	$(BIN)/python scripts/mutants.py $(if $(MODULE),--module $(MODULE)) $(if $(BEFORE),--tests-of $(BEFORE))
 
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

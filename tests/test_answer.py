@@ -4,6 +4,7 @@ import math
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from test_probes import cell
 from test_steps import made_record
@@ -93,6 +94,21 @@ def test_joules_have_a_pick_of_their_own_and_none_where_they_were_not_counted():
     found, _ = say({"gqa": 2.0}, joules=False)
     assert not answer.limits(found)["if you are limited by"].str.contains("joules").any()
     assert "joules" not in answer.how_sure(found)[0]
+
+
+def test_time_and_joules_share_a_row_where_they_share_pick_and_cost():
+    rows = [
+        ("time, 512 tokens", "A", "1", "c"),
+        ("joules, 512 tokens", "A", "2", "c"),
+        ("joules, 8 tokens", "A", "3", "c"),
+    ]
+    columns = ["if you are limited by", "pick", "it saves", "it costs"]
+    short = answer.in_short(pd.DataFrame(rows, columns=columns))
+    assert short.to_numpy().tolist() == [
+        ["time or joules, 512 tokens", "A", "time 1, joules 2", "c"], ["joules, 8 tokens", "A", "3", "c"],
+    ]  # fmt: skip
+    for other in (("joules, 512 tokens", "B", "2", "c"), ("joules, 512 tokens", "A", "2", "d")):
+        assert len(answer.in_short(pd.DataFrame([rows[0], other], columns=columns))) == 2
 
 
 def test_what_fails_its_certificate_is_never_picked_and_is_named():

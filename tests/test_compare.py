@@ -191,6 +191,20 @@ def test_holm_counts_all_comparisons(tmp_path):
     assert adjusted[least] == pytest.approx(min(1.0, raw[least] * 6))
 
 
+def test_below_five_blocks_the_ratio_is_the_geometric_mean_and_one_failed_certificate_fails_all(tmp_path):
+    times = {"sdpa": (20.0, 20.0, 20.0), "gqa": (20.0, 20.0, 160.0)}  # ratios of 1, 1 and 8
+    made = [
+        make_record(label, block, time_s=own[block], position=(block + (label == "gqa")) % 2)
+        for label, own in times.items() for block in range(3)
+    ]  # fmt: skip
+    assert compare.ratios(read(tmp_path, made), "time_s").set_index("label").loc["gqa", "ratio"] == pytest.approx(2.0)
+    runs = read(tmp_path / "six", blocks({"sdpa": 1.0, "gqa": 1.5}, count=6, spread=0.01))
+    runs.loc[(runs["label"] == "gqa") & (runs["block"] == 4), "certified"] = False
+    found = compare.ratios(runs, "time_s").set_index("label").loc["gqa"]
+    assert found["verdict"] == "fails its certificate" and pd.isna(found["p"]) and found["low"] > 1.4
+    assert compare.ranks(runs, "time_s") == {"sdpa": (1, 1)}
+
+
 def test_a_torn_block_does_not_count(tmp_path):
     made = blocks({"sdpa": 1.0, "baseline": 1.5}, count=6, spread=1e-6)
     incomplete = [one for one in made if (one.label, one.study.block) != ("baseline", 3)]
@@ -537,9 +551,13 @@ def test_a_target_is_reached_within_what_the_control_differs_by(tmp_path):
     again = [loss + (0.02 if index % 2 else -0.02) for index, loss in enumerate(FALLING)]
     close = [*FALLING[:-3], 4.1, 4.0, 3.97]  # never quite there
     made = [curve("sdpa", FALLING), curve("sdpa_again", again), curve("gqa", close)]
+    made.append(curve("lsh", [*FALLING[:-3], 4.4, 4.35, 4.3]))
     runs = read(tmp_path / "with", made)
     assert target.tolerance(runs) == pytest.approx(0.02)
-    assert target.to_target(runs).set_index("label")["censored"].isna().all()
+    found = target.to_target(runs).set_index("label")
+    assert list(found.index[found["censored"].notna()]) == ["lsh"]
+    # What a curve lacks is told to the target itself, and not to what is allowed beyond it.
+    assert found.loc["lsh", "gap_nats"] == pytest.approx(4.3 - found.loc["lsh", "target"])
     assert "within 0.020 nats" in target.rule(runs)
     alone = read(tmp_path / "without", [made[0], made[2]])
     assert target.tolerance(alone) == 0 and "no A/A control" in target.rule(alone)

@@ -196,7 +196,7 @@ def test_a_run_says_what_is_flagged_what_could_not_be_asked_and_that_it_is_one()
     checks = [check | {"check": "clock", "verdict": "green", "says": "the clock held"}]
     checks += [check | {"check": name, "verdict": "null", "says": "the run used no GPU"} for name in ("idle", "heat")]
     (answer,), rest = assemble.in_words(make_record("gqa", checks=checks, energy_j=None, time_s=12.0))
-    assert answer == "Self-check: all 1 checks green."
+    assert answer == "Self-check: green."
     assert rest[0] == "Not to be asked here (the run used no GPU): idle, heat."
     assert "12 s for 4 steps, joules not measured (the run used no GPU), a validation loss of 5.000 nats" in rest[1]
     assert "n = 1" in rest[2]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lib.data import conversations, corpus
 from lib.errors import UsageError
@@ -207,6 +210,18 @@ def test_empty_turns_are_dropped_and_counted(talk_file):
     half = {"messages": [turn("user", "yes?"), turn("assistant", "")]}
     facts = load(talk_file([*({"messages": talk["messages"]} for talk in TALK), blank, half])).facts
     assert (facts["empty_turns"], facts["empty_conversations"], facts["conversations"]) == (3, 1, 61)
+
+
+def test_words_that_a_tokenizer_does_not_know_are_counted(tmp_path, talk_file):
+    """One that knows three words: of "How many is 7? It is 7, as 7 always is." all signs but four are unknown."""
+    known = {"[UNK]": 0, corpus.END_OF_TEXT: 1, "How": 2, "many": 3, "is": 4}
+    words = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    own = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=corpus.END_OF_TEXT, unk_token="[UNK]")
+    own.save_pretrained(tmp_path / "few words")
+    found = load(talk_file(), tokenizer=str(tmp_path / "few words"), turns="joined").facts
+    signs = [re.findall(r"\w+|[^\w\s]+", " ".join(one["content"] for one in talk["messages"])) for talk in TALK]
+    assert found["unknown_tokens"] == sum(sign not in known for text in signs for sign in text) > 0
 
 
 def test_the_fingerprint_follows_the_tokens(talk_file):

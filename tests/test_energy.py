@@ -141,9 +141,11 @@ def test_a_counter_that_is_stuck_in_one_window_of_two_or_falls_behind_its_work_h
         for _ in range(2):
             gpu.works(5.0)
         assert gpu.counter.reading(5.0) == (None, "counter_zero"), which
-    gpu = Stepping(monkeypatch, falls_at=5.4)  # back to a lower value between two steps after the work
-    gpu.works(5.0)
-    assert gpu.counter.reading(5.0).reason == "counter_reset"
+    for falls_at in (5.35, 5.45):  # between two steps after the work; at the second one the window has its joules
+        gpu = Stepping(monkeypatch, falls_at=falls_at)
+        gpu.works(5.0)
+        assert gpu.counter.reading(5.0).reason == "counter_reset"
+    assert gpu.counter.windows_j[0] > 0
 
 
 def test_a_window_without_a_joule_is_stuck_only_where_it_was_long_enough(monkeypatch):

@@ -2,12 +2,13 @@
 
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 
-from lib.measure import energy, environment, flops, kernels, sampler, warmth
+from lib.measure import energy, environment, flops, kernels, meter, sampler, warmth
 from lib.measure.meter import Meter, Window
 from lib.model import build_model, devices, gpt2_config
 
@@ -58,18 +59,145 @@ def test_a_meter_adds_up_its_stretches_and_nothing_between():
     assert values["cpu_time_s"] > 0 and values["energy_j"] is None and reasons["energy_j"] == "no_gpu"
 
 
-def test_a_wall_clock_that_jumps_in_a_stretch_or_between_two_is_seen(monkeypatch):
+class Status:
+    """Stands in for the files of /proc: a peak in KiB for each read, None where there is no such file."""
+
+    peaks: ClassVar[list] = []
+
+    def __init__(self, _):
+        pass
+
+    def write_text(self, *_, **__):
+        pass
+
+    def read_text(self, **_):
+        peak = Status.peaks.pop(0)
+        if peak is None:
+            raise FileNotFoundError
+        return f"VmPeak:\t 9999999 kB\nVmHWM:\t {peak} kB\n"
+
+
+def test_what_a_run_took_is_the_sum_over_its_windows_and_the_highest_peak(monkeypatch):
+    """Two windows of 3 and 7 s, 2 and 5 s of CPU, 50 and 30 bytes of disk, peaks of 500 and 300 KiB."""
+    now = {"perf_counter": 10.0, "time": 10.0, "process_time": 1.0}
+    for name in now:
+        monkeypatch.setattr(meter.time, name, lambda name=name: now[name])
+    moved = iter((100, 150, 1000, 1030))
+    monkeypatch.setattr(meter, "_disk_bytes", lambda: next(moved))
+    monkeypatch.setattr(meter, "Path", Status)
+    monkeypatch.setattr(Status, "peaks", [500, 300])
+    found = Meter(CPU)
+    for seconds, cpu_s in ((3, 2), (7, 5)):
+        with found.window():
+            now |= {"perf_counter": now["perf_counter"] + seconds, "process_time": now["process_time"] + cpu_s}
+        now["process_time"] += 9
+    values, reasons = found.metrics()
+    expected = {"time_s": 10, "cpu_time_s": 7, "cpu_cores_used": 0.7, "disk_bytes": 80, "peak_resident_bytes": 512_000}
+    assert {name: values[name] for name in expected} == expected and found.windows_s == [3, 7]
+    assert reasons["peak_memory_bytes"] == reasons["energy_j"] == "no_gpu"
+    monkeypatch.setattr(Status, "peaks", [None])
+    monkeypatch.setattr(meter.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=600))
+    found._read_peaks()
+    assert found.metrics()[0]["peak_resident_bytes"] == 600 * 1024
+
+
+def on_a_gpu(monkeypatch, joules=(100.0, 300.0), watts=40.0, idle_w=8.0, others=(0, 0)):
+    """A meter of two windows, 3 s and 7 s, as a GPU leaves it: the counter's joules, and a trace of so many watts."""
+    found = Meter(CPU)
+    found.device, found.on_gpu, found._others = torch.device("cuda"), True, list(others)
+    found.windows = [Window(0.0, 3.0, 1000.0, 1003.0), Window(5.0, 12.0, 1005.0, 1012.0)]
+    found.gpu_counter = energy.Counter("gpu_energy", monitor=object())
+    found.gpu_counter.windows_j, found.idle_power = list(joules), energy.Reading(idle_w)
+    found.trace = energy.Trace(np.array([999.0]), np.array([watts]))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 11)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 22)
+    found._read_peaks()
+    return found
+
+
+def test_what_a_gpu_took_is_told_apart(monkeypatch):
+    values, reasons = on_a_gpu(monkeypatch).metrics()
+    expected = {
+        "energy_j": 400, "mean_power_w": 40, "idle_power_w": 8, "net_energy_j": 320, "peak_memory_bytes": 11,
+        "peak_reserved_memory_bytes": 22, "peak_resident_bytes": None,
+    }  # fmt: skip
+    assert {name: values[name] for name in expected} == expected and reasons["peak_resident_bytes"] == "gpu_run"
+    values, reasons = on_a_gpu(monkeypatch, idle_w=40.0).metrics()  # as much as in the run
+    assert values["energy_j"] == 400 and values["net_energy_j"] is None
+    assert reasons["idle_power_w"] == reasons["net_energy_j"] == "not_idle"
+    assert on_a_gpu(monkeypatch, idle_w=39.0).metrics()[0]["net_energy_j"] == pytest.approx(10)
+
+
+def test_another_process_or_a_trace_that_is_a_tenth_off_leaves_no_joules(monkeypatch):
+    assert on_a_gpu(monkeypatch, others=(0, 1)).energy() == (None, "foreign_process")
+    for watts, expected in ((43.9, 400.0), (36.1, 400.0), (44.1, None), (35.9, None)):
+        found = on_a_gpu(monkeypatch, watts=watts)
+        assert found.energy().joules == expected and found.disagreement == pytest.approx(watts / 40 - 1)
+
+
+def test_the_log_is_in_the_counter_s_joules_and_the_trace_in_the_middles_of_its_parts(monkeypatch):
+    """The trace says 38 W where the counter says 40: half of the window has half of the counter's joules."""
+    found = on_a_gpu(monkeypatch, watts=38.0)
+    found.marks = [(1, 5.0), (2, 10.0)]
+    assert [point["energy_j"] for point in found.log()] == pytest.approx([200, 400])
+    times_s, watts = found.power()
+    assert len(times_s) == 100 and times_s[:2] == [0.05, 0.15] and set(watts) == {38.0}
+
+
+def test_a_stopwatch_times_each_repetition_until_the_device_is_done_and_believes_its_shortest(monkeypatch):
+    now = [0.0]
+
+    def waits(_):
+        now[0] += 1.0  # the device is a second behind
+
+    monkeypatch.setattr(meter.devices, "synchronize", waits)
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 0)
+    watch = meter.Stopwatch(CPU, energy.Counter("gpu_energy", monitor=object()))
+    watch.counter.begin = watch.counter.end = lambda: None
+    for seconds in (2.0, 3.0):
+        with watch:
+            now[0] += seconds
+    watch.counter.windows_j = [5.0, 6.0]
+    assert watch.seconds == [3.0, 4.0] and watch.reading() == (11.0, None)
+    watch.seconds[0] = 1.0
+    assert watch.reading() == (None, "window_too_short")
+
+
+def test_joules_of_a_call_are_those_of_the_window_over_its_calls_after_a_first_one(monkeypatch):
+    """A first call takes 100 J, each other one 5 J in a second."""
+    now, spent = [0.0], [0.0]
+
+    class Moving(energy.Counter):
+        def begin(self):
+            self.began_j = spent[0]
+
+        def end(self):
+            self.windows_j.append(spent[0] - self.began_j)
+
+    def work():
+        spent[0] += 5.0 if spent[0] else 100.0
+        now[0] += 1.0
+
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(meter.energy, "gpu_counter", lambda _: Moving("gpu_energy", monitor=object()))
+    monkeypatch.setattr(meter.energy, "foreign_processes", lambda _: 0)
+    assert meter.energy_of(work, CPU, 12.0) == (5.0, None) and spent == [100.0 + 12 * 5]
+
+
+@pytest.mark.parametrize("jump_s", [5.0, -5.0])
+def test_a_wall_clock_that_jumps_in_a_stretch_or_between_two_is_seen(jump_s, monkeypatch):
     for where in ("inside", "between"):
-        meter, ahead_s, wall = Meter(CPU), [0.0], time.time
+        found, ahead_s, wall = Meter(CPU), [0.0], time.time
         monkeypatch.setattr(time, "time", lambda ahead_s=ahead_s, wall=wall: wall() + ahead_s[0])
         for _ in range(2):
-            with meter.window():
-                ahead_s[0] += 5.0 if where == "inside" else 0.0
-            ahead_s[0] += 5.0 if where == "between" else 0.0
+            with found.window():
+                ahead_s[0] += jump_s if where == "inside" else 0.0
+            ahead_s[0] += jump_s if where == "between" else 0.0
         monkeypatch.undo()
-        assert meter.clock_jump_s == pytest.approx(5.0, abs=0.05)
-        meter.trace = energy.Trace(np.array([0.0]), np.array([100.0]))
-        assert meter.trace_j is None and meter.power() == ([], [])
+        assert found.clock_jump_s == pytest.approx(5.0, abs=0.05)
+        found.trace = energy.Trace(np.array([0.0]), np.array([100.0]))
+        assert found.trace_j is None and found.power() == ([], [])
 
 
 def test_marks_are_seconds_of_the_window_and_not_of_what_lies_between():

@@ -193,6 +193,43 @@ def test_a_step_s_loss_is_the_mean_over_the_tokens_of_all_its_parts():
     assert trainer.losses[0].item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_training_is_what_a_plain_loop_of_pytorch_does():
+    """Over four steps: all rows of a step at once, the mean over their tokens, clipping, AdamW, and fresh gradients."""
+    trainer, steps = make_trainer(batch_size=2, accumulation=2, clip_norm=0.5), 4
+    twin = build_model("sdpa", gpt2_config(2, 32, 4, 32, 30), 0).double()
+    matrices = [w for w in twin.parameters() if w.dim() > 1]
+    vectors = [w for w in twin.parameters() if w.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer, losses = torch.optim.AdamW(groups, betas=(0.9, 0.95)), []
+    rates = [5e-3, 1e-2] + [1e-2 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * n / 7))) for n in range(2)]
+    for rows, rate in zip(trainer.rows[:steps], rates, strict=True):
+        ids, labels = trainer.corpus.train.batch(rows.ravel())
+        logits = twin(ids).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        gradients = torch.autograd.grad(loss, list(twin.parameters()))
+        norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+        for weight, gradient in zip(twin.parameters(), gradients, strict=True):
+            weight.grad = gradient * min(1.0, 0.5 / norm.item())
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(loss.item())
+    for step in range(steps):
+        trainer.take_step(step)
+    assert trainer.losses[:steps].tolist() == pytest.approx(losses, rel=1e-5)
+    for ours, theirs in zip(trainer.model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_a_seed_is_that_of_rows_and_of_dropout():
+    one, other, third = make_trainer(dropout=0.3), make_trainer(dropout=0.3), make_trainer(seed=5)
+    assert np.array_equal(one.rows, other.rows) and not np.array_equal(one.rows, third.rows)
+    other.p.seed = 5  # the same weights and rows
+    for trainer in (one, other):
+        trainer.run()
+    assert not torch.equal(one.losses, other.losses)
+
+
 def test_every_step_has_its_own_rate_and_rows_and_trains_while_validations_do_not(monkeypatch):
     """Over both epochs; what is looked at is what stands there when the optimizer steps."""
     trainer, steps, modes = make_trainer(dropout=0.1, accumulation=2), [], []

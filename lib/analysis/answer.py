@@ -270,6 +270,20 @@ def limits(evidence: Evidence) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def in_short(table: pd.DataFrame) -> pd.DataFrame:
+    """`limits` with one row for time and joules where they lead to the same pick at the same cost."""
+    limit, saves, rows = "if you are limited by", "it saves", []
+    for row in table.to_dict("records"):
+        twin = {limit: row[limit].replace("joules,", "time,", 1), "pick": row["pick"], "it costs": row["it costs"]}
+        same = [one for one in rows if {name: one[name] for name in twin} == twin]
+        if row[limit].startswith("joules,") and same and row[saves] != "–":
+            same[0][limit] = twin[limit].replace("time,", "time or joules,", 1)
+            same[0][saves] = f"time {same[0][saves]}, joules {row[saves]}"
+        else:
+            rows.append(row)
+    return pd.DataFrame(rows, columns=table.columns)
+
+
 def _picked(evidence: Evidence, pick: Pick) -> str:
     return joined([f"**{_name(evidence, label)}**" for label in pick.labels]) if pick.labels else "SDPA: nothing saves"
 
@@ -301,7 +315,7 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
 
 def markdown(evidence: Evidence) -> str:
     """What stands between the marks."""
-    table = limits(evidence)
+    table = in_short(limits(evidence))
     head = f"| {' | '.join(table.columns)} |\n|{' --- |' * len(table.columns)}\n"
     body = "".join(f"| {' | '.join(map(str, row))} |\n" for row in table.itertuples(index=False))
     sure = "".join(f"- {line}\n" for line in how_sure(evidence))

@@ -56,7 +56,7 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
             axes.errorbar(level, row, xerr=ends, color=INK, capsize=3)
             ratio = f"{of['ratio']:.3f}" if metric in compare.COUNTED else interval(of)
             note, n = f"{note} (× {ratio}, n = {of['n']:.0f}", int(of["n"])
-        elif metric in compare.COUNTED:
+        elif metric in compare.COUNTED and found["low"].isna().all():
             note = f"{note} (counted"
         else:
             note = f"{note} (n = {n}"

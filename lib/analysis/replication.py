@@ -132,13 +132,13 @@ def loss_curves(found: pd.DataFrame) -> plt.Figure:
     n-gram tables of the same training tokens as grey lines."""
     style.use_style()
     figure, all_axes = plt.subplots(2, 4, figsize=(12, 5.6), sharex=True, sharey=True)
-    look = style.looks(list(attention.STUDY_ORDER))
     names = style.titles(found)
     for axes, name in zip(all_axes.flat, attention.STUDY_ORDER, strict=True):
         for (said, label), line in zip(LABELS.items(), ("-", "--", ":"), strict=True):
+            colour = style.BLUE if said == "ours" else style.ORANGE
             for points in found[found["label"] == label.format(name)]["series_validation"]:
                 x, y = ([point[key] for point in points] for key in ("non_padding_tokens", "loss"))
-                axes.plot(x, y, **look[name] | {"linestyle": line}, markersize=4, label=said)
+                axes.plot(x, y, line, color=colour, marker="o", markersize=4, label=said)
         loss_figures.draw_tables(axes, found)
         axes.set_title(names.get(name, name), loc="left")
         axes.legend(frameon=False, fontsize=7, loc="upper right")

@@ -114,6 +114,8 @@ def _by_length(label: str) -> dict[int, list]:
         for metric in ("prefill_s", "decode_s_per_token")
     ]
     shared = set.intersection(*(set(one.contexts.tolist()) for one in several))
+    if not shared:
+        return {}
     several = [one.among(shared) for one in several]
     drawn = growth.resamples(several)
     return {

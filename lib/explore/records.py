@@ -54,7 +54,7 @@ def records_page(found: dict, group: str, figure, by: str, variants: tuple, run:
     runs = runs[runs["label"].isin(variants)].reset_index(drop=True)
     if runs.empty:
         raise UsageError("pick at least one variant")
-    return [figure(runs), tables.ranking(runs, by), f"The record {run}:", *facts(record.load(path / f"{run}.json"))]
+    return [figure(runs), tables.main(runs, by), f"The record {run}:", *facts(record.load(path / f"{run}.json"))]
 
 
 LENGTH_FIGURES = {

@@ -180,9 +180,8 @@ def in_words(result: record.Record) -> tuple[list[str], list[str]]:
     """
     by = {verdict: [c for c in result.checks if c.verdict == verdict] for verdict in ("green", "flagged", "null")}
     flagged, asked = by["flagged"], len(by["green"]) + len(by["flagged"])
-    said = (
-        f"{len(flagged)} of {asked} checks flagged; use this run with care" if flagged else f"all {asked} checks green"
-    )
+    green = "nothing could be asked" if not asked else "green" if asked == 1 else f"all {asked} checks green"
+    said = f"{len(flagged)} of {asked} checks flagged; use this run with care" if flagged else green
     answer = [f"Self-check: {said}.", *(f"{c.check}: {c.says}." for c in flagged)]
     reasons: dict[str, list[str]] = {}
     for check in by["null"]:
