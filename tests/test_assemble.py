@@ -120,11 +120,12 @@ def test_what_a_run_has_not_is_null_with_its_reason_and_the_rest_stays(finished)
     made = recorded(finished, LATENCIES[:1])
     inference = ("prefill_latency_s", "decode_latency_s_per_token", "cache_bytes")
     joules = ("energy_j", "energy_per_non_padding_token_j", "mean_power_w", "net_energy_j")
-    expected = dict.fromkeys(inference, "not_asked_for") | dict.fromkeys(joules, "window_too_short")
+    expected = dict.fromkeys(inference, "context_not_timed") | dict.fromkeys(joules, "window_too_short")
     expected |= {"gpu_busy_fraction": "no_gpu", "gpu_utilization_percent": "no_gpu"}
     assert {name: made.null_reasons.get(name) for name in expected} == expected
     assert made.series.epoch_energy_j == made.series.epoch_edges_j == []
     assert made.metrics.cpu_energy_j == 50 and made.metrics.validation_loss == 3.5
+    assert recorded(finished, []).null_reasons["prefill_latency_s"] == "not_asked_for"
 
 
 def test_the_notebook_s_tables_show_the_record_s_numbers_in_the_units_that_they_name(finished):

@@ -564,6 +564,12 @@ def test_a_target_is_reached_within_what_the_control_differs_by(tmp_path):
     assert target.to_target(alone).set_index("label").loc["gqa", "censored"] == ">"
 
 
+def test_the_tolerance_is_the_root_mean_square_of_the_gaps(tmp_path):
+    again = [loss + 0.03 * (place == 4) for place, loss in enumerate(FALLING)]  # one of eight validations
+    runs = read(tmp_path, [curve("sdpa", FALLING), curve("sdpa_again", again)])
+    assert target.tolerance(runs) == pytest.approx(0.03 / math.sqrt(8))
+
+
 def test_a_lucky_validation_does_not_reach_a_target(tmp_path):
     lucky = [9.0, 8.0, 3.0, 6.5, 6.0, 5.5, 5.0, 4.6, 4.5]
     runs = read(tmp_path, [curve("sdpa", FALLING), curve("gqa", lucky)])
@@ -621,6 +627,8 @@ def test_a_summary_with_a_censored_block_has_a_bound_and_no_interval(tmp_path):
     assert found.loc["lsh", ["censored", "reached"]].tolist() == [">", 5]
     assert found.loc["lsh", "energy_j"] == pytest.approx(stats.gmean(table[table["label"] == "lsh"]["energy_j"]))
     assert found.loc["lsh", ["time_s_low", "energy_j_low"]].isna().all()
+    bounds = table.loc[table["label"] == "lsh", "energy_j_ratio"]
+    assert found.loc["lsh", "energy_j_ratio"] == pytest.approx(stats.gmean(bounds)) and bounds.nunique() == 2
     assert pd.isna(found.loc["mla", "time_s"]) and "not reached in some" in found.loc["mla", "reason"]
     assert found.loc["sdpa", "energy_j_ratio"] == 1 and pd.isna(found.loc["sdpa", "energy_j_low"])
 

@@ -311,6 +311,13 @@ def test_a_tokenizer_saved_to_a_folder_is_the_same_one(tmp_path, talk_file):
     assert folder.facts["token_sha256"] == load(talk_file()).facts["token_sha256"]
 
 
+def test_human_and_gpt_are_user_and_assistant(talk_file):
+    names = {"user": "human", "assistant": "gpt"}
+    told = [[{"from": names[one["role"]], "value": one["content"]} for one in talk["messages"]] for talk in TALK]
+    shared_by_gpt = load(talk_file([{"conversations": turns} for turns in told]))
+    assert shared_by_gpt.facts["token_sha256"] == load(talk_file()).facts["token_sha256"]
+
+
 def test_turns_can_be_joined_by_spaces_as_the_published_study_did(talk_file):
     data = load(talk_file(), turns="joined", context=64)
     ids, _ = data.train.batch(np.array([0]))

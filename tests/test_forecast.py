@@ -53,6 +53,9 @@ def test_other_settings_are_scaled_by_flops_and_that_is_said():
     found = forecast.expect(wider["values"], [measured(run), measured(longer)])
     more = measured(wider).metrics.forward_flops_causal / measured(run).metrics.forward_flops_causal
     assert more > 2 and found.time_s == pytest.approx(20 * more)
+    (nearer,) = runs_of("sdpa", width=64, learning_rate=0.5)  # another setting of the same size
+    for records in ([measured(run), measured(nearer)], [measured(nearer), measured(run)]):
+        assert forecast.expect(wider["values"], records).time_s == pytest.approx(20)
     assert forecast.lines([wider], [measured(run)])[1].startswith("  1 windows scaled by FLOPs from other settings: ")
 
 

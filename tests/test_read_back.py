@@ -256,9 +256,9 @@ def test_a_cost_to_a_target_is_a_bar_in_its_unit_and_a_bound_points_onwards(tmp_
         bounds = [name for name in order if name in ("lsh", "mla")]
         assert [bar.get_alpha() < 0.5 for bar in axes.patches] == [name in bounds for name in order]
         arrows = [text for text in axes.texts if getattr(text, "arrow_patch", None)]
-        onwards = [arrow.xyann[0] - arrow.xy[0] for arrow in arrows]
+        onwards = [arrow.xy[0] - arrow.xyann[0] for arrow in arrows]  # from the bar's end to the tip
         onwards = dict(zip(bounds, onwards, strict=True))
-        assert onwards["lsh"] * onwards["mla"] < 0
+        assert onwards["lsh"] > 0 > onwards["mla"]  # it costs more than is drawn; it costs less
     gaps = target.to_target(runs).query("label == 'lsh'")["gap_nats"]
     assert gaps.nunique() == 2
     assert f"{gaps.max():.2g} nats above" in " ".join(text.get_text() for text in figure.axes[0].texts)
