@@ -21,7 +21,8 @@ NOISE -= NOISE.mean(axis=1, keepdims=True)  # so that none differs by chance
 def concluded(folder, ratios, blocks=8, **told):
     """`conclusions.of_runs` of made-up blocks in which a variant takes `ratios` of SDPA's time; `told`: by label."""
     for (label, block), position in places(LABELS, blocks).items():
-        time_s = ratios.get(label, 1.0) * np.exp(NOISE[LABELS.index(label), block])
+        ratio = ratios.get(label, 1.0)
+        time_s = (ratio(block) if callable(ratio) else ratio) * np.exp(NOISE[LABELS.index(label), block])
         metrics = {"time_per_epoch_s": time_s, "energy_j": None, "validation": learning()} | told.get(label, {})
         record.write(make_record(label, block, position=position, **metrics), folder)
     return conclusions.of_runs(compare.groups(record.read(folder))[0])
@@ -44,6 +45,8 @@ def test_two_that_are_not_told_apart_share_the_place_and_other_records_have_anot
     assert "(which share the place)" in both.answer[0] and "gqa" in both.answer[0] and "linear" in both.answer[0]
     none = concluded(tmp_path / "none", {})
     assert none.answer == ["No variant takes significantly less training time than sdpa."]
+    torn = concluded(tmp_path / "torn", {"gqa": lambda block: 0.98 * 1.2 ** (-1) ** (block // 2)})
+    assert torn.answer == none.answer and "inconclusive: gqa" in torn.details[0]
 
 
 def test_what_fails_its_certificate_and_the_control_are_no_answer(tmp_path):
@@ -96,6 +99,8 @@ def test_of_lengths_both_ends_are_told_and_who_is_surely_cheaper_there():
     )
     assert "mla" not in " ".join(said.answer) and "mla 2.0" in said.details[0]
     assert said.rests_on.startswith("a machine. 3 processes for each point allow")
+    torn = of_lengths({"sdpa": lambda t: t, "linear": lambda t: 0.99 * t}, noise=0.2)
+    assert all("nothing is surely cheaper" in one for one in torn.answer)
     (short, _) = of_lengths({"sdpa": lambda t: t, "mla": lambda t: t / 2}).answer
     assert short.startswith("At 256 tokens cheaper than sdpa (forward and backward of one layer): mla, ÷ 2.0")
 

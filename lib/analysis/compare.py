@@ -106,7 +106,8 @@ def panels(whole: pd.DataFrame) -> list[pd.DataFrame]:
     found: dict[frozenset, list] = {}
     for _, part in whole.groupby(BLOCK):
         found.setdefault(frozenset(part["label"]), []).extend(part.index)
-    return [whole[whole.index.isin(index)] for index in found.values()]
+    parts = [whole[whole.index.isin(index)] for index in found.values()]
+    return sorted(parts, key=lambda part: part["block"].min())
 
 
 def comparable(runs: pd.DataFrame) -> pd.DataFrame:
