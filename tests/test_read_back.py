@@ -100,7 +100,7 @@ def test_over_blocks_a_bar_is_sdpa_s_mean_times_the_paired_ratio_with_its_interv
         assert [list(bar) for bar in bars] == [pytest.approx(list(pair)) for pair in ends.to_numpy()]
         assert axes.get_xlabel() == f"{unit} (×: ratio to SDPA's, 95 %)"
         notes = [text.get_text().rpartition(", ")[2].rpartition("(")[2] for text in axes.texts]
-        assert notes == ["n = 6)", "counted)" if metric in compare.COUNTED else "n = 6)", "n = 6)", "n = 6)"]
+        assert notes == ["n = 6)"] * len(LABELS)
 
 
 def test_a_bar_s_n_is_of_the_blocks_that_have_its_metric(several):
