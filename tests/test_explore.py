@@ -252,6 +252,15 @@ def test_training_leaves_what_was_measured_and_examined_and_draws_anew_what_show
     assert kept == {"certificate", "costs", "measured"} and "steps of training" in screens["map"].page.value
 
 
+def test_a_task_is_learnt_by_the_choice_with_its_options_beside_gpt2_s_own():
+    shared = bench.Bench("sliding_window", window=4)
+    *_, last = shared.task_pages(shared.picker.choice, "recall_rewritten", 0.05)
+    asked, figure = last()
+    assert asked == "It has to recall the last of two values that were written under a key."
+    said = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert [text.split(":")[0] for text in said] == ["Window 4", "Eager"] and all("accuracy" in text for text in said)
+
+
 class Clock:
     """A clock that a layer's forward moves on by what it is to take, in seconds; notes who was timed."""
 

@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 
 from lib import attention, certificate
-from lib.analysis import style
+from lib.analysis import capability, style
 from lib.data import corpus
+from lib.data.tasks import TASKS
 from lib.errors import UsageError
 from lib.explore import budget, weights
 from lib.explore.budget import GPT2_SMALL, SIZES
@@ -23,7 +24,7 @@ from lib.explore.widgets import LABELLED, Choice, Picker, Screen
 from lib.explore.widgets import fitting as check
 from lib.measure import assemble, inference
 from lib.model import GPT2, build_model, devices, gpt2_config, meta_model
-from lib.study import plan
+from lib.study import plan, probes
 from lib.training import Trainer
 
 SIZE = {"layers": 2, "width": 64, "heads": 4, "positions": 256}  # of the models on this page
@@ -34,6 +35,7 @@ MEASURED_CONTEXTS = (64, 128, 256, 512, 1024)
 WARM_UPS, ROUNDS = 2, 8  # of "Measure here", at each length
 PAGES = 16  # drawn while a model writes
 REDRAWN_EVERY_S = 0.5  # while training
+TESTED_EVERY_S = 1.5  # while a task is learnt
 
 
 class Bench:
@@ -119,6 +121,28 @@ class Bench:
             self.trained |= {run.choice.label: (run.trainer.model, run.steps) for run in runs if run.steps}
             for screen in self.of_models:
                 screen.changed()
+
+    def task(self) -> Screen:
+        controls = {
+            "task": widgets.Dropdown(
+                options=[(task.title, name) for name, task in TASKS.items()], value="induction", description="task"
+            ),
+            "seconds": widgets.IntSlider(value=10, min=2, max=60, description="seconds"),
+        }
+        at_first = "Press “Learn”: both learn the task from nothing, in turns, on this machine."
+        return self.screen("task", self.task_pages, controls=controls, button="Learn", at_first=at_first)
+
+    def task_pages(self, choice: Choice, task: str, seconds: float):
+        learners = [
+            probes.Learner({"attention": one.attention, "options": {attention.stem(one.attention): one.options}}, task)
+            for one in dict.fromkeys((choice, self.beside))
+        ]
+        begin_s = shown_s = time.perf_counter()
+        while all([learner.step() for learner in learners]) and time.perf_counter() < begin_s + seconds:
+            if time.perf_counter() > shown_s + TESTED_EVERY_S:
+                yield partial(task_page, learners)
+                shown_s = time.perf_counter()
+        yield partial(task_page, learners)
 
     def generation(self, prompt: str) -> Screen:
         controls = {
@@ -428,6 +452,12 @@ def training_page(runs: list[Lesson]) -> list:
         for run in runs
     ]
     return [figure, pd.DataFrame(table)]
+
+
+def task_page(learners: list[probes.Learner]) -> list:
+    """Loss by steps, with the accuracy so far, and in a sentence what is asked."""
+    asks = TASKS[learners[0].cell.setting.task].asks
+    return [f"It has to {asks}.", capability.learning_figure(pd.concat([one.rows() for one in learners]))]
 
 
 @torch.no_grad()
