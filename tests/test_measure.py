@@ -84,6 +84,7 @@ def test_what_a_run_took_is_the_sum_over_its_windows_and_the_highest_peak(monkey
         monkeypatch.setattr(meter.time, name, lambda name=name: now[name])
     moved = iter((100, 150, 1000, 1030))
     monkeypatch.setattr(meter, "_disk_bytes", lambda: next(moved))
+    monkeypatch.setattr(meter, "_waited_s", lambda: None)
     monkeypatch.setattr(meter, "Path", Status)
     monkeypatch.setattr(Status, "peaks", [500, 300])
     found = Meter(CPU)
