@@ -256,6 +256,12 @@ def test_tables_show_medians_ranges_and_what_was_not_tried():
     assert published[published["mixer"] == "LINEAR"]["numbers kept"].tolist() == ["62"]
 
 
+def test_what_was_not_tried_is_said():
+    found = made(*(cell("sdpa", [1.0] * 5, "induction", seed=seed) for seed in range(3)))
+    assert "Induction: LINEAR was not tried." in capability.remarks(found)
+    assert not any(said.startswith("Recall (MQAR): LINEAR was not") for said in capability.remarks(found))
+
+
 def test_the_order_of_the_published_figure_is_compared_seed_by_seed():
     window = [cell("sliding_window", (0, 0, value), seed=seed) for seed, value in enumerate((0.1, 0.2))]
     first, why = capability.published_order(made(*window))

@@ -288,6 +288,7 @@ def learning_figure(shown: pd.DataFrame):
 
 def remarks(cells: pd.DataFrame) -> list[str]:
     """A sentence for each task that is not shown, each cell that failed, and what each failure means."""
+    title = dict(zip(cells["label"], cells["title"], strict=True))
     said = [why for task in TASKS if task in set(cells["task"]) for why in [_why_not_shown(cells, task)] if why]
     other = cells.drop(in_one_setting(cells).index).drop_duplicates(["label", "task", "rate", "seed", "setting"])
     if len(other):
@@ -302,6 +303,9 @@ def remarks(cells: pd.DataFrame) -> list[str]:
         failed = [row["title"] for label, row in rows.iterrows() if row["median"] < 0.5]
         if failed:
             said.append(f"{TASKS[task].title}: {_and(failed)} cannot {TASKS[task].asks}, at any rate that was tried.")
+        untried = [title[label] for label in labels(cells) if label not in rows.index]
+        if untried:
+            said.append(f"{TASKS[task].title}: {_and(untried)} {'was' if len(untried) == 1 else 'were'} not tried.")
     few = at_best(cells).groupby(["label", "task", "convolution"])["seed"].nunique()
     if (few < SEEDS_WANTED).any():
         said.append(f"{(few < SEEDS_WANTED).sum()} of {len(few)} entries rest on fewer than {SEEDS_WANTED} seeds.")
