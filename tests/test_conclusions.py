@@ -91,6 +91,15 @@ def of_lengths(costs=COSTS, **how):
     return conclusions.of_lengths(points(costs, **{"n": 3, "noise": 0.005} | how), METRICS, "sdpa", "a machine")
 
 
+def test_of_lengths_that_the_reference_was_not_measured_at_nothing_is_told():
+    found = points({"sdpa": lambda t: t, "mla": lambda t: 2 * t}, n=3, noise=0.005)
+    apart = found[(found["label"] == "sdpa") == (found["context"] == found["context"].min())]
+    said = conclusions.of_lengths(apart, METRICS, "sdpa", "a machine")
+    assert said.answer == [
+        "Which attention is cheaper at which length, these points do not say: nothing stands beside the reference."
+    ]
+
+
 def test_of_lengths_both_ends_are_told_and_who_is_surely_cheaper_there():
     said = of_lengths()
     assert said.answer[0].startswith("At 256 tokens nothing is surely cheaper than sdpa (forward and backward")

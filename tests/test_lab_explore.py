@@ -17,7 +17,7 @@ pytestmark = [
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "explore.ipynb"
 PATIENCE = lab.PATIENCE * 1000
 # The screens, from above; the first has the page's picker.
-BUDGET, MAP, CERTIFICATE, DEVICE_FOLDER, ON_PAPER, HERE, TRAINING, GENERATION, RECORDS, LENGTHS = range(10)
+BUDGET, MAP, CERTIFICATE, DEVICE_FOLDER, ON_PAPER, HERE, TRAINING, TASK, GENERATION, RECORDS, LENGTHS = range(11)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +103,8 @@ def test_run_all_shows_every_screen_and_no_error(notebook, tmp_path):
     assert notebook.outputs("error") == []
     assert [out["text"] for out in notebook.outputs("stream") if out["name"] == "stderr"] == []
     expect(screen(notebook, LENGTHS)).to_be_visible(timeout=PATIENCE)
-    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(10)]
-    assert pictures == [1, 1, 1, 1, 1, 0, 0, 2, 11, 2]  # what a button must begin is not there yet
+    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(11)]
+    assert pictures == [1, 1, 1, 1, 1, 0, 0, 0, 2, 11, 2]  # what a button must begin is not there yet
     assert notebook.errors == []
 
 
@@ -153,6 +153,11 @@ def test_work_is_seen_while_it_goes_on_and_can_be_stopped(notebook):
     changes(notebook, TRAINING, lambda: None)  # it goes on by itself
     button.click()
     expect(button).to_have_text("Train", timeout=PATIENCE)
+    learn = screen(notebook, TASK).get_by_role("button")
+    changes(notebook, TASK, learn.click)
+    expect(page(notebook, TASK).locator("img")).to_be_visible(timeout=PATIENCE)
+    learn.click()
+    expect(learn).to_have_text("Learn", timeout=PATIENCE)
     expect(screen(notebook, TRAINING)).to_contain_text("ms per step")
     expect(screen(notebook, MAP)).to_contain_text("steps of training on this page")
     assert notebook.errors == []

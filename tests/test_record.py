@@ -114,7 +114,7 @@ SERIES = make_record().series.model_dump()
         {"study": {"session": "s", "block": 0}},
         {"kernels": {"forward": None, "backward": ["k"]}},
         {"kernels_null_reason": "empty_profile"},
-        {"started_at": record.now() + timedelta(seconds=60)},
+        {"started_at": record.now() + timedelta(days=1)},
         {"name": "gqa-seed0-00000000"},
         {"series": SERIES | {"epoch_time_s": [10.0] * 3}},
         {"series": SERIES | {name: SERIES[name] + SERIES[name][-1:] for name in ("train_loss", "non_padding_tokens")}},

@@ -157,10 +157,11 @@ def of_lengths(points: pd.DataFrame, metrics: list[str], reference: str, title: 
     `metrics`: of training first; `title`: of the machine and sizes.
     """
     *standing, basis = growth_tables.conclusion(points, metrics, reference)
-    if growth_tables.processes(points) < 2:
-        answer, standing = ["Which attention is cheaper at which length, these points do not say: n = 1."], []
+    contexts = sorted(ratios(points, metrics[0], reference)["context"].unique())
+    if growth_tables.processes(points) < 2 or not contexts:
+        why = "nothing stands beside the reference" if growth_tables.processes(points) > 1 else "n = 1"
+        answer, standing = [f"Which attention is cheaper at which length, these points do not say: {why}."], []
     else:
-        contexts = sorted(ratios(points, metrics[0], reference)["context"].unique())
         answer = [_at_length(points, metrics[0], reference, at) for at in dict.fromkeys((contexts[0], contexts[-1]))]
     unknown = points.loc[points["metric"].str.contains("energy"), "reason"].dropna().unique()
     joules = f" Joules: not measured: {', '.join(REASONS[reason] for reason in unknown)}." if len(unknown) else ""
