@@ -59,12 +59,13 @@ class Attention(nn.Module):
     def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
         qkv, z = self.c_attn(hidden_states).split([3 * C, C], dim=2)
-        rates = self.c_rates(hidden_states)
-        # A sum of many updates, and a system that is solved: in bf16 both would lose what they carry.
+        # A sum of many updates, a system that is solved, exponents: in bf16 all would lose what they carry.
         with torch.autocast(hidden_states.device.type, enabled=False):
+            x, weight, bias = map(at_least_fp32, (hidden_states, self.c_rates.weight, self.c_rates.bias))
+            rates = x @ weight + bias  # (B, T, H or 2 H)
             q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in at_least_fp32(qkv).split(C, dim=2))
             q, k = unit(q) * self.head_width**-0.5, unit(k)  # (B, H, T, D)
-            beta, g = self._rates(at_least_fp32(rates))  # (B, H, T)
+            beta, g = self._rates(rates)  # (B, H, T)
             if padding_mask is not None:  # writes nothing, and nothing decays
                 real = padding_mask[:, None, -T:]
                 beta, g = beta.where(real, 0.0), g.where(real, 0.0)

@@ -8,6 +8,7 @@ at once has a bound.
 
 import contextlib
 import json
+import os
 import sys
 
 import pyarrow.compute
@@ -65,6 +66,8 @@ def _no_json(value) -> dict:
 if __name__ == "__main__":
     try:
         main(sys.argv[1])
+        sys.stdout.flush()
+        os._exit(0)  # all is said: Arrow's own threads have been seen to abort on the way out, of a file that is sound
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
     except MemoryError:  # also Arrow's own
