@@ -215,12 +215,15 @@ def outcome(status: int | None) -> str:
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/mutants.py", description=__doc__.split("\n\n")[0])
     parser.add_argument("--module", nargs="+", default=[], metavar="NAME", help="parts of paths or mistakes")
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="how many at once (%(default)s)")
+    parser.add_argument("--jobs", type=int, choices=range(1, 9), default=2, help="how many at once (%(default)s)")
     parser.add_argument("--tests-of", metavar="COMMIT", help="with the tests of another commit: the score before")
     parser.add_argument("--systematic", action="store_true", help="operators and numbers, in the modules of the list")
     parser.add_argument("--show", action="store_true", help="what pytest said of each that survived")
     options = parser.parse_args(words)
     try:
+        has_tests = ["git", "cat-file", "-e", f"{options.tests_of}:tests"]
+        if options.tests_of and subprocess.run(has_tests, cwd=ROOT, capture_output=True).returncode:
+            raise ValueError(f"there are no tests of a commit {options.tests_of!r}; name one that `git log` shows")
         mutants = (systematic if options.systematic else listed)(options.module)
         for mutant in mutants:
             compile(mutant.text, mutant.mistake, "exec")  # what does not compile would be killed by any test

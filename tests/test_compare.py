@@ -459,11 +459,15 @@ def test_quality_is_told_in_two_sentences_with_difference_interval_p_and_n(tmp_p
     for label, side in (("gqa", "significantly lower"), ("mla", "significantly higher")):
         of = found.loc[label]
         said = (
-            f"{side}: {label} {of['difference']:+.3f} nats [{of['low']:+.3f}, {of['high']:+.3f}], p = {of['p']:.2g}, "
+            f"{side}: {label} {of['difference']:+.3f} nats [{of['low']:+.3f}, {of['high']:+.3f}], p < 0.001, "
         )
-        assert f"{said}n = 8" in first and (of["difference"] < 0) == (label == "gqa")
+        assert of["p"] < 0.001 and f"{said}n = 8" in first and (of["difference"] < 0) == (label == "gqa")
     assert "equivalent within 0.02 nats: flash +" in first and "sdpa_again" not in first
     assert second.startswith("A/A control: ") and "bigrams" in second
+    noisy = runs["validation_loss"] + 0.1 * random.normal(size=len(runs))
+    doubtful = runs.assign(validation_loss=noisy)
+    p = compare.differences(doubtful).set_index("label").loc["gqa", "p"]
+    assert 0.001 < p < 1 and (f", p = {p:.2g}, n = 8" in quality.sentences(doubtful)[0])
     few = runs[runs["block"] < 4]
     assert "a verdict needs 5 whole blocks, and there are 4" in quality.sentences(few)[0]
     assert "no run of SDPA" in quality.sentences(runs[runs["label"] != "sdpa"])[0]

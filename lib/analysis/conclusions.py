@@ -10,7 +10,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from lib import attention, markup
-from lib.analysis import capability, compare, growth_tables, ngrams, notes
+from lib.analysis import capability, compare, growth_tables, ngrams, notes, quality
 from lib.analysis.growth import SHOWN, ratios
 from lib.analysis.style import labels, titles
 from lib.analysis.words import cost, joined, size
@@ -134,14 +134,7 @@ def _losses(runs: pd.DataFrame) -> str:
     above = ngrams.above_bigram(runs)
     if above.isna().any() or (above > 0).any():
         return ngrams.sentence(runs)
-    found, called = compare.differences(runs).set_index("label").reindex(_others(runs)), titles(runs)
-    told = found[found["verdict"] == DIFFERENT].sort_values("difference", kind="stable")
-    if told.empty:
-        return "No variant's validation loss differs significantly from SDPA's."
-    said = [
-        f"{called[x]} {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" for x, row in told.iterrows()
-    ]
-    return f"Validation loss, nats beside SDPA's, where significantly different: {joined(said)}."
+    return quality.sentences(runs)[0]
 
 
 def _unmeasured(runs: pd.DataFrame) -> str:

@@ -53,7 +53,11 @@ def _one(name: str, found: pd.Series) -> str:
         return name
     if pd.isna(found["low"]):
         return f"{name} {found['difference']:+.3f} nats"
-    p = "" if pd.isna(found["p"]) or found["verdict"].startswith("equivalent") else f", p = {found['p']:.2g}"
+    p = "" if pd.isna(found["p"]) or found["verdict"].startswith("equivalent") else f", p {_p(found['p'])}"
     return (
         f"{name} {found['difference']:+.3f} nats [{found['low']:+.3f}, {found['high']:+.3f}]{p}, n = {found['n']:.0f}"
     )
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.2g}"

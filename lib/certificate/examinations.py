@@ -298,13 +298,13 @@ def of_the_reference(twins: Twins):
     """`reach`, `reference_causal`, `gpt2_equal`: what the reference itself sees, layer by layer; float64."""
     s, length = twins.setting, twins.setting.gradient_length
     far = min(s.longest, LONGEST_LAYER)
-    leak, cut, unlike, blind = 0.0, 0.0, 0, 0
+    leak, cut, unlike, blind = 0.0, 0.0, 0, None
     for layer in attentions(twins.exact):
         hidden = twins.hidden(1, length, twins.exact_device, torch.float64)
         mine, (own_leaf,) = Floats(layer, s.width, hidden).traced(hidden)  # first: some draw what the reference reads
         theirs, (leaf,) = Floats(layer.reference, s.width, hidden).traced(hidden)
         ours, expected = _moved(mine, own_leaf, length - 1), _moved(theirs, leaf, length - 1)
-        unlike += int((((ours > CLEARLY) & (expected <= SEEN)) | ((expected > CLEARLY) & (ours <= SEEN))).sum())
+        unlike += int((_only_in(ours, expected) | _only_in(expected, ours)).sum())
         half = length // 2
         gradient = _gradient(theirs, leaf, half)
         leak = max(leak, _ratio(largest(gradient[half + 1 :]), largest(gradient)))
@@ -315,9 +315,13 @@ def of_the_reference(twins: Twins):
         if (expected > SEEN).all() and not _fades(expected, far):  # then all must be seen however far
             hidden = twins.hidden(1, far, twins.exact_device, torch.float64)
             mine, (leaf,) = Floats(layer, s.width, hidden).traced(hidden)
-            blind = max(blind, int((_moved(mine, leaf, far - 1) <= SEEN).sum()))
+            blind = max(blind or 0, int((_moved(mine, leaf, far - 1) <= SEEN).sum()))
     yield within("reach", f"of {length:,} tokens, seen by layer or reference alone", unlike, 0.0)
-    yield within("reach", f"of {far:,} tokens, unseen though the reference sees all it has", blind / far, UNSEEN)
+    what = f"of {far:,} tokens, unseen though the reference sees all it has"
+    if blind is None:
+        yield fact("reach", what, None, "its definition does not see all, or lets what is old fade")
+    else:
+        yield within("reach", what, blind / far, UNSEEN)
     yield within("reference_causal", "gradient of the reference by a later token", leak, 0.0)
     yield within("reference_causal", "a prefix of the reference's input", cut, TOLERANCE)
     yield from _beside_gpt2(twins)
@@ -344,6 +348,11 @@ def _moved(out, leaf, t) -> torch.Tensor:
     """How much each token moves output t, over the most that one does: (T,)."""
     gradient = _gradient(out, leaf, t)
     return gradient / gradient.max()
+
+
+def _only_in(one, other) -> torch.Tensor:
+    """Tokens that are seen in `one` and not at all in `other`, or clearly against hardly: (T,) bool."""
+    return ((one > SEEN) & (other == 0)) | ((one > CLEARLY) & (other <= SEEN))
 
 
 def _fades(moved, far: int) -> bool:

@@ -67,7 +67,7 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
         sys.stdout.flush()
-        os._exit(0)  # all is said: Arrow's own threads have been seen to abort on the way out, of a file that is sound
+        os._exit(0)  # all is said, and of a sound file the process has been seen to abort on its way out
     except BrokenPipeError:  # the reader has seen enough
         sys.stderr.close()
     except MemoryError:  # also Arrow's own

@@ -197,11 +197,13 @@ def _ratio(label: str, found: tuple[float, float, float] | None) -> str:
 
 def _about(size: str, batch: int, memory: int, share: float) -> list[str]:
     found = known()
+    setting = found.steps.found.setting
     lengths, measured = " and ".join(f"{at:,}" for at in found.steps.lengths), sorted(found.points["context"].unique())
     return [
         f"Weights and cache: {size}, bf16, {batch} sequence{'' if batch == 1 else 's'}, beside {memory} GiB; grey rows "
         "do not fit. Training keeps gradients, optimizer and activations on top. GFLOPs: forward, causal, whole model.",
-        f"Training step: measured on {found.steps.machine} at {lengths} tokens. Time: reading {1 - share:.0%} of the "
+        f"Training step: of GPT-2 with {setting.layers} layers of {setting.width} whatever the size above, measured on "
+        f"{found.steps.machine} at {lengths} tokens. Time: reading {1 - share:.0%} of the "
         f"tokens at once and writing {share:.0%} one by one, a small model on {found.where}; activations: one layer "
         f"there; both at {measured[0]:,} to {measured[-1]:,} tokens. In brackets: 95 %. Recalls: 32 pairs in 128 "
         "tokens. A dash: not measured at this length, or with these options.",

@@ -90,7 +90,7 @@ class ProbeNet(nn.Module):
             x = x + self.positions.weight[: ids.shape[1]]
         for norm, part in zip(self.norms, self.parts, strict=False):
             x = x + part(norm(x))
-        if asked is not None:  # most positions of a task ask for nothing, and the head is a third of a step
+        if asked is not None:  # most positions of a task ask for nothing, and the head is a quarter of recall's step
             x = x[asked]
         return self.norms[-1](x) @ self.embedding.weight.T
 
