@@ -458,9 +458,7 @@ def test_quality_is_told_in_two_sentences_with_difference_interval_p_and_n(tmp_p
     found = compare.differences(runs).set_index("label")
     for label, side in (("gqa", "significantly lower"), ("mla", "significantly higher")):
         of = found.loc[label]
-        said = (
-            f"{side}: {label} {of['difference']:+.3f} nats [{of['low']:+.3f}, {of['high']:+.3f}], p < 0.001, "
-        )
+        said = f"{side}: {label} {of['difference']:+.3f} nats [{of['low']:+.3f}, {of['high']:+.3f}], p < 0.001, "
         assert of["p"] < 0.001 and f"{said}n = 8" in first and (of["difference"] < 0) == (label == "gqa")
     assert "equivalent within 0.02 nats: flash +" in first and "sdpa_again" not in first
     assert second.startswith("A/A control: ") and "bigrams" in second

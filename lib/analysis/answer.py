@@ -17,7 +17,7 @@ from lib.analysis import evidence as records
 from lib.analysis import style
 from lib.analysis.answer_figure import headline, picture
 from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall
-from lib.analysis.words import cost, joined
+from lib.analysis.words import cost, counted, joined
 from lib.attention import CONTROL
 from lib.errors import UsageError
 
@@ -168,8 +168,8 @@ def how_sure(evidence: Evidence) -> list[str]:
     torch = f", torch {version}" if version else ""
     said.append(
         f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: training steps of GPT-2, "
-        f"{_counted(setting.layers, 'layer')} of {setting.width}, {sizes}, {setting.precision}{torch}, "
-        f"{'' if setting.compile else 'not '}compiled; {_counted(len(found.rounds), 'round')} in turns within "
+        f"{counted(setting.layers, 'layer')} of {setting.width}, {sizes}, {setting.precision}{torch}, "
+        f"{'' if setting.compile else 'not '}compiled; {counted(len(found.rounds), 'round')} in turns within "
         f"{_minutes(found)} on one {escaped(e.machine)}. Paired ratios with 95 % intervals; verdicts are corrected "
         "for the number of variants."
     )
@@ -212,7 +212,7 @@ def briefly_sure(evidence: Evidence) -> str:
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
     passed = sum(entry.certified for entry in entries)
     return (
-        f"How sure is that: {_counted(len(e.found.rounds), 'round')} in turns on one {escaped(e.machine)}, paired "
+        f"How sure is that: {counted(len(e.found.rounds), 'round')} in turns on one {escaped(e.machine)}, paired "
         f"ratios with 95 % intervals{noise}; {passed} of {len(entries)} variants certified. All of it"
     )
 
@@ -226,10 +226,6 @@ def _minutes(found) -> str:
 
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def limits(evidence: Evidence) -> pd.DataFrame:

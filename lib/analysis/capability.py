@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from lib.analysis.style import BESIDE, INK, KIB, looks, tell, use_style
+from lib.analysis.words import joined
 from lib.attention import REFERENCE, STUDY_ORDER
 from lib.data.tasks import TASKS
 
@@ -221,13 +222,13 @@ def published_order(cells: pd.DataFrame) -> list[str]:
         return ["Too few of the mixers of zoology's figure were tried here to compare the order."]
     best = {label: PUBLISHED.loc[PUBLISHED["mixer"] == ORDERED[label], "accuracy"].max() for label in tried}
     theirs = sorted(tried, key=best.get, reverse=True)
-    said = _and([f"{ours.loc[label, 'title']} {ours.loc[label, 'median']:.2f}" for label in theirs])
+    said = joined([f"{ours.loc[label, 'title']} {ours.loc[label, 'median']:.2f}" for label in theirs])
     turned = [(a, b) for a, b in pairwise(theirs) if ours.loc[a, "low"] <= ours.loc[b, "high"]]
     order = "attention first, linear attention next, a window last"
     if not turned:
         first = f"The order of zoology's figure ({order}) is found again, seed by seed: {said}."
     else:
-        names = _and([f"{ours.loc[a, 'title']} and {ours.loc[b, 'title']}" for a, b in turned])
+        names = joined([f"{ours.loc[a, 'title']} and {ours.loc[b, 'title']}" for a, b in turned])
         first = f"The order of zoology's figure ({order}) is not found again of every seed: {said}; {names} overlap."
     return [
         first,
@@ -302,10 +303,10 @@ def remarks(cells: pd.DataFrame) -> list[str]:
         rows = _rows(cells, task)
         failed = [row["title"] for label, row in rows.iterrows() if row["median"] < 0.5]
         if failed:
-            said.append(f"{TASKS[task].title}: {_and(failed)} cannot {TASKS[task].asks}, at any rate that was tried.")
+            said.append(f"{TASKS[task].title}: {joined(failed)} cannot {TASKS[task].asks}, at any rate that was tried.")
         untried = [title[label] for label in labels(cells) if label not in rows.index]
         if untried:
-            said.append(f"{TASKS[task].title}: {_and(untried)} {'was' if len(untried) == 1 else 'were'} not tried.")
+            said.append(f"{TASKS[task].title}: {joined(untried)} {'was' if len(untried) == 1 else 'were'} not tried.")
     few = at_best(cells).groupby(["label", "task", "convolution"])["seed"].nunique()
     if (few < SEEDS_WANTED).any():
         said.append(f"{(few < SEEDS_WANTED).sum()} of {len(few)} entries rest on fewer than {SEEDS_WANTED} seeds.")
@@ -325,28 +326,24 @@ def conclusion(cells: pd.DataFrame) -> list[str]:
     if len(solves):
         cheapest = solves.iloc[0]
         said.append(
-            f"Of 32 pairs in 128 tokens {_and(list(solves['title']))} recall{'s' * (len(solves) == 1)} all (median "
+            f"Of 32 pairs in 128 tokens {joined(list(solves['title']))} recall{'s' * (len(solves) == 1)} all (median "
             f"scaled accuracy {SOLVED} or more); {cheapest['title']} does so with "
             f"{cheapest['state_bytes'] / full:.0%} of SDPA's memory."
         )
     unsure = solves[solves["low"] < SOLVED]
     if len(unsure):
         said.append(
-            f"Not from every seed: {_and([f'{row.title} {row.low:.2f} at worst' for row in unsure.itertuples()])}."
+            f"Not from every seed: {joined([f'{row.title} {row.low:.2f} at worst' for row in unsure.itertuples()])}."
         )
     if len(between):
-        which = _and([f"{row.title} {row.median:.2f}" for row in between.itertuples()])
+        which = joined([f"{row.title} {row.median:.2f}" for row in between.itertuples()])
         said.append(f"Between all and nothing: {which}.")
     if len(fails):
         said.append(
-            f"Most of it is forgotten: {_and([f'{row.title} {row.median:.2f}' for row in fails.itertuples()])}."
+            f"Most of it is forgotten: {joined([f'{row.title} {row.median:.2f}' for row in fails.itertuples()])}."
         )
     n = int(rows["n"].min())
     said.append(
         f"Medians over {n} seed{'s' if n > 1 else ''} or more at the best of the rates tried, one small net on a CPU."
     )
     return said
-
-
-def _and(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

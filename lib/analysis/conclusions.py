@@ -13,7 +13,7 @@ from lib import attention, markup
 from lib.analysis import capability, compare, growth_tables, ngrams, notes, quality
 from lib.analysis.growth import SHOWN, ratios
 from lib.analysis.style import labels, titles
-from lib.analysis.words import cost, joined, size
+from lib.analysis.words import cost, counted, joined, size
 from lib.record import REASONS
 
 TIME, ENERGY = "time_per_epoch_s", "energy_j"
@@ -42,7 +42,7 @@ def of_runs(group: compare.Group) -> Conclusion:
     blocks = len(compare.whole_blocks(runs).groupby(compare.BLOCK))
     if blocks < compare.FEWEST_BLOCKS or attention.REFERENCE not in set(runs["label"]):
         answer = [
-            f"Which attention costs least, these runs do not say: {_counted(blocks, 'whole block')}, and a verdict "
+            f"Which attention costs least, these runs do not say: {counted(blocks, 'whole block')}, and a verdict "
             f"needs {compare.FEWEST_BLOCKS}."
         ]
         more = "Not ranked, and no time or loss compared; python -m lib.study --blocks 8 makes enough of them."
@@ -59,10 +59,6 @@ def of_runs(group: compare.Group) -> Conclusion:
         answer, details, f"{group.title}; {order}; {control}; {flagged} of {len(runs)} runs flagged.",
         f"other sizes, lengths and machines, and what is recalled (capability.ipynb). {_unmeasured(runs)}".strip(),
     )  # fmt: skip
-
-
-def _counted(count: int, what: str) -> str:
-    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"
 
 
 def _others(runs: pd.DataFrame) -> list[str]:

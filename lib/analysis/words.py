@@ -40,3 +40,8 @@ def size(count: float) -> str:
 def joined(parts: list[str]) -> str:
     """A, B and C."""
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def counted(count: int, what: str) -> str:
+    """1 round, 8 rounds, no rounds."""
+    return f"{count or 'no'} {what}{'' if count == 1 else 's'}"

@@ -198,8 +198,9 @@ def machine(found: Scaling) -> tuple:
 def title(found: list[Scaling]) -> str:
     """Of what and where the points are, in one line."""
     setting, facts = found[0].setting, found[0].environment
-    size = f"{setting.layers} layers x {setting.width}, {setting.heads} heads, {setting.precision}, batch 1"
-    on_cpu = f"{facts.get('torch_threads', 'unknown')} threads"
+    layers, threads = setting.layers, facts.get("torch_threads", "unknown")
+    size = f"{layers} layer{'s' * (layers != 1)} x {setting.width}, {setting.heads} heads, {setting.precision}, batch 1"
+    on_cpu = f"{threads} thread{'s' * (threads != 1)}"
     where = on_cpu if facts["device"] == "cpu" else f"torch {facts.get('packages', {}).get('torch', 'unknown')}"
     return f"{size}, on {facts['device_name']} ({where})"
 
