@@ -190,8 +190,9 @@ SAVED = "attention_study.json"  # in the folder of a saved model: which record i
 def check_folder(name: str, record_name: str) -> None:
     """Raises UsageError where a model saved there would lie among, or replace, what is not this run's."""
     folder = paths.from_root(name)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"save_model: {name} is a file; name a folder")
+    there = next(part for part in (folder, *folder.parents) if part.exists())
+    if not there.is_dir():  # of a study it is the folder of the runs' own
+        raise UsageError(f"save_model: {there.name} is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()):
         try:
             found = json.loads(paths.read_bounded(folder / SAVED, 1 << 20)).get("record")
