@@ -74,7 +74,7 @@ def test_nothing_is_saved_where_nothing_is_asked_for_and_nothing_else_is_replace
         parameters.check_folder(str(tmp_path / "model"), "another")
     (tmp_path / "file").write_text("")
     for name in ("file", "file/of-a-run"):  # a study's runs have folders of their own below it
-        with pytest.raises(UsageError, match="^save_model: file is a file; name a folder$"):
+        with pytest.raises(UsageError, match=r"^save_model: file is a file; name a folder$"):
             parameters.check_folder(str(tmp_path / name), "another")
     with pytest.raises(UsageError, match=r"cannot be saved to .*; its record is written"):
         saved_to(tmp_path / "file" / "below", tokenizer)
