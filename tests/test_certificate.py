@@ -105,7 +105,7 @@ def test_heads_and_tokens_swapped_is_caught_in_each(name, tmp_path):
 
 @every_variant
 def test_weights_that_start_otherwise_than_gpt2_s_are_caught_in_each(name, monkeypatch):
-    monkeypatch.setattr("lib.model._initialise", lambda *_: None)
+    monkeypatch.setattr("lib.model.initialise", lambda *_: None)
     assert failed(name, "gpt2_initialisation")
 
 

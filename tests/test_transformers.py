@@ -1,5 +1,6 @@
 """What a caller of transformers may expect: each argument gives the right value, or one sentence and nothing runs."""
 
+import contextlib
 import inspect
 import re
 from functools import cache
@@ -587,8 +588,44 @@ def test_gpt2_s_weights_in_another_shape_are_refused_or_start_anew(tmp_path):
         Unsupported, match=r"not those of 'gqa', which has transformer.h.0.attn.c_attn.bias and 3 others"
     ):
         GPT2.from_pretrained(tmp_path, attention="gqa")
-    anew = GPT2.from_pretrained(tmp_path, attention="gqa", ignore_mismatched_sizes=True)
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_what_of_an_attention_no_file_holds_is_as_in_a_new_model(tmp_path, name):
+    theirs = GPT2LMHeadModel(CONFIG)
+    theirs.save_pretrained(tmp_path)
+    with uninitialised_memory():
+        torch.manual_seed(5)
+        anew = GPT2.from_pretrained(tmp_path, attention=name, ignore_mismatched_sizes=True)
     assert torch.equal(anew.transformer.wte.weight, theirs.transformer.wte.weight)
+    held, (new, other) = theirs.state_dict(), (build_model(name, CONFIG, seed).state_dict() for seed in (5, 6))
+    for key, value in anew.state_dict().items():
+        assert torch.isfinite(value).all(), key
+        if key in held and held[key].shape == value.shape:
+            assert torch.equal(value, held[key]), key
+        elif "weight" in key or torch.equal(new[key], other[key]):  # what a module draws itself is of any seed
+            assert torch.equal(value, new[key]), key
+
+
+def test_a_buffer_that_is_not_saved_is_as_it_was_made(tmp_path):
+    source, made_here = attention.find("sdpa").read_text(), "super().__init__()"
+    path = tmp_path / "mine.py"
+    path.write_text(source.replace(made_here, f"{made_here}; self.register_buffer('table', torch.arange(9.0), False)"))
+    made = build_model(str(path), CONFIG)
+    made.save_pretrained(tmp_path / "model")
+    with uninitialised_memory():
+        loaded = GPT2.from_pretrained(tmp_path / "model", attention=str(path))
+    assert loaded.transformer.h[0].attn.table.tolist() == list(range(9))
+
+
+@contextlib.contextmanager
+def uninitialised_memory():
+    """What `torch.empty` gives is nan, as it may be anything."""
+    torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory, its default
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_another_kind_of_model_is_refused(tmp_path):

@@ -1,13 +1,11 @@
 """GPT-2 with its attention replaced: transformers' `GPT2LMHeadModel`, everything else as it is there."""
 
-import hashlib
-import math
-
 import torch
 from transformers import GPT2Config
 from transformers.utils import logging
 
 from lib.model.gpt2 import GPT2, VariantConfig
+from lib.model.initial import initialise
 
 __all__ = ["GPT2", "VariantConfig", "build_model", "gpt2_config", "meta_model"]
 
@@ -23,31 +21,9 @@ def build_model(name: str, config: GPT2Config, seed: int = 0, **options) -> "GPT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = GPT2(config, name, options)
-    kept = tuple(
-        f"transformer.h.{layer}.attn."
-        for layer, block in enumerate(model.transformer.h)
-        if getattr(block.attn, "own_initialisation", False)
-    )
-    for parameter_name, parameter in model.named_parameters():
-        if ".attn." in parameter_name and not parameter_name.startswith(kept):
-            _initialise(parameter_name, parameter, config, seed)
+    for layer, block in enumerate(model.transformer.h):
+        initialise(block.attn, layer, config, seed)
     return model
-
-
-@torch.no_grad()
-def _initialise(name: str, parameter: torch.nn.Parameter, config: GPT2Config, seed: int):
-    """GPT-2's initialisation, which transformers gives only to its own attention class.
-
-    Each parameter draws from a generator of its own, so that a variant's extra weights do not shift the shared ones.
-    """
-    if name.endswith("bias"):
-        parameter.zero_()
-    elif parameter.dim() >= 2:
-        std = config.initializer_range
-        if name.endswith("c_proj.weight"):
-            std /= math.sqrt(2 * config.n_layer)  # two residual branches a block (GPT-2, section 2.3)
-        own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little") >> 1
-        parameter.normal_(0.0, std, generator=torch.Generator(parameter.device).manual_seed(own_seed))
 
 
 def gpt2_config(

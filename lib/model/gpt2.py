@@ -10,6 +10,7 @@ from transformers.utils import is_tracing
 from lib import attention
 from lib.model import caches
 from lib.model.arguments import Unsupported, read, refuse_unknown
+from lib.model.initial import initialise
 
 
 def _unused(*_, **__):
@@ -54,12 +55,8 @@ HONOURED = {
 class NoPositions(torch.nn.Module):
     """Stands where positions are embedded, and adds nothing: for a variant that brings its own, or none at all."""
 
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("nothing", torch.zeros(()), persistent=False)
-
     def forward(self, position_ids):
-        return self.nothing.expand(*position_ids.shape, 1)
+        return torch.zeros((), device=position_ids.device)  # of no dimension, so that the sum keeps its dtype
 
 
 class GPT2(GPT2LMHeadModel):
@@ -136,7 +133,20 @@ class GPT2(GPT2LMHeadModel):
                 f"{len(odd) - 1} others of its own; name an attention with the same weights, or let its own start "
                 "anew by ignore_mismatched_sizes=True"
             )
+        model._start_anew({*odd, *(name for name, _ in model.named_non_persistent_buffers())})
         return (model, found) if output_loading_info else model
+
+    @torch.no_grad()
+    def _start_anew(self, names):
+        """Gives what of an attention no file holds the values of a new one: transformers leaves its memory as found."""
+        for layer, block in enumerate(self.transformer.h):
+            prefix = f"transformer.h.{layer}.attn."
+            own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+            if own:
+                new = type(block.attn)(self.config, layer, **self.config.attention_options)
+                initialise(new, layer, self.config, torch.initial_seed())
+                for name in own:
+                    _weight(block.attn, name).copy_(_weight(new, name))
 
     def set_attn_implementation(self, attn_implementation, *args, **kwargs):
         """Raises Unsupported: transformers' implementations are not called."""
@@ -262,6 +272,10 @@ class GPT2(GPT2LMHeadModel):
         if generation_config.is_assistant:  # what it drafts is taken back
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
+
+
+def _weight(module, name):
+    return module.get_parameter(name) if name in dict(module.named_parameters()) else module.get_buffer(name)
 
 
 NOT_ASKED_FOR = (None, "replaced")  # values of `_attn_implementation`
