@@ -292,22 +292,21 @@ def _fits(choice: Choice, size: str) -> bool:
 def _by_context(name: str, options: tuple, size: str) -> pd.DataFrame:
     choice, rows = Choice(name, dict(options)), []
     for context in CONTEXTS:
-        layer, layers = _layer(choice, size, context)
+        layers = _layers(choice, size, context)
         costs = {
-            "core_flops_per_token": layer.core_flops(context) / context,
-            "cache_bytes": layer.cache_bytes(context, 2),
+            "core_flops_per_token": sum(layer.core_flops(context) for layer in layers) / context,
+            "cache_bytes": sum(layer.cache_bytes(context, 2) for layer in layers),
         }
-        rows.append({"label": choice.label, "name": Choice(name).name, "context": context})
-        rows[-1] |= {cost: layers * value for cost, value in costs.items()}
+        rows.append({"label": choice.label, "name": choice.name, "context": context} | costs)
     return pd.DataFrame(rows)
 
 
-def _layer(choice: Choice, size: str, context: int):
-    """One layer without its weights in a model of a size with so many positions, and how many layers that has."""
+def _layers(choice: Choice, size: str, context: int) -> list:
+    """The layers without their weights of a model of a size with so many positions."""
     config = _config(size, context)
-    check(choice, {"layers": 1, "width": config.n_embd, "heads": config.n_head, "positions": context})
+    check(choice, {"layers": config.n_layer, "width": config.n_embd, "heads": config.n_head, "positions": context})
     with torch.device("meta"):
-        return attention.load(choice.attention)(config, 0, **choice.options), config.n_layer
+        return attention.layers(choice.attention, config, **choice.options)
 
 
 def on_paper(choice: Choice, size: str) -> list:
