@@ -93,7 +93,7 @@ class Marked(NamedTuple):
 
 
 class Picker(widgets.VBox):
-    """Picks a variant, or a file of one's own, and the options that its constructor names. `choice` is the pick."""
+    """Picks a variant, a file of one's own or a pattern, and the options that constructors name. `choice`: the pick."""
 
     choice = traitlets.Instance(Choice)
 
@@ -102,7 +102,7 @@ class Picker(widgets.VBox):
         self.variant = widgets.Dropdown(options=titles, value=name, description="variant")
         self.path = widgets.Text(
             description="or a file",
-            placeholder="path of a .py file with your own",
+            placeholder="path of a .py file with your own; or a pattern, such as linear,sdpa",
             continuous_update=False,
             layout=WIDE,
         )
