@@ -15,7 +15,7 @@ SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows,
 }  # fmt: skip
 BF16 = {"precision": "bf16"}
 ALL = attention.variants()
-FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh"))  # those that see all of a row
+FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh", "sinks"))  # those that see all of a row
 SLEEPING = "0.01 * x.flip(1)"  # the last token at the first, and so on
 IN_HALF = """
 class Half(torch.autograd.Function):
@@ -134,7 +134,7 @@ FAULTS = {
         "hides a token": Fault(padding="hide_one(padding_mask)"),
         "not looked at in decoding": Fault(
             padding="None if seen and hidden_states.shape[1] == 1 else padding_mask",
-            where=but("linear", "sliding_window", "gated_deltanet"),  # whose caches remember what was padding
+            where=but("linear", "sliding_window", "gated_deltanet", "sinks"),  # whose caches remember what was padding
         ),
     },
     "weights_trained": {
@@ -210,7 +210,7 @@ FAULTS = {
         "ten times as many": Fault(members=formula("core_flops", "10 * super().core_flops(context, dense)")),
         "linear in the length": Fault(
             members=formula("core_flops", "super().core_flops(1024, dense) * context // 1024"),
-            where=but("linear", "sliding_window", "lsh", "gated_deltanet"),
+            where=but("linear", "sliding_window", "lsh", "gated_deltanet", "sinks"),
         ),
     },
     "gpt2_projection": {"none": Fault("out = x")},
@@ -319,6 +319,7 @@ MASKS = {  # where a variant hides the future by an added number, or could; the 
     "flash": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "mla": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "sliding_window": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
+    "sinks": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
     "lsh": (".masked_fill(~visible, torch.finfo(scores.dtype).min)", ".masked_fill(~visible, LOW)"),
 }  # fmt: skip
 ADDED = """
