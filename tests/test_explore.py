@@ -41,7 +41,10 @@ def map_of(name, **options):
     return weights.of_layer(*layer_and_input(name, **options), HEADS)
 
 
-WITHOUT_WEIGHTS = {"gated_deltanet"}  # what it writes for a token depends on the others' keys, and a norm stands behind
+WITHOUT_WEIGHTS = {  # not one per head
+    "gated",  # a gate stands behind, another for each channel
+    "gated_deltanet",  # what it writes for a token depends on the others' keys, and a norm stands behind
+}
 
 WITH_A_SINK = {"sinks"}  # which has the rest
 
