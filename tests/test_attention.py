@@ -205,7 +205,7 @@ def test_no_scores_or_mask_reach_memory_but_baseline_s(name):
     assert square == (name in MATERIALISES_SCORES)
 
 
-WITHOUT_WEIGHTS = {"linear", "gated_deltanet"}  # sums over keys, in which no single weight can be dropped
+WITHOUT_WEIGHTS = {"linear", "gated_deltanet", "retention"}  # sums over keys, in which no single weight can be dropped
 REFUSES_DROPOUT = {"flash"}  # on a CPU; with attention's own alone
 
 

@@ -134,7 +134,7 @@ FAULTS = {
         "hides a token": Fault(padding="hide_one(padding_mask)"),
         "not looked at in decoding": Fault(
             padding="None if seen and hidden_states.shape[1] == 1 else padding_mask",
-            where=but("linear", "sliding_window", "gated_deltanet", "sinks"),  # whose caches remember what was padding
+            where=but("linear", "sliding_window", "gated_deltanet", "retention", "sinks"),  # these remember padding
         ),
     },
     "weights_trained": {
@@ -197,7 +197,7 @@ FAULTS = {
         "half of them": Fault(members=formula("cache_bytes", "super().cache_bytes(context, element_bytes) // 2")),
         "as many at any length": Fault(
             members=formula("cache_bytes", "super().cache_bytes(100, element_bytes)"),
-            where=but("linear", "gated_deltanet"),
+            where=but("linear", "gated_deltanet", "retention"),
         ),
         "a cache that keeps its inputs": Fault("if past is not None: cached.extra = x"),
         "a cache that keeps a prompt alive": Fault("if past is not None and T > 1: keep_alive(cached)"),
@@ -210,7 +210,7 @@ FAULTS = {
         "ten times as many": Fault(members=formula("core_flops", "10 * super().core_flops(context, dense)")),
         "linear in the length": Fault(
             members=formula("core_flops", "super().core_flops(1024, dense) * context // 1024"),
-            where=but("linear", "sliding_window", "lsh", "gated_deltanet", "sinks"),
+            where=but("linear", "sliding_window", "lsh", "gated_deltanet", "retention", "sinks"),
         ),
     },
     "gpt2_projection": {"none": Fault("out = x")},

@@ -43,6 +43,7 @@ def map_of(name, **options):
 
 WITHOUT_WEIGHTS = {  # not one per head
     "gated",  # a gate stands behind, another for each channel
+    "retention",  # a norm stands behind
     "gated_deltanet",  # what it writes for a token depends on the others' keys, and a norm stands behind
 }
 
