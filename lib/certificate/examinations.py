@@ -362,13 +362,18 @@ def _fades(moved, far: int) -> bool:
 
 
 def _beside_gpt2(twins: Twins):
-    """The reference beside GPT-2's own attention, with the options that the variant says make it so."""
+    """Each variant's reference beside GPT-2's own attention, with the options that it says make it so."""
+    for name, (variant, options) in twins.parts.items():
+        for one in _one_beside_gpt2(twins, variant, options):
+            yield dataclasses.replace(one, what=twins.about(name, one.what))
+
+
+def _one_beside_gpt2(twins: Twins, variant: type, options: dict):
     s, config = twins.setting, twins.config()
-    variant = attention.load(twins.name)
     if not hasattr(variant, "as_gpt2"):
         yield fact("gpt2_equal", "GPT-2's own attention", None, "it names no options (as_gpt2) that make it GPT-2's")
         return
-    options = twins.options | variant.as_gpt2(config)
+    options = options | variant.as_gpt2(config)
     layer = variant(config, 0, **options).double().eval()
     gpt2 = attention.load("baseline")(config, 0).double().eval()
     for weight in layer.parameters():
@@ -589,8 +594,18 @@ def of_cache_bytes(twins: Twins):
 
 def of_core_flops(twins: Twins):
     """`core_flops`: the formula beside what is counted, in one pass, in decoding and over a doubling of the length."""
-    s, T = twins.setting, COUNTED_AT
-    layer, hidden = twins.layer_for(T), torch.randn(1, T, s.width)
+    for name, layer in twins.layers_for(COUNTED_AT).items():
+        for one in _core_flops(layer, twins.setting.width):
+            yield dataclasses.replace(one, what=twins.about(name, one.what))
+    by_formula = _exponents(twins, lambda layer, x: layer.core_flops(x.shape[1]))
+    counted = _exponents(twins, lambda layer, x: sum(counts.core_operations(layer, x)))
+    for name in twins.parts:
+        what = twins.about(name, "exponent of the length, formula and counted apart")
+        yield within("core_flops", what, abs(by_formula[name] - counted[name]), GROWTH_APART)
+
+
+def _core_flops(layer, width: int):
+    T, hidden = COUNTED_AT, torch.randn(1, COUNTED_AT, width)
     products, elementwise = counts.core_operations(layer, hidden)
     useful, dense = layer.core_flops(T), layer.core_flops(T, dense=True)
     step = counts.step_operations(layer, hidden)
@@ -604,24 +619,27 @@ def of_core_flops(twins: Twins):
         yield within("core_flops", f"counted over causal, {T:,} tokens", in_pass, PASS_OVER_USEFUL)
     else:
         yield within("core_flops", f"counted over causal, the token after {T - 1:,}", in_step, STEP_OVER_USEFUL)
-    said, found = flops_growth(twins), counts.exponent(*(sum(counts.core_operations(*one)) for one in _doubled(twins)))
-    yield within("core_flops", "exponent of the length, formula and counted apart", abs(said - found), GROWTH_APART)
 
 
-def _doubled(twins: Twins):
-    """A small layer and its input at two lengths, each with as many positions: what derives from them grows too."""
-    width = 8 * twins.setting.heads
-    return [(twins.layer_for(n, width), torch.randn(1, n, width)) for n in (COUNTED_AT, 2 * COUNTED_AT)]
+def _exponents(twins: Twins, count) -> dict[str, float]:
+    """Exponent of T of `count(layer, hidden)`, by variant: of a small layer and its input at two lengths, each with as
+    many positions, since what derives from them grows too."""
+    width, found = 8 * twins.setting.heads, {}
+    for n in (COUNTED_AT, 2 * COUNTED_AT):
+        hidden = torch.randn(1, n, width)
+        for name, layer in twins.layers_for(n, width).items():
+            found.setdefault(name, []).append(count(layer, hidden))
+    return {name: counts.exponent(*pair) for name, pair in found.items()}
 
 
 def flops_growth(twins: Twins) -> float:
-    """Exponent of T of the analytic count."""
-    return counts.exponent(*(layer.core_flops(x.shape[1]) for layer, x in _doubled(twins)))
+    """Exponent of T of the analytic count: of a pattern, that of the variant which grows fastest."""
+    return max(_exponents(twins, lambda layer, x: layer.core_flops(x.shape[1])).values())
 
 
 def memory_growth(twins: Twins) -> float:
-    """Exponent of T of what a layer keeps for its backward pass."""
-    return counts.exponent(*(counts.activation_bytes(layer.train(), x) for layer, x in _doubled(twins)))
+    """Exponent of T of what a layer keeps for its backward pass: of a pattern, of that which grows fastest."""
+    return max(_exponents(twins, lambda layer, x: counts.activation_bytes(layer.train(), x)).values())
 
 
 def _ratio(a: float, b: float) -> float:
