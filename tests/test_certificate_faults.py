@@ -108,6 +108,7 @@ FAULTS = {
         "another scale in bfloat16": Fault(
             "if out.dtype == torch.bfloat16: out = 0.5 * out", sizes=BF16, where=but("lsh")
         ),
+        "a gradient halved in bfloat16": Fault("if out.dtype == torch.bfloat16: out = Half.apply(out)", sizes=BF16),
     },
     "cached_equal": {
         "a decoded token": Fault("if past is not None and T == 1: out = 0.99 * out"),
