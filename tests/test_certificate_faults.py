@@ -317,6 +317,7 @@ MASKS = {  # where a variant hides the future by an added number, or could; the 
     "baseline": ("lowest = torch.finfo(scores.dtype).min", "lowest = LOW"),
     "sdpa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "gqa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "differential": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "gated": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "flash": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "mla": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),

@@ -42,6 +42,7 @@ def map_of(name, **options):
 
 
 WITHOUT_WEIGHTS = {  # not one per head
+    "differential",  # two of opposite signs share their values, and a norm stands behind
     "gated",  # a gate stands behind, another for each channel
     "retention",  # a norm stands behind
     "gated_deltanet",  # what it writes for a token depends on the others' keys, and a norm stands behind
