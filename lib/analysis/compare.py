@@ -316,8 +316,9 @@ def _verdict_or_test(label, mine: pd.DataFrame, logs, layout: Layout | None) -> 
     return (f"n = {len(logs)}, place and variant confounded", None) if tested is None else (None, tested)
 
 
-def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
-    """The first and last rank that each certified variant can have, from the lowest `metric` up; the control has none.
+def ranks(runs: pd.DataFrame, metric: str, better: str = "lower") -> dict[str, tuple[int, int]]:
+    """The first and last rank that each certified variant can have, from the best `metric` on, which is the lowest, or
+    the highest where that is `better`; the control has none.
 
     From the paired comparisons of all variants with each other over the blocks that both are in, Holm-adjusted over
     all pairs: where two are not significantly different they share a rank. A variant with fewer than five whole blocks
@@ -327,7 +328,7 @@ def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
     if layout is None or REFERENCE not in layout.values:
         return {}
     certified = runs.groupby("label")["certified"].all()
-    values = layout.values
+    values = layout.values if better == "lower" else -layout.values
     common = values.sub(values[REFERENCE], axis=0).notna().sum()
     names = list(values)
     ranked = [name for name in names if certified[name] and name != CONTROL and common[name] >= FEWEST_BLOCKS]

@@ -150,12 +150,13 @@ def use_gpu(gpu: int) -> None:
 
 
 def main(words: list[str]) -> int:
-    """`RUN SESSION`: the run that a JSON text of `planned` describes; no words: the summary of all records."""
+    """`RUN SESSION`: the run that a JSON text of `planned` describes; no words, or a JSON text of the metrics of
+    one's own: the summary of all records."""
     folder = paths.out_folder()
     try:
         with runner.stoppable():
-            if not words:
-                problem = runner.summarize(folder)
+            if len(words) < 2:
+                problem = runner.summarize(folder, json.loads(words[0]) if words else None)
             else:
                 run, session = json.loads(words[0]), words[1]
                 if run["gpu"] is not None:
@@ -167,7 +168,7 @@ def main(words: list[str]) -> int:
     except runner.Stopped as signal_name:
         problem = f"stopped by {signal_name}"
     if problem:
-        print(f"FAILED {run['name'] if words else 'summary'}: {problem}", file=sys.stderr)
+        print(f"FAILED {run['name'] if len(words) > 1 else 'summary'}: {problem}", file=sys.stderr)
     return 1 if problem else 0
 
 

@@ -12,7 +12,7 @@ NOTEBOOKS = paths.ROOT / "notebooks"
 MOST_BYTES = 1 << 16  # of a profile: more would take seconds to read
 MOST_BLOCKS, MOST_VARIANTS = 1000, 100
 CONTROL_RUN = {"attention": attention.REFERENCE, "label": attention.CONTROL}
-STUDY_KEYS = {"variants": list, "blocks": int}
+STUDY_KEYS = {"variants": list, "blocks": int, "own_metrics": dict}
 
 
 class _Plain(yaml.SafeLoader):
@@ -90,6 +90,7 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
         if type(value) is not STUDY_KEYS[name]:
             shown = record.printable(repr(value), 100)
             raise UsageError(f"{name} in {path} must be {STUDY_KEYS[name].__name__}, not {shown}")
+    record.own_metrics(about_study.get("own_metrics", {}))
     known = known_parameters(notebook)
     parameters.check_names(profile, known)
     for name in ("attention", "options", "label", "seed"):
@@ -143,6 +144,11 @@ def chosen(
         bound = f"at most {MOST_BLOCKS}" if type(blocks) is int and blocks > MOST_BLOCKS else "at least 1"
         raise UsageError(f"blocks must be a whole number, {bound}, not {record.printable(repr(blocks), 40)}")
     return runs_of(overrides, variants, blocks, check), record.printable(Path(path).stem, 100) if path else "quick"
+
+
+def own_metrics(path: str | None) -> dict:
+    """The metrics of one's own that a profile asks its summary for (`lib.record.own`)."""
+    return read_profile(path)[1].get("own_metrics", {})
 
 
 FEWEST_BLOCKS = 5  # below that the analysis gives points only

@@ -236,10 +236,14 @@ def _note_failure(run: dict, context: dict, reason: str, says: str, folder: Path
         print(f"      its failure could not be noted: {error.strerror}", file=sys.stderr)
 
 
-def summarize(folder: Path) -> str | None:
-    """summary.ipynb over the records of `folder`, its figures beside them; returns None, or what went wrong."""
+def summarize(folder: Path, own_metrics: dict | None = None) -> str | None:
+    """summary.ipynb over the records of `folder`, its figures beside them; returns None, or what went wrong.
+
+    `own_metrics`: those that the study's profile asks for (`lib.record.own`).
+    """
     where = os.path.relpath(folder, paths.ROOT)
     given = {"records_folder": where, "figures_folder": os.path.join(where, "figures")}
+    given |= {"own_metrics": own_metrics} if own_metrics else {}
     problem = execute(plan.NOTEBOOKS / "summary.ipynb", folder / "summary.ipynb", given, {})
     return problem and problem[1]
 
@@ -305,11 +309,18 @@ def _check_whole(found: list[blocks.Block], most: int) -> None:
 RUNS_LEFT = 3  # exit status of a study that was to make some of its runs and has made them
 
 
-def study(runs: list[dict], profile: str, folder: Path, session: str | None = None, most: int | None = None) -> int:
+def study(
+    runs: list[dict],
+    profile: str,
+    folder: Path,
+    session: str | None = None,
+    most: int | None = None,
+    own_metrics: dict | None = None,
+) -> int:
     """All runs, then the summary; returns the exit status. Raises UsageError, before any run, for unusable data.
 
     With `most` runs at a time the summary waits for the last of them; until then the status is `RUNS_LEFT`. `session`:
-    see `run_all`.
+    see `run_all`; `own_metrics`: see `summarize`.
     """
     data = load_data(runs)
     later = blocks.settled(runs, folder, data)
@@ -323,7 +334,7 @@ def study(runs: list[dict], profile: str, folder: Path, session: str | None = No
     if left > 0:
         print(f"left to run: {left}; the same command goes on")
     else:
-        problem = summarize(folder)
+        problem = summarize(folder, own_metrics)
         if problem:
             failed["summary"] = problem
         else:
