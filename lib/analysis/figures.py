@@ -7,6 +7,8 @@ beside them. Beneath each figure stands what the A/A control
 differs by in the figure's own metrics.
 """
 
+from collections.abc import Sequence
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -231,7 +233,11 @@ def _why_no_trace(own: pd.DataFrame) -> str:
 def _power_traces(runs: pd.DataFrame) -> list[tuple[list, list]]:
     """(seconds, watts) of each run that has a trace; a record from before there were any has no such column."""
     both = (runs.get(f"series_power_{name}", pd.Series([None] * len(runs))) for name in ("time_s", "w"))
-    return [(times, watts) for times, watts in zip(*both, strict=True) if isinstance(times, list) and times]
+    return [
+        (list(times), list(watts))
+        for times, watts in zip(*both, strict=True)
+        if isinstance(times, Sequence) and len(times)
+    ]
 
 
 PUBLISHED_BESIDE_OURS = {

@@ -13,8 +13,8 @@ from lib.analysis.notes import SMALL, about_noise, absent, beneath, note, why
 from lib.analysis.style import BESIDE, BLUE, INK, labels, looks, name_rows, tell, titles, use_style
 from lib.analysis.tables import interval
 from lib.record import REASONS
+from lib.record.series import every
 
-MOST_DRAWN = 10_000  # points of a curve: of a longer one every so many-th
 FAINT = {"linewidth": 0.9, "alpha": 0.5}
 
 
@@ -28,7 +28,7 @@ def loss_curves(runs):
     shown = compare.comparable(runs)
     for name in names:
         own = shown[shown["label"] == name]
-        step = 1 + max(map(len, own["series_train_loss"])) // MOST_DRAWN
+        step = every(max(map(len, own["series_train_loss"])))
         training = _mean([losses[::step] for losses in own["series_train_loss"]])
         axes.plot(_longest(own["series_non_padding_tokens"])[::step], training, **FAINT, color=look[name]["color"])
         points, tokens = _validation(own, "loss")
@@ -65,7 +65,7 @@ def _mean(series: list[list]) -> pd.Series:
 
 def _validation(own: pd.DataFrame, kind: str) -> tuple[pd.Series, list[int]]:
     """Mean validation losses of some runs, and the tokens at which they were taken."""
-    step = 1 + max(map(len, own["series_validation"])) // MOST_DRAWN
+    step = every(max(map(len, own["series_validation"])))
     points = [found[::step] for found in own["series_validation"]]
     losses = _mean([[point[kind] for point in found] for found in points])
     return losses, [point["non_padding_tokens"] for point in _longest(points)]
@@ -220,7 +220,8 @@ def cost_to_target(runs):
     ">", and the most by which a block fell short) or less ("<") than is drawn.
     """
     use_style()
-    found, summary = target.to_target(runs), target.summary(runs).set_index("label")
+    found = target.to_target(runs)
+    summary = target.summary(runs, found).set_index("label")
     reasons = {title: _why_no_target(runs, summary, cost) for title, cost, *_ in TARGET_PANELS}
     missing = absent({title: reasons[title] for title, cost, *_ in TARGET_PANELS if summary[cost].isna().all()})
     drawn = [panel for panel in TARGET_PANELS if summary[panel[1]].notna().any()]
@@ -238,7 +239,7 @@ def cost_to_target(runs):
         for title, cost, scale, unit in drawn
     ]
     tell(figure, " ".join(told))
-    lines = about_noise(runs, {title: (target.noise(runs, cost), cost) for title, cost, *_ in drawn})
+    lines = about_noise(runs, {title: (target.noise(runs, cost, found), cost) for title, cost, *_ in drawn})
     lines += [target.rule(runs), ngrams.sentence(runs), *missing]
     beneath(figure, lines)
     return figure
