@@ -238,6 +238,26 @@ def test_ranking_by_what_is_not_a_metric_is_said(tmp_path):
         tables.ranking(drawn(tmp_path), by="beauty")
 
 
+def test_published_numbers_stand_beside_the_paper_s_variants_alone(tmp_path):
+    write_blocks(tmp_path, ("sdpa", "sdpa_again", "gqa", "differential"))
+    runs = compare.groups(record.read(tmp_path))[0].runs
+    first, *rest = figures.published_beside_ours(runs).axes
+    assert [text.get_text() for text in first.get_yticklabels()] == ["sdpa", "gqa"]
+    assert all(len(axes.get_yticks()) == 2 for axes in rest)
+    for own in (["sdpa", "sdpa_again", "differential"], ["gqa", "differential"]):
+        assert figures.published_beside_ours(runs[runs["label"].isin(own)]).startswith("None of these variants")
+
+
+def test_what_a_run_says_on_the_terminal_is_what_its_device_measured():
+    from lib.study import runner  # nothing else here is of the study
+
+    cuda = make_record().metrics
+    assert runner.told(cuda) == "validation loss 5.000, window 20.00 s, 4,000 J, peak GPU 1.86 GiB"
+    none = dict.fromkeys(("energy_j", "peak_memory_bytes"))
+    cpu = cuda.model_copy(update=none | {"peak_resident_bytes": 3 * 2**30})
+    assert runner.told(cpu) == "validation loss 5.000, window 20.00 s, CPU 18.00 s, peak resident 3.00 GiB"
+
+
 def test_the_published_numbers_are_all_eight():
     import pandas as pd
 

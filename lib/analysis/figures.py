@@ -251,9 +251,16 @@ PUBLISHED_BESIDE_OURS = {
 
 
 def published_beside_ours(runs):
-    """The paper's numbers and ours, each as a ratio to its own `sdpa`: the machines differ, ratios may be read."""
-    use_style()
+    """The paper's numbers and ours, each as a ratio to its own `sdpa`: the machines differ, ratios may be read.
+
+    Of the variants that are the paper's; a sentence where none but sdpa is.
+    """
     published, called = pd.read_csv(PUBLISHED).set_index("variant"), titles(runs)
+    ours = set(runs.loc[runs["attention"] == runs["label"], "label"])  # under its own name, so with its own options
+    published = published[[name in ours for name in published.index]]
+    if attention.REFERENCE not in ours or len(published) < 2:
+        return "None of these variants but SDPA is of the published study, so none of its numbers stands beside them."
+    use_style()
     figure, all_axes = plt.subplots(2, 3, figsize=(12, 7.4), sharey=True)
     measured = {}
     for axes, (column, (title, metric)) in zip(all_axes.flat, PUBLISHED_BESIDE_OURS.items(), strict=True):
@@ -265,10 +272,10 @@ def published_beside_ours(runs):
         ends = [ratio - ours["low"].fillna(ratio), ours["high"].fillna(ratio) - ratio]
         axes.errorbar(ratio, range(len(ratio)), xerr=ends, fmt="D", color=BLUE, capsize=2, label="ours")
         axes.axvline(1, color=INK, linewidth=1)
-        axes.set_yticks(range(len(theirs)), [called.get(name, name) for name in theirs.index])
+        axes.set_yticks(range(len(theirs)), [called[name] for name in theirs.index])
         axes.set_ylim(len(theirs) - 0.5, -0.5)
         axes.set_title(title + ("" if ratio.notna().any() else " (ours: not measured here)"), loc="left")
-        axes.set_xlabel(f"ratio to {called.get(attention.REFERENCE, attention.REFERENCE)}'s")
+        axes.set_xlabel(f"ratio to {called[attention.REFERENCE]}'s")
     all_axes[0, 0].legend(frameon=True, fontsize=9, loc="lower right")
     figure.tight_layout()
     note(figure, runs, measured)

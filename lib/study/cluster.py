@@ -157,6 +157,8 @@ def main(words: list[str]) -> int:
         with runner.stoppable():
             if len(words) < 2:
                 problem = runner.summarize(folder, json.loads(words[0]) if words else None)
+                if not problem:
+                    runner.show_page(folder)
             else:
                 run, session = json.loads(words[0]), words[1]
                 if run["gpu"] is not None:
