@@ -7,6 +7,7 @@ An incomplete block (killed, failed, requeued, changed) is moved aside and run a
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -61,6 +62,16 @@ def planned(config: dict, check: bool = True) -> list[dict]:
         | {"gpu": run["block"] % gpus if gpus > 1 else None}
         for index, (run, name) in enumerate(zip(runs, names, strict=True))
     ]
+
+
+def of_job(runs: list[dict], words: list[str]) -> list[dict]:
+    """The runs whose rules a process of the workflow needs, by its command line: the main one all, a job those that it
+    is allowed. Each rule takes Snakemake some time, and a plan of a thousand blocks has as many jobs as rules."""
+    option = "--allowed-rules"
+    if option not in words:
+        return runs
+    asked = set(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index(option) + 1 :]))
+    return [run for run in runs if run["name"] in asked]
 
 
 def folder() -> Path:

@@ -165,9 +165,11 @@ def balanced_after(variants: int) -> int:
 def about_order(runs: list[dict]) -> str:
     """What a plan's blocks let one say, before anything runs: points or intervals, and whether the order is balanced;
     where it is not, the next number of blocks that balances it and gives intervals."""
+    held: dict[int, set[str]] = {}
+    for run in runs:
+        held.setdefault(run["block"], set()).add(parameters.display_name(run["values"]))
     groups: dict[frozenset, set[int]] = {}  # blocks that hold the same variants: others may have come later
-    for block in {run["block"] for run in runs}:
-        labels = {parameters.display_name(run["values"]) for run in runs if run["block"] == block}
+    for block, labels in sorted(held.items()):
         groups.setdefault(frozenset(labels - {attention.CONTROL}), set()).add(block)
     return "\n".join(_about(len(blocks), len(labels)) for labels, blocks in groups.items())
 
