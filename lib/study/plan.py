@@ -62,9 +62,20 @@ def read_yaml(path: Path):
         raise ValueError(error) from None
 
 
+def notebook_path(name: str) -> Path:
+    """Where a notebook is. Raises UsageError where the code is installed without them."""
+    path = NOTEBOOKS / name
+    if not path.is_file():
+        raise UsageError(
+            f"{name} is not there: a study runs from a clone of the project, which has the notebooks; what `pip "
+            "install` has put elsewhere is for Python alone (docs/python.md)"
+        )
+    return path
+
+
 def known_parameters(notebook: str = "train.ipynb") -> dict[str, parameters.Declared]:
     """The parameters that a notebook declares, with their defaults."""
-    cells = nbformat.read(NOTEBOOKS / notebook, as_version=4).cells
+    cells = nbformat.read(notebook_path(notebook), as_version=4).cells
     (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     return parameters.declared(source)
 
@@ -73,6 +84,7 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     """A profile's overrides of the notebook's defaults, and its `study` part. Raises UsageError with the way out."""
     if path is None:
         return {}, {}
+    notebook_path(notebook)
     try:
         profile = read_yaml(Path(path)) or {}
     except FileNotFoundError:

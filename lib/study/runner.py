@@ -263,7 +263,7 @@ def summarize(folder: Path, own_metrics: dict | None = None) -> str | None:
     where = os.path.relpath(folder, paths.ROOT)
     given = {"records_folder": where, "figures_folder": os.path.join(where, "figures")}
     given |= {"own_metrics": own_metrics} if own_metrics else {}
-    problem = execute(plan.NOTEBOOKS / "summary.ipynb", folder / "summary.ipynb", given, {})
+    problem = execute(plan.notebook_path("summary.ipynb"), folder / "summary.ipynb", given, {})
     return problem and problem[1]
 
 
