@@ -135,10 +135,22 @@ def _way_out(wanted: type, value) -> str:
 def portable(values: dict) -> dict:
     """The values with paths as seen from the repository's root, so that no record names a machine's folders."""
     found = dict(values)
-    for name in ("attention", "dataset", "tokenizer", "save_model"):
+    for name in ("dataset", "tokenizer", "save_model"):
         if name in values:
             found[name] = paths.portable(values[name])
+    if "attention" in values:
+        found["attention"] = portable_attention(values["attention"])
     return found
+
+
+def portable_attention(name: str) -> str:
+    """A variant's name or path, or a pattern's, each as seen from the repository's root, and the pattern once.
+
+    Raises UsageError where it is no pattern."""
+    try:
+        return ",".join(map(paths.portable, attention.parts(name)))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_values(values: dict) -> None:
@@ -175,9 +187,7 @@ def check_values(values: dict) -> None:
 
     if p.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
-    for option, value in p.options.items():
-        if not isinstance(option, str) or not all(isinstance(one, PLAIN) for one in _listed(value)):
-            raise UsageError(f"options: {_shown(option)} must be a number, text, true, false, or a list of such")
+    _check_options(p.options)
     pin(p.attention)
     named(values, check_attention(p))
     if p.save_model:
@@ -202,6 +212,14 @@ def check_folder(name: str, record_name: str) -> None:
             raise UsageError(f"save_model: {name} holds something else already; name an empty folder, or a new one")
 
 
+def _check_options(given: dict, of: str = "") -> None:
+    for option, value in given.items():
+        if isinstance(value, dict) and not of:  # of one variant of a pattern
+            _check_options(value, f"{_shown(option)}: ")
+        elif not isinstance(option, str) or not all(isinstance(one, PLAIN) for one in _listed(value)):
+            raise UsageError(f"options: {of}{_shown(option)} must be a number, text, true, false, or a list of such")
+
+
 def _listed(value) -> list:
     return value if isinstance(value, list) else [value]
 
@@ -214,35 +232,49 @@ def pin(name: str) -> None:
         raise UsageError(str(error)) from None
 
 
-def check_attention(p):
-    """Builds one layer without memory and returns it, so that what is refused is said before anything runs."""
+def check_attention(p) -> list:
+    """Builds a layer of each variant that `p.attention` names without memory and returns them, so that what is refused
+    is said before anything runs."""
+    try:
+        names = attention.parts(p.attention)
+        if len(names) > p.layers:
+            raise ValueError(
+                f"{p.attention} names {len(names)} layers and the model has {p.layers}; set layers to a multiple of "
+                f"{len(names)}, or name fewer"
+            )
+        own = {part: given for part, (_, given) in attention.by_part(p.attention, p.options).items()}
+        made = {part: _checked_layer(part, own[part], p) for part in own}
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return [made[part] for part in names]
+
+
+def _checked_layer(name: str, given: dict, p):
     import torch
 
     from lib.model import gpt2_config
 
+    variant = attention.load(name)
+    known = attention.defaults(variant)
+    for option, value in given.items():
+        if option not in known:
+            guess = get_close_matches(option, known, n=1)
+            hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
+            raise UsageError(f"{name} has no option {option!r}; {hint}")
+        kind = type(known[option])
+        if kind in (bool, int, str) and type(value) is not kind:
+            raise UsageError(f"{name}'s option {option} must be {kind.__name__}, not {value!r}")
+    if getattr(p, "packing", False) == "documents" and not attention.keeps_documents(variant):
+        raise UsageError(
+            f"{name} cannot keep the documents of a row apart; use packing true or false, or a forward that "
+            "names seq_idx (lib/attention/__init__.py)"
+        )
     try:
-        variant = attention.load(p.attention)
-        known = options(variant)
-        for option, value in p.options.items():
-            if option not in known:
-                guess = get_close_matches(option, known, n=1)
-                hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
-                raise UsageError(f"{p.attention} has no option {option!r}; {hint}")
-            kind = type(known[option])
-            if kind in (bool, int, str) and type(value) is not kind:
-                raise UsageError(f"{p.attention}'s option {option} must be {kind.__name__}, not {value!r}")
-        if getattr(p, "packing", False) == "documents" and not attention.keeps_documents(variant):
-            raise UsageError(
-                f"{p.attention} cannot keep the documents of a row apart; use packing true or false, or a forward that "
-                "names seq_idx (lib/attention/__init__.py)"
-            )
         with torch.device("meta"):
-            layer = variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **p.options)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+            layer = variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **given)
     except TypeError as error:
-        raise UsageError(f"{p.attention} cannot be built with the options {p.options}: {error}") from None
-    check_contract(p.attention, layer, p.width, getattr(p, "context", p.positions))
+        raise UsageError(f"{name} cannot be built with the options {given}: {error}") from None
+    check_contract(name, layer, p.width, getattr(p, "context", p.positions))
     return layer
 
 
@@ -308,11 +340,6 @@ def _check_number(name: str, member: str, layer, values: tuple, named_values: di
         raise UsageError(f"{name}'s {member}{values} must give a number, not {_shown(found)}; {CONTRACT}")
 
 
-def options(variant: type) -> dict[str, object]:
-    """A variant's own options and their defaults, from its constructor's signature."""
-    return {name: option.default for name, option in list(inspect.signature(variant).parameters.items())[2:]}
-
-
 class Refused:
     """Stands where checked parameters would: whatever is asked of it says again what is wrong."""
 
@@ -376,19 +403,19 @@ def _assigned(source: str) -> list[str]:
     return names
 
 
-def named(values: dict, layer) -> dict[str, str]:
+def named(values: dict, layers: list) -> dict[str, str]:
     """Label and title of a variant's runs. Raises UsageError where they cannot be shown, or pass for another's."""
-    found = {"label": display_name(values), "title": title(values, layer)}
+    found = {"label": display_name(values), "title": title(values, layers)}
     try:
-        check_label(found["label"], paths.portable(values["attention"]))
+        check_label(found["label"], portable_attention(values["attention"]))
         check_name(found["title"], "title")
     except ValueError as error:
         raise UsageError(str(error)) from None
     return found
 
 
-def title(values: dict, layer) -> str:
-    """What figures and tables call a run: its label, or what its attention `layer` calls itself."""
+def title(values: dict, layers) -> str:
+    """What figures and tables call a run: its label, or what its attention calls itself, given its `layers`."""
     if values["label"] == attention.CONTROL:
-        return f"{attention.title(layer, values['attention'])}, again (A/A)"
-    return values["label"] or attention.title(layer, values["attention"])
+        return f"{attention.title(layers, values['attention'])}, again (A/A)"
+    return values["label"] or attention.title(layers, values["attention"])

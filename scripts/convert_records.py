@@ -68,7 +68,7 @@ def convert(content: dict) -> dict:
         with torch.device("meta"):
             layer = attention.load(found["attention"])(gpt2_config(*size), 0, **run["options"])
         given = run["label"] if "parameters" in found or run["label"] != attention.stem(run["attention"]) else ""
-        found["title"] = parameters.title(run | {"label": given}, layer)
+        found["title"] = parameters.title(run | {"label": given}, [layer])
         found["options" if "kind" in found else "parameters"] = run["options"] if "kind" in found else run
     if "parameters" in found:
         found["study"]["session"] = found["study"].pop("study")

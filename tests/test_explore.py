@@ -269,8 +269,8 @@ class Clock:
         monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now_s)
         monkeypatch.setattr(bench, "_forward_backward_s", self.run)
 
-    def run(self, layer, hidden):
-        kind = type(layer).__module__.rpartition(".")[2]
+    def run(self, layers, hidden):
+        kind = type(layers[0]).__module__.rpartition(".")[2]
         self.turns.append(kind)
         return self.takes_s(kind, len(self.turns))
 
@@ -487,3 +487,31 @@ def test_maps_have_one_scale():
         tokens, found, seen = bench.attention_map(bench.small_model(Choice(name)), "one two three four", 1)
         picture = bench.draw_map(name, tokens, found, seen, 1, 0).axes[0].images[0]
         assert picture.get_clim() == (0, 1)
+
+
+def test_a_pattern_stands_in_every_screen():
+    one = Choice("sliding_window,linear", {"window": 9})
+    assert (one.label, one.name) == ("Window 9 + Linear (elu+1)", "sliding_window+linear")
+    marked, *_ = budgeted(one)
+    assert one.label in set(marked.table["variant"])
+    halves = [bench.by_context(Choice(name, own), bench.GPT2_SMALL) for name, own in
+              (("sliding_window", {"window": 9}), ("linear", {}))]  # fmt: skip
+    both = bench.by_context(one, bench.GPT2_SMALL)
+    for cost in ("cache_bytes", "core_flops_per_token"):
+        mine, *theirs = (
+            of.loc[of["label"] == label, cost].to_numpy()
+            for of, label in zip([both, *halves], [one.label, "Window 9", "Linear (elu+1)"], strict=True)
+        )
+        assert mine == pytest.approx((theirs[0] + theirs[1]) / 2)
+    (table,) = bench.cost_table(one, bench.GPT2_SMALL, 512)
+    assert one.label in table.columns
+    model = bench.small_model(one)
+    tokens, found, _ = bench.attention_map(model, "one two three four", 1)
+    assert found.values.shape[-1] == len(tokens)
+    first = next(iter(bench.measured_pages(one, Choice("sdpa"), rounds=2)))()
+    assert one.label in set(first[-1]["variant"])
+    picker = Picker("sdpa")
+    picker.path.value = "sliding_window,linear"
+    assert {option.description for option in picker.options.children} == {"window", "chunk"}
+    picker.path.value = "sliding_window,linea"
+    assert "Did you mean" in picker.message.value and picker.choice.attention == "sliding_window,linear"

@@ -30,6 +30,7 @@ from lib.paths import ROOT
 SQUARE = torch.block_diag(torch.ones(2, 2), torch.ones(4, 4)).tril().bool()[None, None]  # two documents
 REPORTS = ROOT / "tests" / "test_reports.py"
 PUBLISHED = [f"lib/published/{name}.py" for name in attention.STUDY_ORDER]
+PATTERN = "sliding_window,linear"  # of two kinds of cache
 every_variant = pytest.mark.parametrize("name", attention.variants())
 every_cell = pytest.mark.parametrize("cell", CELLS)
 
@@ -47,7 +48,7 @@ def stranger(tmp_path_factory):
     return str(path)
 
 
-@pytest.fixture(scope="module", params=[*attention.variants(), "a file"])
+@pytest.fixture(scope="module", params=[*attention.variants(), "a file", PATTERN])
 def name(request, stranger):
     return stranger if request.param == "a file" else request.param
 

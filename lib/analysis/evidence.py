@@ -83,13 +83,13 @@ class Evidence:
         NaN of what is no variant of the study: a record may name any file, and none runs because a record names it.
         """
         setting = self.found.setting
-        if entry.attention not in attention.variants():
+        if not attention.is_ours(entry.attention):
             return np.nan
         config = gpt2_config(setting.layers, setting.width, setting.heads, CACHE_CONTEXT, setting.vocabulary)
         try:
             with torch.device("meta"):
-                layer = attention.load(entry.attention)(config, 0, **entry.options)
-            return setting.layers * layer.cache_bytes(CACHE_CONTEXT, CACHE_BYTES)
+                layers = attention.layers(entry.attention, config, **entry.options)
+            return sum(layer.cache_bytes(CACHE_CONTEXT, CACHE_BYTES) for layer in layers)
         except Exception as error:  # options and sizes that somebody sent
             said = (
                 f"there is no {printable(entry.attention)} of the steps' setting and options: {printable(error, 200)}"

@@ -35,12 +35,16 @@ the name a variant knows the order of tokens alone |
 so that the certificate can hold `reference` against that |
 | `projection_flops(context)` | FLOPs of the weights in one forward, where they are not two per token and weight of \
 every matrix |
+
+Wherever a variant is named, a pattern may be: names or paths joined by commas, one a layer, repeated over the layers of
+the model (`Pattern`). `linear,linear,linear,sdpa` is three layers of one to one of the other.
 """
 
 import hashlib
 import importlib.machinery
 import importlib.util
 import inspect
+import itertools
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -59,6 +63,21 @@ def variants() -> tuple[str, ...]:
     """Names of the variants that have a file here: the paper's in its order, then the others by name."""
     found = {path.stem for path in HERE.glob("*.py")} - {"__init__"}
     return (*(name for name in STUDY_ORDER if name in found), *sorted(found - set(STUDY_ORDER)))
+
+
+def parts(name: str) -> tuple[str, ...]:
+    """The variants of a pattern, layer by layer until it repeats; of a variant, itself. Raises ValueError for an empty
+    one, and for two files of one name."""
+    found = [one.strip() for one in name.split(",")]
+    if not all(found):
+        raise ValueError(f"attention {name!r} has an empty name beside a comma; join names by single commas")
+    count = len(found)
+    period = next(n for n in range(1, count + 1) if count % n == 0 and found == found[:n] * (count // n))
+    called = {stem(one): one for one in found}
+    odd = next((one for one in found if called[stem(one)] != one), None)
+    if odd:
+        raise ValueError(f"a pattern goes by its files' names, and {odd!r} is called as {called[stem(odd)]!r} is")
+    return tuple(found[:period])
 
 
 def find(name: str) -> Path:
@@ -130,23 +149,105 @@ def _definition(name: str) -> _Definition:
     return _pinned.get(find(name).resolve()) or _read(name)
 
 
-def pin(name: str) -> type:
+def pin(name: str) -> None:
     """Reads a variant's file now, and from now on `load` and `source_sha256` are of this text, until the next `pin`.
 
     A run begins with it: its file may be edited while it goes on. Raises ValueError as `load` does.
     """
-    definition = _read(name)
-    found = _class(name, definition)
-    _pinned[find(name).resolve()] = definition
-    return found
+    definitions = {part: _read(part) for part in parts(name)}
+    for part, definition in definitions.items():
+        _class(part, definition)
+        _pinned[find(part).resolve()] = definition
 
 
-def load(name: str) -> type:
-    """The class `Attention` of a variant, by name or by the path of a .py file (which is run), as pinned or as it is.
+def load(name: str) -> "type | Pattern":
+    """The class `Attention` of a variant, by name or by the path of a .py file (which is run), as pinned or as it is;
+    of a pattern, what makes the layers in its stead.
 
     Raises ValueError where there is no such variant, or its file defines no `Attention`.
     """
-    return _class(name, _definition(name))
+    names = parts(name)
+    return Pattern(names) if len(names) > 1 else _class(names[0], _definition(names[0]))
+
+
+class Pattern:
+    """Several variants over the layers of one model, where one variant's class may stand.
+
+    `names`: the variants layer by layer, until they repeat. Called as a variant's class is, it makes the layer that
+    stands at `layer_idx`. An option goes to the variant that has it, or to one by its name: `{"sliding_window":
+    {"window": 64}}`. Raises ValueError for an option that none has, or that several have and none is named.
+    """
+
+    def __init__(self, names: tuple[str, ...]):
+        self.names = names
+        self.variants = {name: load(name) for name in dict.fromkeys(names)}
+
+    @property
+    def paper(self) -> str:
+        return "; ".join(dict.fromkeys(variant.paper for variant in self.variants.values()))
+
+    def __call__(self, config, layer_idx: int, **options):
+        if len(self.names) > config.n_layer:
+            raise ValueError(f"{','.join(self.names)} names {len(self.names)} layers, the model has {config.n_layer}")
+        name = self.names[layer_idx % len(self.names)]
+        return self.variants[name](config, layer_idx, **self.options_of(options)[name])
+
+    def options_of(self, options: dict) -> dict[str, dict]:
+        """The options of each variant."""
+        found = {name: {} for name in self.variants}
+        by_stem = {stem(name): name for name in found}
+        for option, value in options.items():
+            if isinstance(value, dict):
+                if option not in by_stem:
+                    raise ValueError(f"options of {option!r}, which is not among {', '.join(by_stem)}")
+                found[by_stem[option]] |= value
+                continue
+            owners = [name for name in found if option in defaults(self.variants[name])]
+            if not owners:
+                known = sorted({known for variant in self.variants.values() for known in defaults(variant)})
+                guess = get_close_matches(option, known, n=1)
+                hint = f"did you mean {guess[0]!r}?" if guess else f"they have: {', '.join(known) or 'none'}."
+                raise ValueError(f"none of {', '.join(by_stem)} has an option {option!r}; {hint}")
+            if len(owners) > 1:
+                raise ValueError(
+                    f"{' and '.join(map(stem, owners))} have an option {option!r} each; say whose it is: "
+                    f"{{{stem(owners[0])}: {{{option}: {value}}}}}"
+                )
+            found[owners[0]][option] = value
+        return found
+
+
+def by_part(name: str, options: dict) -> dict[str, tuple["type", dict]]:
+    """Each different variant of a pattern, by its name: the class and its own options. Of a variant, itself."""
+    found = load(name)
+    if isinstance(found, Pattern):
+        own = found.options_of(options)
+        return {part: (variant, own[part]) for part, variant in found.variants.items()}
+    return {name: (found, options)}
+
+
+def defaults(variant: "type | Pattern") -> dict[str, object]:
+    """A variant's own options and their defaults, from its constructor's signature; of a pattern, those that one of its
+    variants alone has."""
+    if isinstance(variant, Pattern):
+        every = [pair for each in variant.variants.values() for pair in defaults(each).items()]
+        names = [name for name, _ in every]
+        return {name: default for name, default in every if names.count(name) == 1}
+    return {name: option.default for name, option in list(inspect.signature(variant).parameters.items())[2:]}
+
+
+def layers(name: str, config, **options) -> list:
+    """A layer for each of `config.n_layer`, as a model has them."""
+    made = load(name)
+    return [made(config, layer, **options) for layer in range(config.n_layer)]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a variant, or each of a pattern, has a file here: what a record or a folder names may be anything."""
+    try:
+        return set(parts(name)) <= set(variants())
+    except ValueError:
+        return False
 
 
 def _class(name: str, definition: _Definition) -> type:
@@ -162,18 +263,39 @@ def keeps_documents(layer) -> bool:
 
 
 def source_sha256(name: str) -> str:
-    """Fingerprint of a variant's file, so that a record says which definition it measured: the pinned one, if any."""
+    """Fingerprint of a variant's file, so that a record says which definition it measured: the pinned one, if any. Of a
+    pattern, that of its variants' fingerprints."""
+    names = parts(name)
+    if len(names) > 1:
+        return hashlib.sha256("".join(map(source_sha256, names)).encode()).hexdigest()
+    (name,) = names
     pinned = _pinned.get(find(name).resolve())
     return pinned.sha256 if pinned else hashlib.sha256(find(name).read_bytes()).hexdigest()
 
 
-def title(layer, attention: str) -> str:
-    """What figures and tables call a layer of a variant: its own `title`, or the file's name.
+def title(layers, attention: str) -> str:
+    """What figures and tables call a variant, given its `layers` in a model: the first one's own `title`, or the file's
+    name; of a pattern each's, such as "3 × Window 128 + SDPA".
 
     A file of one's own that still has the title of the reference, which it was copied from, goes by its name too.
     """
-    own = str(getattr(layer, "title", "") or stem(attention))
-    return stem(attention) if attention.endswith(".py") and own == load(REFERENCE).title else own
+    names = parts(attention)
+    return _joined([_title(layer, name) for layer, name in zip(layers, names, strict=False)], " + ", " × ")
+
+
+def _title(layer, name: str) -> str:
+    own = str(getattr(layer, "title", "") or stem(name))
+    return stem(name) if name.endswith(".py") and own == load(REFERENCE).title else own
+
+
+def label(attention: str) -> str:
+    """A variant's name, or a file's without folders and ending; of a pattern each's, such as "3xlinear+sdpa"."""
+    return _joined([stem(part) for part in parts(attention)], "+", "x")
+
+
+def _joined(names: list[str], plus: str, times: str) -> str:
+    counted = [(len(list(alike)), name) for name, alike in itertools.groupby(names)]
+    return plus.join(f"{count}{times}{name}" if count > 1 else name for count, name in counted)
 
 
 def stem(attention: str) -> str:

@@ -93,11 +93,20 @@ class Twins:
         torch.manual_seed(self.seed + 1000)
         return attention.load(self.name)(self.config(), index, **self.options)
 
-    def layer_for(self, positions: int, width: int | None = None) -> torch.nn.Module:
-        """One layer on the CPU, for counting: of as many positions as it is given tokens."""
+    @functools.cached_property
+    def parts(self) -> dict[str, tuple]:
+        """Each different variant of the model's pattern, by its name: its class and options. Most have one."""
+        return attention.by_part(self.name, self.options)
+
+    def layers_for(self, positions: int, width: int | None = None) -> dict[str, torch.nn.Module]:
+        """One layer of each variant on the CPU, for counting: of as many positions as it is given tokens."""
         s = self.setting
         config = gpt2_config(1, width or s.width, s.heads, positions, VOCABULARY)
-        return attention.load(self.name)(config, 0, **self.options).float().eval()
+        return {name: variant(config, 0, **own).float().eval() for name, (variant, own) in self.parts.items()}
+
+    def about(self, name: str, what: str) -> str:
+        """`what` is measured, with the variant that it is about where there are several."""
+        return f"{attention.stem(name)}: {what}" if len(self.parts) > 1 else what
 
     def hidden(self, rows: int, length: int, device, dtype) -> torch.Tensor:
         """What a layer is given: (B, T, C) of variance one, as behind a norm."""

@@ -96,7 +96,7 @@ def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
     what = {
         "certificate": _digest([*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(meta_model))]),
         "variant": attention.source_sha256(name),
-        "inherited": _digest(_inherited_files(attention.load(name))),
+        "inherited": [_digest(_inherited_files(variant)) for variant, _ in attention.by_part(name, options).values()],
         "options": options,
         "setting": setting.values(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},

@@ -134,7 +134,7 @@ class Bench:
 
     def task_pages(self, choice: Choice, task: str, seconds: float):
         learners = [
-            probes.Learner({"attention": one.attention, "options": {attention.stem(one.attention): one.options}}, task)
+            probes.Learner({"attention": one.attention, "options": _by_mixer(one)}, task)
             for one in dict.fromkeys((choice, self.beside))
         ]
         begin_s = shown_s = time.perf_counter()
@@ -292,22 +292,21 @@ def _fits(choice: Choice, size: str) -> bool:
 def _by_context(name: str, options: tuple, size: str) -> pd.DataFrame:
     choice, rows = Choice(name, dict(options)), []
     for context in CONTEXTS:
-        layer, layers = _layer(choice, size, context)
+        layers = _layers(choice, size, context)
         costs = {
-            "core_flops_per_token": layer.core_flops(context) / context,
-            "cache_bytes": layer.cache_bytes(context, 2),
+            "core_flops_per_token": sum(layer.core_flops(context) for layer in layers) / context,
+            "cache_bytes": sum(layer.cache_bytes(context, 2) for layer in layers),
         }
-        rows.append({"label": choice.label, "name": Choice(name).name, "context": context})
-        rows[-1] |= {cost: layers * value for cost, value in costs.items()}
+        rows.append({"label": choice.label, "name": choice.name, "context": context} | costs)
     return pd.DataFrame(rows)
 
 
-def _layer(choice: Choice, size: str, context: int):
-    """One layer without its weights in a model of a size with so many positions, and how many layers that has."""
+def _layers(choice: Choice, size: str, context: int) -> list:
+    """The layers without their weights of a model of a size with so many positions."""
     config = _config(size, context)
-    check(choice, {"layers": 1, "width": config.n_embd, "heads": config.n_head, "positions": context})
+    check(choice, {"layers": config.n_layer, "width": config.n_embd, "heads": config.n_head, "positions": context})
     with torch.device("meta"):
-        return attention.load(choice.attention)(config, 0, **choice.options), config.n_layer
+        return attention.layers(choice.attention, config, **choice.options)
 
 
 def on_paper(choice: Choice, size: str) -> list:
@@ -353,7 +352,7 @@ def _log_log(axes, contexts) -> None:
 
 def measured_pages(choice: Choice, beside: Choice, rounds: int = ROUNDS):
     """One layer of the quick profile, forward and backward over one sequence in fp32 on this CPU, by context: every
-    time of `rounds` rounds, and the bytes that forward keeps for backward.
+    time of `rounds` rounds, and the bytes that forward keeps for backward. Of a pattern, the mean over its layers.
 
     Both are warmed up at each length; then they take turns, and who begins changes from round to round.
     """
@@ -361,9 +360,11 @@ def measured_pages(choice: Choice, beside: Choice, rounds: int = ROUNDS):
     choices, rows = list(dict.fromkeys((choice, beside))), []
     for context in MEASURED_CONTEXTS:
         for one in choices:
-            check(one, {"layers": 1, "width": width, "heads": heads, "positions": context})
-        config, hidden = gpt2_config(1, width, heads, context, 2), torch.randn(1, context, width)
-        layers = {one.label: attention.load(one.attention)(config, 0, **one.options) for one in choices}
+            check(one, {"layers": _period(one), "width": width, "heads": heads, "positions": context})
+        hidden, layers = torch.randn(1, context, width), {}
+        for one in choices:
+            config = gpt2_config(_period(one), width, heads, context, 2)
+            layers[one.label] = attention.layers(one.attention, config, **one.options)
         seconds = {label: [] for label in layers}
         for number in range(WARM_UPS + rounds):
             for label in list(layers)[:: 1 if number % 2 else -1]:
@@ -373,14 +374,27 @@ def measured_pages(choice: Choice, beside: Choice, rounds: int = ROUNDS):
             times_s = seconds[one.label]
             row = {"label": one.label, "name": one.name, "context": context, "times_s": times_s}
             row |= {"time_s": statistics.median(times_s), "low_s": min(times_s), "high_s": max(times_s)}
-            rows.append(row | {"activation_bytes": certificate.activation_bytes(layers[one.label], hidden)})
+            kept = [certificate.activation_bytes(layer, hidden) for layer in layers[one.label]]
+            rows.append(row | {"activation_bytes": statistics.fmean(kept)})
         yield partial(measured_page, pd.DataFrame(rows), choice)
 
 
-def _forward_backward_s(layer, hidden: torch.Tensor) -> float:
+def _by_mixer(choice: Choice) -> dict[str, dict]:
+    """The options of a variant, or of each of a pattern, by its name."""
+    each = attention.by_part(choice.attention, choice.options)
+    return {attention.stem(name): own for name, (_, own) in each.items()}
+
+
+def _period(choice: Choice) -> int:
+    """Layers of a pattern until it repeats."""
+    return len(attention.parts(choice.attention))
+
+
+def _forward_backward_s(layers: list, hidden: torch.Tensor) -> float:
     begin = time.perf_counter()
-    layer(hidden)[0].sum().backward()
-    return time.perf_counter() - begin
+    for layer in layers:
+        layer(hidden)[0].sum().backward()
+    return (time.perf_counter() - begin) / len(layers)
 
 
 def measured_page(costs: pd.DataFrame, choice: Choice) -> list:

@@ -95,7 +95,7 @@ def _need(name: str, options: tuple, size: str, context: int) -> Need:
     fitting(Choice(name, dict(options)), {"layers": layers, "width": width, "heads": heads, "positions": context})
     model = meta_model(name, config, **dict(options))
     weights = BF16 * sum(weight.numel() for weight in model.parameters())
-    held = layers * model.transformer.h[0].attn.cache_bytes(context, BF16)
+    held = sum(block.attn.cache_bytes(context, BF16) for block in model.transformer.h)
     return Need(weights, held, flops.analytic(model, context)["forward_flops_causal"] / context)
 
 
@@ -170,7 +170,7 @@ def table(choice: Choice, size: str, context: int, batch: int, share: float, mem
 
 def _measured(one: Choice, context: int, share: float) -> dict:
     """What the records have of a variant with the study's own options."""
-    label, steps, is_ours = one.attention, known().steps, not one.options and one.attention in attention.variants()
+    label, steps, is_ours = one.name, known().steps, not one.options and attention.is_ours(one.attention)
     step = steps.ratio(label, context, TIME) if is_ours else None
     recall = steps.recall.get(label) if is_ours else None
     return {

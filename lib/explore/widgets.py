@@ -68,7 +68,10 @@ def _titled(name: str, heads: int = 4, **options) -> str | None:
     """What a layer with these options calls itself; None where it refuses them."""
     try:
         with torch.device("meta"):
-            return attention.title(attention.load(name)(gpt2_config(1, 16 * heads, heads, 8, 8), 0, **options), name)
+            made = attention.load(name)
+            layers = len(attention.parts(name))
+            config = gpt2_config(layers, 16 * heads, heads, 8, 8)
+            return attention.title([made(config, layer, **options) for layer in range(layers)], name)
     except Exception:  # of a file of one's own too; what is wrong with it is said where it is used
         return None
 
@@ -90,7 +93,7 @@ class Marked(NamedTuple):
 
 
 class Picker(widgets.VBox):
-    """Picks a variant, or a file of one's own, and the options that its constructor names. `choice` is the pick."""
+    """Picks a variant, a file of one's own or a pattern, and the options that constructors name. `choice`: the pick."""
 
     choice = traitlets.Instance(Choice)
 
@@ -99,7 +102,7 @@ class Picker(widgets.VBox):
         self.variant = widgets.Dropdown(options=titles, value=name, description="variant")
         self.path = widgets.Text(
             description="or a file",
-            placeholder="path of a .py file with your own",
+            placeholder="path of a .py file with your own; or a pattern, such as linear,sdpa",
             continuous_update=False,
             layout=WIDE,
         )
@@ -129,14 +132,14 @@ class Picker(widgets.VBox):
     def _ask_for_options(self):
         defaults = {}
         with contextlib.suppress(ValueError):  # said by `_pick`, which loads it too
-            defaults = parameters.options(attention.load(self.name))
+            defaults = attention.defaults(attention.load(self.name))
         self.options.children = [_option(name, default) for name, default in defaults.items()]
         for option in self.options.children:
             option.observe(lambda _: self._pick(), "value")
 
     def _pick(self):
         try:
-            defaults = parameters.options(attention.load(self.name))
+            defaults = attention.defaults(attention.load(self.name))
             turned = {
                 option.description: _value(option, defaults[option.description]) for option in self.options.children
             }

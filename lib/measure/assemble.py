@@ -96,7 +96,7 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
         started_at=trainer.started_at,
         finished_at=record.now(),
         label=parameters.display_name(values),
-        title=parameters.title(values, model.transformer.h[0].attn),
+        title=parameters.title(values, [block.attn for block in model.transformer.h]),
         attention=p.attention,
         attention_sha256=attention.source_sha256(p.attention),
         paper=attention.load(p.attention).paper,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from lib import attention
 from lib.measure import energy
 from lib.model import devices
 
@@ -15,27 +16,29 @@ SMALL_SHARE = 0.02  # of the time: what takes less is not named
 
 
 def names(model, context: int, autocast, compiled: bool = False) -> dict[str, list[str] | None]:
-    """Names of what one attention layer runs, forward and backward: CUDA kernels on a GPU, ATen operators on a CPU.
+    """Names of what one attention layer runs, forward and backward: CUDA kernels on a GPU, ATen operators on a CPU. Of
+    a pattern, one layer of each of its variants.
 
     Those with 2 % or more of the time by the median of several passes, the longest first; None where the profiler saw
     nothing. In training mode and, where the run was `compiled`, of the layer compiled by itself: which of the compiled
     model's kernels are the attention's cannot be told. Profiled outside the measured window.
     """
-    attention = model.transformer.h[0].attn
-    layer = torch.compile(attention) if compiled else attention
+    blocks = model.transformer.h[: len(attention.parts(model.config.attention))]
+    own = torch.nn.ModuleList({type(block.attn): block.attn for block in blocks}.values())
+    layers = [torch.compile(layer) if compiled else layer for layer in own]
     hidden = torch.randn(1, context, model.config.n_embd, device=model.device, requires_grad=True)
     passes = {"forward": [], "backward": []}
-    mode = attention.training
-    attention.train()
+    mode = model.training
+    own.train()
     with autocast():
         for number in range(1 + PASSES):
-            output, forward = _profiled(model.device, lambda: layer(hidden)[0])
-            _, backward = _profiled(model.device, lambda out=output: out.sum().backward())
+            outputs, forward = _profiled(model.device, lambda: [layer(hidden)[0] for layer in layers])
+            _, backward = _profiled(model.device, lambda out=outputs: sum(each.sum() for each in out).backward())
             if number:  # the first one pays for start-up
                 passes["forward"].append(forward)
                 passes["backward"].append(backward)
-    attention.train(mode)
-    attention.zero_grad(set_to_none=True)
+    own.train(mode)
+    own.zero_grad(set_to_none=True)
     return {name: usual(found) for name, found in passes.items()}
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lib import attention
 from lib.errors import one_sentence_when_out_of_memory
 from lib.measure.meter import Stopwatch
 
@@ -80,7 +81,7 @@ def slope(trainer, steps: int, rounds: int = 4, warmup: int = 2) -> dict:
     Least squares with an intercept for each round: `time_s_per_core` with its 95 % interval (`_low`, `_high`), and
     `time_r_squared`, how much of the variation inside rounds a straight line explains; the same for `energy_j`, None
     with `energy_null_reason` where some round was under 2 s or had no counter. `layers_with_attention` are the numbers
-    of layers that keep it.
+    of layers that keep it. Of a pattern they are whole repetitions, where there is room, and a core is the mean one.
     """
     blocks = trainer.model.transformer.h
     own = [block.attn for block in blocks]
@@ -94,16 +95,15 @@ def slope(trainer, steps: int, rounds: int = 4, warmup: int = 2) -> dict:
 
         return work
 
-    many = len(own) > FEW_COUNTS
-    counts = np.linspace(0, len(own), FEW_COUNTS if many else len(own) + 1).round().astype(int).tolist()
+    counts = counts_of(len(own), len(attention.parts(trainer.model.config.attention)))
     with trainer.snapshot_and_restore():
         trainer.model.train()
         stand_ins = [Bypassed(trainer.model.config).to(weight.device, weight.dtype) for _ in blocks]
         try:
             watches = _rounds(trainer, {kept: with_attention(kept) for kept in counts}, steps, rounds, warmup)
         finally:
-            for block, attention in zip(blocks, own, strict=True):
-                block.attn = attention
+            for block, layer in zip(blocks, own, strict=True):
+                block.attn = layer
     energies = {kept: watch.reading() for kept, watch in watches.items()}
     reason = next((reading.reason for reading in energies.values() if reading.reason), None)
     times = {kept: np.divide(watch.seconds, steps) for kept, watch in watches.items()}
@@ -117,6 +117,14 @@ def slope(trainer, steps: int, rounds: int = 4, warmup: int = 2) -> dict:
     return found | dict.fromkeys(
         ("energy_j_per_core", "energy_j_per_core_low", "energy_j_per_core_high", "energy_r_squared")
     )
+
+
+def counts_of(layers: int, period: int) -> list[int]:
+    """How many of so many layers keep their attention, in a slope's points: whole repetitions of a pattern."""
+    counts = [*range(0, layers, period), layers]
+    if len(counts) <= FEW_COUNTS + 1:
+        return counts
+    return [counts[place] for place in np.linspace(0, len(counts) - 1, FEW_COUNTS).round().astype(int)]
 
 
 class Bypassed(nn.Module):

@@ -77,7 +77,7 @@ class GPT2(GPT2LMHeadModel):
         name = named_attention or saved
         if name is None:
             raise Unsupported("this config names no attention; pass attention=<a variant>, for example 'sdpa'")
-        if named_attention is None and name not in attention.variants():
+        if named_attention is None and not attention.is_ours(name):
             raise Unsupported(f"this model was saved with the attention file {name!r}; pass attention=<that file>")
         for option, value in HONOURED.items():
             if getattr(config, option, value) != value:
@@ -86,7 +86,7 @@ class GPT2(GPT2LMHeadModel):
                     f"here; only {value} is honoured"
                 )
         if named_options is None:  # those of the folder, unless they are another variant's
-            same = saved is not None and attention.stem(saved) == attention.stem(name)
+            same = saved is not None and attention.label(saved) == attention.label(name)
             named_options = (getattr(config, "attention_options", None) if same else None) or {}
         config = VariantConfig.of(config, name, named_options)
         config._attn_implementation = "replaced"
@@ -143,7 +143,7 @@ class GPT2(GPT2LMHeadModel):
             prefix = f"transformer.h.{layer}.attn."
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             if own:
-                new = type(block.attn)(self.config, layer, **self.config.attention_options)
+                new = attention.load(self.config.attention)(self.config, layer, **self.config.attention_options)
                 initialise(new, layer, self.config, torch.initial_seed())
                 for name in own:
                     _weight(block.attn, name).copy_(_weight(new, name))

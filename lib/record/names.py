@@ -46,8 +46,8 @@ def run_name(values: dict) -> str:
 
 
 def display_name(values: dict) -> str:
-    """What tells a run apart from others: its label, or its variant's name."""
-    return values["label"] or attention.stem(values["attention"])
+    """What tells a run apart from others: its label, or its variant's or pattern's name."""
+    return values["label"] or attention.label(values["attention"])
 
 
 def digest(values: dict) -> str:

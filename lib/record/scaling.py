@@ -24,7 +24,7 @@ from lib.record.schema import (
     REASONS,
     Environment,
     Moment,
-    Options,
+    PatternOptions,
     Sha256,
     Strict,
     Text,
@@ -127,7 +127,7 @@ class Scaling(Strict):
     title: Title  # what figures and tables call it
     attention: Text
     attention_sha256: Sha256
-    options: Options
+    options: PatternOptions
     setting: Setting
     environment: Environment
     points: Annotated[list[Point], Field(max_length=MOST_POINTS)]

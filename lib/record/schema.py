@@ -67,7 +67,9 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 Text = Annotated[str, Field(max_length=names.LONGEST_TEXT)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Title = Annotated[str, AfterValidator(lambda text: names.check_name(text, "title"))]
-Options = dict[str, bool | int | float | str | list[bool | int | float | str | None] | None]
+Option = bool | int | float | str | list[bool | int | float | str | None] | None
+Options = dict[str, Option]
+PatternOptions = dict[str, Option | Options]  # those of one variant stand under its name
 
 
 def _in_this_age(moment: datetime) -> datetime:
@@ -143,7 +145,7 @@ class Parameters(TypedDict, total=False):
 
     __pydantic_config__ = KNOWN_AND_OTHERS
     attention: Required[Text]
-    options: Required[Options]
+    options: Required[PatternOptions]
     label: Required[str]
     seed: Required[_limited("seed")]
     layers: Required[_limited("layers")]

@@ -18,6 +18,7 @@ from lib.record.schema import (
     Moment,
     Number,
     Options,
+    PatternOptions,
     Seconds,
     Sha256,
     Strict,
@@ -59,7 +60,7 @@ class Entry(Strict):
     title: Title
     attention: Text
     attention_sha256: Sha256
-    options: Options
+    options: PatternOptions
     certified: bool
     parameters: Count
 

@@ -137,10 +137,16 @@ def _cell(given: str | dict, setting: Setting, rate: float, seed: int) -> Cell:
     sizes = {"layers": len(names), "width": setting.width, "heads": setting.heads, "positions": _context(setting.task)}
     for name in names:
         parameters.pin(name)
-    layers = [parameters.check_attention(SimpleNamespace(attention=name, options=own, **sizes)) for name, own in mixers]
-    titles = [attention.title(layer, name) for layer, (name, _) in zip(layers, mixers, strict=True)]
-    label = given.get("label") or "+".join(attention.stem(name) for name in names)
-    title = given.get("label") or " + ".join(titles)
+    layers = [
+        parameters.check_attention(SimpleNamespace(attention=name, options=own, **sizes))[0] for name, own in mixers
+    ]
+    whole = ",".join(names)
+    if len(attention.parts(whole)) == len(names):
+        own = attention.label(whole), attention.title(layers, whole)
+    else:  # the same over again: it says how deep the net is
+        titles = [attention.title([layer], name) for layer, name in zip(layers, names, strict=True)]
+        own = "+".join(map(attention.stem, names)), " + ".join(titles)
+    label, title = (given.get("label") or said for said in own)
     try:
         check_pattern(label, title, [name for name, _ in mixers])
     except ValueError as error:

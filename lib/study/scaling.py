@@ -80,8 +80,8 @@ def _entries(made: Plan) -> list[SimpleNamespace]:
         given = {"options": {}, "label": "", **given}
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": made.contexts[-1]}
         parameters.pin(given["attention"])
-        layer = parameters.check_attention(SimpleNamespace(**given, **sizes))
-        named = parameters.named(given, layer)
+        layers = parameters.check_attention(SimpleNamespace(**given, **sizes))
+        named = parameters.named(given, layers)
         named["sha256"] = attention.source_sha256(given["attention"])
         entries.append(SimpleNamespace(**given | named))
     if len({entry.label for entry in entries}) < len(entries):
@@ -111,7 +111,8 @@ def measure_all(made: Plan, folder: Path, say=print) -> list[str]:
     found = {}
     for entry in _entries(made):
         new = Scaling(
-            finished_at=record.now(), label=entry.label, title=entry.title, attention=paths.portable(entry.attention),
+            finished_at=record.now(), label=entry.label, title=entry.title,
+            attention=parameters.portable_attention(entry.attention),
             options=entry.options, attention_sha256=entry.sha256, setting=setting,
             points=[], **facts,
         )  # fmt: skip
@@ -246,18 +247,20 @@ def _spare_the_machine() -> None:
 
 
 def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
-    """Lists of samples by metric, and the reasons for the metrics that have none."""
+    """Lists of samples by metric, and the reasons for the metrics that have none. Of a pattern: its layers on the same
+    input, over their number."""
     config = gpt2_config(setting.layers, setting.width, setting.heads, context, setting.vocabulary)
-    config.n_layer = 1
-    layer = build_model(entry.attention, config, **entry.options).transformer.h[0].attn.to(device)
+    config.n_layer = len(attention.parts(entry.attention))
+    blocks = build_model(entry.attention, config, **entry.options).transformer.h
+    layers = torch.nn.ModuleList(block.attn for block in blocks).to(device)  # of a pattern, one of each
     autocast = devices.autocast(setting.precision, device)
 
     def work(hidden, gradient):
         with autocast():
-            output = layer(hidden)[0]
-        output.backward(gradient.to(output.dtype))
+            outputs = [layer(hidden)[0] for layer in layers]
+        torch.autograd.backward(outputs, [gradient.to(output.dtype) for output in outputs])
         hidden.grad = None
-        layer.zero_grad(set_to_none=True)
+        layers.zero_grad(set_to_none=True)
 
     work(*_inputs(WARM_UP, setting.width, device))
     given = _inputs(context, setting.width, device)
@@ -267,7 +270,7 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
         work(*given)  # the warm-up at this length
     values, reasons = meter.metrics()
     peak = "peak_memory_bytes" if device.type == "cuda" else "peak_resident_bytes"
-    grown_bytes = None if values[peak] is None else values[peak] - held
+    grown_bytes = None if values[peak] is None else (values[peak] - held) // len(layers)
     watch = Stopwatch(device, energy.no_counter())  # joules have a window of their own
     for _ in range(setting.repeats):
         with watch:
@@ -276,9 +279,9 @@ def _layer(setting: Setting, entry, context: int, device) -> tuple[dict, dict]:
     if joules.reason is None:
         joules = energy_of(lambda: work(*given), device, setting.energy_window_s)
     found = {
-        "forward_backward_s": watch.seconds,
+        "forward_backward_s": [seconds / len(layers) for seconds in watch.seconds],
         "peak_activation_bytes": [grown_bytes],
-        "forward_backward_energy_j": [joules.joules],
+        "forward_backward_energy_j": [joules.joules and joules.joules / len(layers)],
     }
     # What the warm-up freed is still the process's: few tokens may need no more than that.
     hidden = None if grown_bytes is None or grown_bytes > 0 else "peak_not_above"

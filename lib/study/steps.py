@@ -98,8 +98,8 @@ def entries_of(made: Plan) -> list[SimpleNamespace]:
         given = {"options": {}, "label": "", **given}
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": longest}
         parameters.pin(given["attention"])
-        layer = parameters.check_attention(SimpleNamespace(**given, **sizes))
-        named = parameters.named(given, layer)
+        layers = parameters.check_attention(SimpleNamespace(**given, **sizes))
+        named = parameters.named(given, layers)
         found.append(SimpleNamespace(**given | named))
     labels = [entry.label for entry in found]
     if len(set(labels)) < len(labels):
