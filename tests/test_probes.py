@@ -129,6 +129,16 @@ def test_a_loss_that_is_not_finite_is_a_result_of_its_own():
         ({"variants": [{"attention": "sdpa", "options": {"sdpa": {"window": 16}}}]}, "sdpa has no option 'window'"),
         ({"variants": [{"attention": "sdpa", "option": {}}]}, "there is no parameter 'option'"),
         ({"variants": ["sdpa", "sdpa"]}, "sdpa stands twice for recall"),
+        ({"variants": [{"attention": "sdpa", "label": 3}]}, "label of a variant must be text, not 3"),
+        ({"variants": [{"attention": "sdpa", "label": ["a"]}]}, "label of a variant must be text, not ['a']"),
+        ({"variants": [{"attention": ["sdpa"]}]}, "attention of a variant must be text, not ['sdpa']"),
+        ({"variants": [{"attention": "sdpa", "label": "a\nb"}]}, "label"),
+        ({"variants": [{"attention": "lsh", "options": {"lsh": {"chunk_length": {"a": {}}}}}]}, "must be a number"),
+        ({"variants": [{"attention": "sdpa", "options": {3: {}}}]}, "there is no parameter 3; known: sdpa"),
+        ({"tasks": [{"task": ["recall"]}]}, "there is no task ['recall']; known: recall, "),
+        ({"tasks": [{"task": 3}]}, "there is no task 3; known: recall, "),
+        ({"tasks": [{}]}, "there is no task None; known: recall, "),
+        ({"tasks": [{"task": "recall", 3: 4}]}, "there is no parameter 3; known: task"),
         ({"rates": [0.0]}, "rates.0: "),
         ({"rates": [1e-3, 1e-3]}, "each rate once"),
         ({"seeds": 0}, "seeds: "),
@@ -138,6 +148,15 @@ def test_wrong_words_are_one_sentence(changes, says):
     with pytest.raises(UsageError) as error:
         probes.checked(TINY | changes)
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_that_ends_the_program_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(5)\n")
+    (tmp_path / "few.yaml").write_text(f"variants: [{tmp_path}/leaves.py]\n")
+    assert probes.main([str(tmp_path / "few.yaml"), "--plan"]) == 2
+    assert "leaves.py cannot be loaded: SystemExit: 5" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="cannot be loaded: SystemExit: 5"):
+        plan.runs_of({}, [str(tmp_path / "leaves.py")], 1)
 
 
 def test_the_command_says_what_is_wrong_and_what_it_would_take(tmp_path, capsys):

@@ -52,8 +52,13 @@ _Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
 
 def read_yaml(path: Path):
     """What a YAML file holds. Raises ValueError, in one line, where it is not plain; OSError as `open` does."""
+    return plain_yaml(paths.read_bounded(path, MOST_BYTES))
+
+
+def plain_yaml(text: str):
+    """What a text of YAML holds. Raises ValueError, in one line, where it is not plain."""
     try:
-        return yaml.load(paths.read_bounded(path, MOST_BYTES), _Plain)
+        return yaml.load(text, _Plain)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:

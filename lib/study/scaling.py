@@ -64,8 +64,7 @@ def checked(values: dict) -> Plan:
     if made.width % made.heads:
         raise UsageError(f"heads must divide width: {made.heads} heads do not divide {made.width}")
     _entries(made)
-    if made.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
+    parameters.check_device(made.device)
     return made
 
 

@@ -82,8 +82,7 @@ def read_plan(profile: str | None, **changes) -> Plan:
         raise UsageError(f"heads must divide width: {made.heads} heads do not divide {made.width}")
     if len({size.context for size in made.sizes}) < len(made.sizes):
         raise UsageError("sizes must have a context each of its own")
-    if made.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
+    parameters.check_device(made.device)
     return made
 
 
