@@ -95,7 +95,7 @@ def _check_module(subject: Floats, length: int, rows: int) -> None:
                 raise
             refused = refused or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
             continue
-        out = given if isinstance(given, torch.Tensor) else given[0] if isinstance(given, WITH_MORE) else None
+        out = given if isinstance(given, torch.Tensor) else given[0] if given and isinstance(given, WITH_MORE) else None
         if not isinstance(out, torch.Tensor) or out.dim() != 3 or out.shape[:2] != x.shape[:2]:
             gave = f"a {type(given).__name__}" if out is None else f"{tuple(getattr(out, 'shape', ()))}"
             raise UsageError(
