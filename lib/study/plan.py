@@ -103,6 +103,23 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     return parameters.check_types(profile, known), about_study
 
 
+ENTRY = {  # of `variants` in a plan that is none of train.ipynb's runs
+    "attention": parameters.Declared("str", ""), "options": parameters.Declared("dict", {}),
+    "label": parameters.Declared("str", ""),
+}  # fmt: skip
+
+
+def entry(given: str | dict) -> dict:
+    """`attention`, `options` and `label` of a variant, which is a name or a mapping of these. Raises UsageError."""
+    given = given if isinstance(given, dict) else {"attention": given}
+    parameters.check_names(given, ENTRY)
+    if "attention" not in given:
+        raise UsageError("each of variants needs its attention, a name or a .py file")
+    given = parameters.check_types({name: line.default for name, line in ENTRY.items()} | given, ENTRY)
+    parameters.check_options(given["options"])
+    return given | {"options": dict(given["options"])}  # none of them is another's
+
+
 def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) -> list[dict]:
     """The parameters of every run, in order, all checked. A variant is a name, a path, or a mapping of parameters.
 

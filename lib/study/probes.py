@@ -125,21 +125,14 @@ def _setting(given: str | dict, steps: int) -> Setting:
 
 def _cell(given: str | dict, setting: Setting, rate: float, seed: int) -> Cell:
     """`given`: names or paths joined by commas; or a mapping of `attention`, `options` by mixer's name, and `label`."""
-    given = given if isinstance(given, dict) else {"attention": given}
-    parameters.check_names(given, ("attention", "options", "label"))
-    for text in ("attention", "label"):
-        if not isinstance(given.get(text, ""), str):
-            shown = record.printable(repr(given[text]), 100)
-            raise UsageError(f"{text} of a variant must be text, not {shown}; write it in quotes, or leave it out")
-    names = [name.strip() for name in given.get("attention", "").split(",")]
+    given = plan.entry(given)
+    names = [name.strip() for name in given["attention"].split(",")]
     if not all(names):
         raise UsageError(f"variants: {given!r} names no attention, or an empty one between commas")
-    options = given.get("options", {})
-    if not isinstance(options, dict) or not all(isinstance(one, dict) for one in options.values()):
+    options = given["options"]
+    if not all(isinstance(one, dict) for one in options.values()):
         raise UsageError(f"options of {given['attention']} go by mixer, for example {{sliding_window: {{window: 16}}}}")
     parameters.check_names(options, [attention.stem(name) for name in names])
-    for own in options.values():
-        parameters.check_options(own)
     mixers = tuple((paths.portable(name), options.get(attention.stem(name), {})) for name in names)
     sizes = {"layers": len(names), "width": setting.width, "heads": setting.heads, "positions": _context(setting.task)}
     for name in names:
@@ -153,7 +146,7 @@ def _cell(given: str | dict, setting: Setting, rate: float, seed: int) -> Cell:
     else:  # the same over again: it says how deep the net is
         titles = [attention.title([layer], name) for layer, name in zip(layers, names, strict=True)]
         own = "+".join(map(attention.stem, names)), " + ".join(titles)
-    label, title = (given.get("label") or said for said in own)
+    label, title = (given["label"] or said for said in own)
     try:
         check_pattern(label, title, [name for name, _ in mixers])
     except ValueError as error:
