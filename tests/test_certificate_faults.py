@@ -15,7 +15,7 @@ SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows,
 }  # fmt: skip
 BF16 = {"precision": "bf16"}
 ALL = attention.variants()
-FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh"))  # those that see all of a row
+FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh", "sinks"))  # those that see all of a row
 SLEEPING = "0.01 * x.flip(1)"  # the last token at the first, and so on
 IN_HALF = """
 class Half(torch.autograd.Function):
@@ -108,6 +108,7 @@ FAULTS = {
         "another scale in bfloat16": Fault(
             "if out.dtype == torch.bfloat16: out = 0.5 * out", sizes=BF16, where=but("lsh")
         ),
+        "a gradient halved in bfloat16": Fault("if out.dtype == torch.bfloat16: out = Half.apply(out)", sizes=BF16),
     },
     "cached_equal": {
         "a decoded token": Fault("if past is not None and T == 1: out = 0.99 * out"),
@@ -134,7 +135,7 @@ FAULTS = {
         "hides a token": Fault(padding="hide_one(padding_mask)"),
         "not looked at in decoding": Fault(
             padding="None if seen and hidden_states.shape[1] == 1 else padding_mask",
-            where=but("linear", "sliding_window", "gated_deltanet"),  # whose caches remember what was padding
+            where=but("linear", "sliding_window", "gated_deltanet", "retention", "sinks"),  # these remember padding
         ),
     },
     "weights_trained": {
@@ -197,7 +198,7 @@ FAULTS = {
         "half of them": Fault(members=formula("cache_bytes", "super().cache_bytes(context, element_bytes) // 2")),
         "as many at any length": Fault(
             members=formula("cache_bytes", "super().cache_bytes(100, element_bytes)"),
-            where=but("linear", "gated_deltanet"),
+            where=but("linear", "gated_deltanet", "retention"),
         ),
         "a cache that keeps its inputs": Fault("if past is not None: cached.extra = x"),
         "a cache that keeps a prompt alive": Fault("if past is not None and T > 1: keep_alive(cached)"),
@@ -210,7 +211,7 @@ FAULTS = {
         "ten times as many": Fault(members=formula("core_flops", "10 * super().core_flops(context, dense)")),
         "linear in the length": Fault(
             members=formula("core_flops", "super().core_flops(1024, dense) * context // 1024"),
-            where=but("linear", "sliding_window", "lsh", "gated_deltanet"),
+            where=but("linear", "sliding_window", "lsh", "gated_deltanet", "retention", "sinks"),
         ),
     },
     "gpt2_projection": {"none": Fault("out = x")},
@@ -316,9 +317,12 @@ MASKS = {  # where a variant hides the future by an added number, or could; the 
     "baseline": ("lowest = torch.finfo(scores.dtype).min", "lowest = LOW"),
     "sdpa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "gqa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "differential": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "gated": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "flash": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "mla": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "sliding_window": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
+    "sinks": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
     "lsh": (".masked_fill(~visible, torch.finfo(scores.dtype).min)", ".masked_fill(~visible, LOW)"),
 }  # fmt: skip
 ADDED = """
