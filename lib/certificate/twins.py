@@ -160,8 +160,13 @@ def as_reference(model):
             del layer.forward
 
 
-def _reference(layer, hidden_states, *_, **__):
-    return layer.reference(hidden_states), None
+def _reference(layer, hidden_states, *_, position_embeddings=None, **__):
+    given = (
+        {}
+        if position_embeddings is None or not attention.rotates(layer)
+        else {"position_embeddings": position_embeddings}
+    )
+    return layer.reference(hidden_states, **given), None
 
 
 def cache_of(layers) -> Cache:
