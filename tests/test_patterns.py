@@ -133,6 +133,9 @@ def test_the_certificate_is_the_whole_pattern_s(tmp_path):
     asked = {one["what"] for one in said["measures"] if one["check"] == "core_flops"}
     assert all(one.startswith(("linear: ", "sliding_window: ")) for one in asked) and len(asked) >= 6
     source = attention.find("baseline").read_text()
+    for mixed in ("linear,sdpa", "gated_deltanet,gqa"):  # states in fp32, keys in bf16
+        found = variant.examined(mixed, {}, Setting(precision="bf16"), checks=("cache_bytes",))
+        assert all(one.passed for one in found if one.check == "cache_bytes")
     assert ".tril(S - T)" in source
     path = tmp_path / "leaks.py"
     path.write_text(source.replace(".tril(S - T)", ".tril(S - T + 1)"))

@@ -27,6 +27,12 @@ def tensors_of(thing, name: str = ""):
             yield from tensors_of(value, path)
 
 
+def formula_bytes(layers, cache, tokens: int) -> float:
+    """Bytes of a cache of one sequence of so many tokens by its layers' formulas, each at the precision of its own."""
+    sizes = [max(tensor.element_size() for _, tensor in tensors_of(held)) for held in cache.layers]
+    return sum(layer.cache_bytes(tokens, size) for layer, size in zip(layers, sizes, strict=True))
+
+
 def bytes_of(tensors: list[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

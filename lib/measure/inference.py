@@ -12,6 +12,7 @@ import time
 import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
+from lib.certificate import counts
 from lib.errors import one_sentence_when_out_of_memory
 from lib.measure.meter import energy_of
 from lib.model import devices
@@ -32,15 +33,14 @@ def measured(
     for context in contexts:
         runs = generations(model, context, new_tokens, repeats, autocast)
         cache = runs[-1]["cache"]
-        element_bytes = max(tensor.element_size() for tensor in _tensors(cache))
         rows.append(
             {
                 "context": context,
                 "prefill_latency_s": statistics.median(run["prefill_s"] for run in runs),
                 "decode_latency_s_per_token": statistics.median(run["decode_s"] / new_tokens for run in runs),
                 "cache_bytes": cache_bytes(cache),
-                "cache_bytes_analytic": sum(
-                    block.attn.cache_bytes(context + new_tokens, element_bytes) for block in model.transformer.h
+                "cache_bytes_analytic": counts.formula_bytes(
+                    [block.attn for block in model.transformer.h], cache, context + new_tokens
                 ),
             }
         )
