@@ -89,9 +89,12 @@ class Twins:
         return zip(attentions(self.plain), attentions(self.exact), strict=True)
 
     def layer_of_another_seed(self, index: int) -> torch.nn.Module:
-        """One layer as its constructor leaves it, drawn otherwise than in `build`."""
-        torch.manual_seed(self.seed + 1000)
-        return attention.load(self.name)(self.config(), index, **self.options)
+        """One layer of the model as another seed builds it."""
+        return attentions(self._another)[index]
+
+    @functools.cached_property
+    def _another(self) -> torch.nn.Module:
+        return build_model(self.name, self.config(), self.seed + 1000, **self.options)
 
     @functools.cached_property
     def parts(self) -> dict[str, tuple]:
@@ -161,12 +164,9 @@ def as_reference(model):
 
 
 def _reference(layer, hidden_states, *_, position_embeddings=None, **__):
-    given = (
-        {}
-        if position_embeddings is None or not attention.rotates(layer)
-        else {"position_embeddings": position_embeddings}
-    )
-    return layer.reference(hidden_states, **given), None
+    if position_embeddings is not None and attention.rotates(type(layer)):
+        return layer.reference(hidden_states, position_embeddings=position_embeddings), None
+    return layer.reference(hidden_states), None
 
 
 def cache_of(layers) -> Cache:

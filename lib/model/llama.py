@@ -27,11 +27,12 @@ def exchange(transformer, config) -> None:
 
 
 def swiglu_width(width: int) -> int:
-    """Hidden units F of a SwiGLU for which a layer has as many weights as GPT-2's, within 1 % from width 64 on.
+    """Hidden units F of a SwiGLU for which a layer has as many weights as GPT-2's, within 1 % from width 32 on.
 
-    3 C F weights instead of the 8 C² of two matrices, so F is 8 C / 3, to a multiple of 8 for the kernels.
+    3 C F weights instead of 8 C² of two matrices and 11 C of biases and norms: 8 C / 3 and some, to a multiple of 8 for
+    the kernels.
     """
-    return 8 * round(width / 3)
+    return 8 * round((8 * width + 11) / 24)
 
 
 def rotary(position_ids, head_width: int, like):
