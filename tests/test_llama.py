@@ -1,5 +1,7 @@
 """Llama's layers around the same variant files: transformers' own Llama, to the digit, and every promise of GPT-2's."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from make import TINY
@@ -10,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lib import attention, parameters
 from lib.certificate import Setting, variant
 from lib.errors import UsageError
-from lib.measure import flops
+from lib.measure import assemble, flops
 from lib.model import GPT2, build_model, config_of, gpt2_config, llama_config, meta_model
 from lib.model.llama import swiglu_width
 from lib.study import plan
@@ -146,6 +148,29 @@ def test_it_has_no_biases_begins_as_gpt2_does_and_its_flops_are_its_weights():
     counted = flops.analytic(build_model("sdpa", CONFIG), 10)["forward_flops_causal"]
     matrices = 2 * (4 * 32 * 32 + 3 * 32 * swiglu_width(32)) + 50 * 32
     assert counted == 2 * 10 * matrices + 2 * 4 * 32 * 55
+
+
+def test_what_it_costs_on_paper_stands_beside_llama_s_own():
+    p = SimpleNamespace(context=64, attention="gqa", label="", options={})
+    table = assemble.costs(build_model("gqa", CONFIG), p)
+    own = sum(weight.numel() for weight in build_model("baseline", CONFIG).parameters())
+    assert list(table) == ["gqa", "Llama's own"] and table.loc["parameters", "Llama's own"] == f"{own:,}"
+
+
+@pytest.mark.parametrize(
+    ("profile", "label", "vocabulary", "published", "beyond"),
+    [
+        ("smollm_135m", "gqa", 49_152, 134_515_008, 0),
+        # GaLore's head is a matrix of its own, and its SwiGLU 1,376 wide.
+        ("llama_60m", "sdpa", 32_000, 58_073_600, 32_000 * 512 + 8 * 3 * 512 * (1376 - 1368)),
+    ],
+)
+def test_the_profiles_are_the_published_models(profile, label, vocabulary, published, beyond):
+    runs, _ = plan.chosen(f"params/{profile}.yaml", None, 1, check=False)
+    (values,) = (run["values"] for run in runs if parameters.display_name(run["values"]) == label)
+    model = meta_model(values["attention"], config_of(values, vocabulary), **values["options"])
+    assert sum(weight.numel() for weight in model.parameters()) + beyond == published
+    assert max(values["inference_contexts"]) + values["new_tokens"] <= values["positions"]
 
 
 @pytest.mark.parametrize("name", ["sdpa", "lsh", "mla", "gated_deltanet"])
