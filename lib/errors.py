@@ -1,6 +1,23 @@
 """What a user can put right."""
 
 import contextlib
+import sys
+from pathlib import Path
+
+
+def _refuse_another_lib(package, here: Path) -> None:
+    """Raises ImportError where this is imported as part of a package `lib` that is not ours: a folder `lib/` of one's
+    own that Python finds first, into which an editable installation would put our rooms, half of each."""
+    theirs = getattr(package, "__file__", None)
+    if theirs is None or Path(theirs).resolve().parent != here.parent:
+        where = Path(theirs).parent if theirs else next(iter(getattr(package, "__path__", ["?"])))
+        raise ImportError(
+            f"Python's `lib` is {where}, not this project's {here.parent}: two packages cannot share that name; start "
+            "Python in another folder, or put this project's first in PYTHONPATH"
+        )
+
+
+_refuse_another_lib(sys.modules.get("lib"), Path(__file__).resolve())
 
 
 class UsageError(Exception):

@@ -1,5 +1,6 @@
 """Every kind of mistake that a variant's file can hold, planted in every variant that can, fails the check about it."""
 
+import os
 import textwrap
 from dataclasses import dataclass, field
 
@@ -15,7 +16,7 @@ SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows,
 }  # fmt: skip
 BF16 = {"precision": "bf16"}
 ALL = attention.variants()
-FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh"))  # those that see all of a row
+FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh", "sinks"))  # those that see all of a row
 SLEEPING = "0.01 * x.flip(1)"  # the last token at the first, and so on
 IN_HALF = """
 class Half(torch.autograd.Function):
@@ -27,12 +28,14 @@ class Half(torch.autograd.Function):
 @dataclass(frozen=True)
 class Fault:
     """What follows the right forward (`code` knows x, out, B, T, C, past, cached and seen), what the constructor
-    (`init`), what the class holds beside or instead (`members`), and what stands in the padding mask's place."""
+    (`init`), what the class holds beside or instead (`members`), and what stands in the place of the padding mask and
+    of the documents."""
 
     code: str = ""
     init: str = ""
     members: str = ""
     padding: str = "padding_mask"
+    documents: str = "seq_idx"
     where: tuple = ALL
     sizes: dict = field(default_factory=dict)
 
@@ -46,10 +49,16 @@ def formula(name, returns):
     return f"def {name}(self, context, {second}):\n    return {returns}"
 
 
+def handled(change):
+    return f"def new_cache(self):\n    made = super().new_cache()\n    {change}\n    return made"
+
+
 def slow(returns):
     return f"def reference(self, x):\n    return {returns}"
 
 
+DROPS = "self.p = config.attn_pdrop"
+DROPOUT = {"sizes": {"dropout": 0.1}, "where": but("flash")}  # which has none on a CPU
 FAULTS = {
     "causal": {
         "beyond 256 tokens": Fault(f"if T > 256: out = out + {SLEEPING}"),
@@ -64,6 +73,9 @@ FAULTS = {
         "a part in 10^9": Fault("out = out + 1e-9 * x.flip(1)"),
         "the token 100 later": Fault("out = out + 0.01 * torch.cat([x[:, 100:], 0 * x[:, :100]], 1)[:, :T]"),
         "in float32": Fault(f"if x.dtype == torch.float32: out = out + {SLEEPING}"),
+        "a scale over all tokens in bfloat16, without a gradient": Fault(
+            "if out.dtype == torch.bfloat16: out = out * (1 + 0.01 * x.detach().mean())", sizes=BF16, where=but("lsh")
+        ),
         "in bfloat16": Fault(f"if out.dtype == torch.bfloat16: out = out + {SLEEPING}", sizes=BF16),
         "under autocast": Fault(f"if torch.is_autocast_enabled('cpu'): out = out + {SLEEPING}", sizes=BF16),
         "without gradients": Fault(f"if not torch.is_grad_enabled(): out = out + {SLEEPING}"),
@@ -91,6 +103,11 @@ FAULTS = {
     },
     "mixes": {"each token alone": Fault("out = super().forward(x.reshape(B * T, 1, C))[0].view(B, T, C)")},
     "repeatable": {
+        "a buffer that is not saved": Fault(
+            "out = out * self.extra.type_as(out)",
+            "self.register_buffer('extra', torch.rand(config.n_embd) + 0.5, persistent=False)",
+        ),
+        "the generator of all set anew": Fault("torch.manual_seed(self.layer_idx)"),
         "noise": Fault("out = out + 0.01 * torch.randn_like(out)"),
         "a running mean, moved in training": Fault(
             "self.mean = self.mean + 0.1 * out.detach().mean() * self.training; out = out * (1 + self.mean)",
@@ -101,18 +118,40 @@ FAULTS = {
         "another scale in training": Fault("if self.training: out = 0.99 * out"),
         "in training and float32": Fault("if self.training and x.dtype == torch.float32: out = 0.99 * out"),
         "dropout whatever the configuration": Fault("out = F.dropout(out, 0.1, self.training)"),
+        "the run's dropout in evaluation too": Fault("out = F.dropout(out, self.p)", DROPS, **DROPOUT),
+        "another function where there is dropout": Fault(
+            "if self.training and self.p: out = 0.9 * out", DROPS, **DROPOUT
+        ),
+        "no dropout": Fault("", "without_dropout(self)", **DROPOUT),
     },
     "precision": {
+        "a gradient a tenth short in bfloat16": Fault(
+            "if out.dtype == torch.bfloat16: out = 0.9 * out + 0.1 * out.detach()", sizes=BF16
+        ),
         "rounded to bfloat16 in float32": Fault("if x.dtype == torch.float32: out = out.bfloat16().float()"),
         "another scale in float32": Fault("if x.dtype == torch.float32: out = 0.999 * out"),
         "another scale in bfloat16": Fault(
             "if out.dtype == torch.bfloat16: out = 0.5 * out", sizes=BF16, where=but("lsh")
         ),
+        "a gradient halved in bfloat16": Fault("if out.dtype == torch.bfloat16: out = Half.apply(out)", sizes=BF16),
     },
     "cached_equal": {
         "a decoded token": Fault("if past is not None and T == 1: out = 0.99 * out"),
         "a token decoded behind 128": Fault(
             "if T == 1 and seen > 128: out = 0.99 * out", sizes={"inference_contexts": (140,)}
+        ),
+        "rows that are not reordered": Fault(members=handled("made.reorder_cache = lambda rows: None")),
+        "rows that are not repeated": Fault(members=handled("made.batch_repeat_interleave = lambda repeats: None")),
+        "a token too many taken back": Fault(
+            members=handled("crop = made.crop; made.crop = lambda n: crop(n - 1)"),
+            where=but("linear", "gated_deltanet", "retention"),
+        ),
+        "nothing that comes back from the host": Fault(
+            members=handled("made.prefetch = lambda: [x.zero_() for _, x in tensors(made)]")
+        ),
+        "a state in bfloat16": Fault(
+            "if past is not None and T == 1: [x.copy_(x.bfloat16()) for _, x in tensors(cached)]",
+            sizes=BF16, where=("linear",),
         ),
         "decoded in bfloat16": Fault("if past is not None and T == 1: out = out.bfloat16().type_as(out)"),
         "a token decoded in float32": Fault("if seen and T == 1 and x.dtype == torch.float32: out = 0.9 * out"),
@@ -132,10 +171,30 @@ FAULTS = {
     "padding_equal": {
         "not looked at": Fault(padding="None"),
         "hides a token": Fault(padding="hide_one(padding_mask)"),
+        "not looked at in training": Fault(padding="None if self.training else padding_mask"),
+        "not looked at by several tokens behind a cache": Fault(
+            padding="None if seen and hidden_states.shape[1] > 1 else padding_mask",
+            where=but("linear", "sliding_window", "gated_deltanet", "retention", "sinks"),
+        ),
+        "the first that came, for all of its shape": Fault(
+            "", "self.known = {}",
+            padding="padding_mask if padding_mask is None else self.known.setdefault(tuple(padding_mask.shape),"
+            " padding_mask)",
+        ),
+        "a gradient that is not finite": Fault("if padding_mask is not None: out = out + (0 * out).abs().sqrt()"),
         "not looked at in decoding": Fault(
             padding="None if seen and hidden_states.shape[1] == 1 else padding_mask",
-            where=but("linear", "sliding_window", "gated_deltanet"),  # whose caches remember what was padding
+            where=but("linear", "sliding_window", "gated_deltanet", "retention", "sinks"),  # these remember padding
         ),
+    },
+    "documents_equal": {
+        "not looked at": Fault(documents="None"),
+        "not looked at in training": Fault(documents="None if self.training else seq_idx"),
+        "the first row's for all": Fault(documents="seq_idx if seq_idx is None else seq_idx[:1].expand_as(seq_idx)"),
+        "a border a token late": Fault(
+            documents="seq_idx if seq_idx is None else torch.cat([seq_idx[:, :1], seq_idx[:, :-1]], 1)"
+        ),
+        "only the first border": Fault(documents="seq_idx if seq_idx is None else seq_idx.clamp(max=2)"),
     },
     "weights_trained": {
         "a plain tensor": Fault("out = out * self.extra.type_as(out)", "self.extra = torch.rand(config.n_embd) + 0.5"),
@@ -151,6 +210,12 @@ FAULTS = {
         "without a gradient": Fault("out = out.detach() + 0.0 * x"),
         "without a gradient in training": Fault("if self.training: out = out.detach() + 0.0 * x"),
         "half a projection without a gradient": Fault("", "self.c_proj.register_forward_pre_hook(drop_half)"),
+        "a bias copied at first use, in bfloat16": Fault(
+            "if out.dtype == torch.bfloat16:\n"
+            "    self.old = self.c_proj.bias.detach().clone() if self.old is None else self.old\n"
+            "    out = out - 5 * self.c_proj.bias.type_as(out) + 5 * self.old.type_as(out)",
+            "self.old = None", sizes=BF16,
+        ),
         "a bias copied at first use": Fault(
             "self.old = self.c_proj.bias.detach().clone() if self.old is None else self.old\n"
             "out = out - self.c_proj.bias.type_as(out) + self.old.type_as(out)", "self.old = None",
@@ -188,6 +253,11 @@ FAULTS = {
         ),
     },
     "gpt2_equal": {
+        "a scale above the first layer that the reference shares": Fault(
+            "out = (1 - 0.1 * (self.layer_idx > 0)) * out",
+            members=slow("(1 - 0.1 * (self.layer_idx > 0)) * super().reference(x)"),
+            where=tuple(name for name in ALL if hasattr(attention.load(name), "as_gpt2")),
+        ),
         "a scale that the reference shares": Fault(
             "out = 0.9 * out", members=slow("0.9 * super().reference(x)"),
             where=tuple(name for name in ALL if hasattr(attention.load(name), "as_gpt2")),
@@ -197,20 +267,44 @@ FAULTS = {
         "half of them": Fault(members=formula("cache_bytes", "super().cache_bytes(context, element_bytes) // 2")),
         "as many at any length": Fault(
             members=formula("cache_bytes", "super().cache_bytes(100, element_bytes)"),
-            where=but("linear", "gated_deltanet"),
+            where=but("linear", "gated_deltanet", "retention"),
+        ),
+        "kept in float32 under bfloat16": Fault(
+            "if past is not None: [setattr(cached, name, x.float()) for name, x in tensors(cached)]",
+            sizes=BF16, where=("baseline", "sdpa", "gqa", "mla", "sliding_window", "gated", "differential"),
         ),
         "a cache that keeps its inputs": Fault("if past is not None: cached.extra = x"),
         "a cache that keeps a prompt alive": Fault("if past is not None and T > 1: keep_alive(cached)"),
     },
     "core_flops": {
         "none": Fault(members=formula("core_flops", "0")),
+        "every score": Fault(
+            members=formula("core_flops", "super().core_flops(context, True)"),
+            where=but("linear", "gated_deltanet", "retention"),
+        ),
+        "two thirds of them": Fault(
+            members=formula("core_flops", "2 * super().core_flops(context, dense) // 3"),
+            where=("baseline", "sdpa", "gqa", "mla", "flash", "gated", "linear"),
+        ),
+        "full ones ten times as many": Fault(
+            members=formula("core_flops", "super().core_flops(context, dense) * (10 if dense else 1)")
+        ),
+        "below zero for few tokens": Fault(
+            members=formula("core_flops", "super().core_flops(context, dense) - 2 * super().core_flops(40)")
+        ),
+        "another window above the first layer": Fault(
+            members=formula(
+                "core_flops", "super().core_flops(context, dense) // (1 if dense or not self.layer_idx else 3)"
+            ),
+            where=("sdpa", "sliding_window", "gqa"),
+        ),
         "half of them": Fault(
             members=formula("core_flops", "super().core_flops(context, dense) // 2"), where=but("linear")
         ),
         "ten times as many": Fault(members=formula("core_flops", "10 * super().core_flops(context, dense)")),
         "linear in the length": Fault(
             members=formula("core_flops", "super().core_flops(1024, dense) * context // 1024"),
-            where=but("linear", "sliding_window", "lsh", "gated_deltanet"),
+            where=but("linear", "sliding_window", "lsh", "gated_deltanet", "retention", "sinks"),
         ),
     },
     "gpt2_projection": {"none": Fault("out = x")},
@@ -218,6 +312,7 @@ FAULTS = {
         "another": Fault("", "self.c_proj.weight.data.normal_(0.0, 0.1)", "own_initialisation = True"),
     },
 }  # fmt: skip
+ALL_OF_THEM = bool(os.environ.get("CERTIFICATE_FAULTS"))
 KINDS = [(check, name, one) for check, kinds in FAULTS.items() for name, one in kinds.items()]
 FILE = """
 
@@ -254,6 +349,14 @@ def hide_one(mask):
     return mask if mask is None else mask & (torch.arange(mask.shape[1]) != mask.shape[1] - 2)
 
 
+def without_dropout(layer):
+    if isinstance(getattr(layer, "attention_dropout", None), float):
+        layer.attention_dropout = 0.0
+    for module in layer.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
 def drop_half(_, given):
     return (torch.cat([0 * given[0][..., :8].detach(), given[0][..., 8:]], dim=-1),)
 
@@ -270,12 +373,12 @@ class Attention(Right):
         super().__init__(config, layer_idx, **options)
 {init}
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **more):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **more):
         x, past = hidden_states, past_key_values
         cached = None if past is None else past.layers[self.layer_idx]
         seen = 0 if past is None else past.get_seq_length(self.layer_idx)
-        padding_mask = {padding}
-        out = super().forward(hidden_states, past, padding_mask, **more)[0]
+        padding_mask, seq_idx = {padding}, {documents}
+        out = super().forward(hidden_states, past, padding_mask, seq_idx=seq_idx, **more)[0]
         B, T, C = x.shape
 {code}
         return out, None
@@ -284,7 +387,12 @@ class Attention(Right):
 
 def planted(name, one, folder):
     """The path of a variant's file whose class inherits from the right one and does one thing wrong."""
-    parts = {"half": IN_HALF, "padding": one.padding, "members": textwrap.indent(one.members or "pass", " " * 4)}
+    parts = {
+        "half": IN_HALF,
+        "padding": one.padding,
+        "documents": one.documents,
+        "members": textwrap.indent(one.members or "pass", " " * 4),
+    }
     parts |= {part: textwrap.indent(getattr(one, part) or "pass", " " * 8) for part in ("init", "code")}
     path = folder / "planted.py"
     path.write_text(attention.find(name).read_text() + FILE.format(**parts))
@@ -301,7 +409,11 @@ def failed(path, check, options=None, **sizes):
 
 @pytest.mark.parametrize(("check", "kind", "one"), KINDS, ids=[f"{check}: {name}" for check, name, _ in KINDS])
 def test_each_kind_of_mistake_fails_the_check_that_is_about_it(check, kind, one, tmp_path):
-    unseen = [name for name in one.where if not failed(planted(name, one, tmp_path), check, **one.sizes)]
+    """In each of the paper's variants and, by turns, in one of the others; CERTIFICATE_FAULTS=all: in all of them."""
+    others = [name for name in one.where if name not in attention.STUDY_ORDER]
+    mine = [name for name in one.where if name in attention.STUDY_ORDER]
+    mine += others if ALL_OF_THEM else others[len(kind) % max(1, len(others)) :][:1]
+    unseen = [name for name in mine if not failed(planted(name, one, tmp_path), check, **one.sizes)]
     assert not unseen
 
 
@@ -316,9 +428,12 @@ MASKS = {  # where a variant hides the future by an added number, or could; the 
     "baseline": ("lowest = torch.finfo(scores.dtype).min", "lowest = LOW"),
     "sdpa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "gqa": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "differential": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
+    "gated": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "flash": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "mla": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "sliding_window": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
+    "sinks": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
     "lsh": (".masked_fill(~visible, torch.finfo(scores.dtype).min)", ".masked_fill(~visible, LOW)"),
 }  # fmt: skip
 ADDED = """

@@ -185,6 +185,13 @@ def test_a_run_sees_one_of_the_cards_that_its_process_saw(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-b"
 
 
+def test_a_job_of_a_large_plan_has_the_rules_of_its_own_runs_alone():
+    runs = cluster.planned({"variants": ["sdpa", "gqa"], "blocks": 50}, check=False)
+    words = ["snakemake", "--snakefile", "x", "--allowed-rules", *(run["name"] for run in runs[2:4]), "--cores", "1"]
+    assert cluster.of_job(runs, words) == runs[2:4] and cluster.of_job(runs, ["snakemake", "--cores", "1"]) == runs
+    assert cluster.of_job(runs, ["snakemake", "--allowed-rules", "summary"]) == []
+
+
 def test_the_threads_of_a_run_are_those_that_snakemake_was_given_not_its_own(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)

@@ -238,6 +238,48 @@ def test_ranking_by_what_is_not_a_metric_is_said(tmp_path):
         tables.ranking(drawn(tmp_path), by="beauty")
 
 
+def test_of_many_variants_each_figure_draws_those_that_matter_and_says_what_it_left_out(tmp_path):
+    names = ["sdpa", "sdpa_again", *(f"v{number:02}" for number in range(62))]
+    for number, name in enumerate(names):  # the later, the better
+        better = {"validation_loss": 6 - number / 100, "validation": learning(6 - number / 100)}
+        record.write(make_record(name, position=number, time_per_epoch_s=100.0 - number, **better), tmp_path)
+    runs = compare.groups(record.read(tmp_path))[0].runs
+    for draw in figures.FIGURES:
+        figure = draw(runs)
+        if isinstance(figure, str):
+            continue
+        said = " ".join(texts(figure, ticks=False).split())
+        assert "Not drawn: 40 of 64 variants, those highest in" in said, draw.__name__
+        assert max(figure.get_size_inches()) < 22, draw.__name__
+        legends = [axes.get_legend_handles_labels()[1] for axes in figure.axes]
+        assert max(map(len, legends)) <= style.MOST_VARIANTS + 3, draw.__name__  # and tables of tokens, and the front
+        plt.close(figure)
+    shown = [text.get_text() for text in figures.training_time(runs).axes[0].get_yticklabels()]
+    assert shown == ["sdpa", "sdpa_again", *names[-22:]]
+    drawn = figures.loss_curves(runs).axes[0].get_legend_handles_labels()[1]
+    assert [name.split(" ")[0] for name in drawn][:24] == ["sdpa", "sdpa_again", *names[-22:]]
+
+
+def test_published_numbers_stand_beside_the_paper_s_variants_alone(tmp_path):
+    write_blocks(tmp_path, ("sdpa", "sdpa_again", "gqa", "differential"))
+    runs = compare.groups(record.read(tmp_path))[0].runs
+    first, *rest = figures.published_beside_ours(runs).axes
+    assert [text.get_text() for text in first.get_yticklabels()] == ["sdpa", "gqa"]
+    assert all(len(axes.get_yticks()) == 2 for axes in rest)
+    for own in (["sdpa", "sdpa_again", "differential"], ["gqa", "differential"]):
+        assert figures.published_beside_ours(runs[runs["label"].isin(own)]).startswith("None of these variants")
+
+
+def test_what_a_run_says_on_the_terminal_is_what_its_device_measured():
+    from lib.study import runner  # nothing else here is of the study
+
+    cuda = make_record().metrics
+    assert runner.told(cuda) == "validation loss 5.000, window 20.00 s, 4,000 J, peak GPU 1.86 GiB"
+    none = dict.fromkeys(("energy_j", "peak_memory_bytes"))
+    cpu = cuda.model_copy(update=none | {"peak_resident_bytes": 3 * 2**30})
+    assert runner.told(cpu) == "validation loss 5.000, window 20.00 s, CPU 18.00 s, peak resident 3.00 GiB"
+
+
 def test_the_published_numbers_are_all_eight():
     import pandas as pd
 

@@ -1,5 +1,6 @@
 """Operators counted by hand, the roofline by hand, and predictions that stay apart from what was measured."""
 
+from collections import Counter
 from datetime import timedelta
 from functools import partial
 
@@ -90,6 +91,55 @@ def test_a_step_has_three_times_the_products_of_its_forward(name):
     assert sum(operator.flops for operator in found) == 3 * forward * 2 * 3
     weights = sum(weight.numel() for weight in model.parameters())
     assert found[-1].bytes >= 4 * 7 * weights  # AdamW reads weight, gradient and two moments, and writes all but one
+
+
+@pytest.fixture
+def layers_run(monkeypatch):
+    """How many layers each count of a step went through."""
+    seen, real = [], operators._of_layers
+    monkeypatch.setattr(operators, "_of_layers", lambda model, blocks, *rest: seen.append(len(blocks)) or real(
+        model, blocks, *rest
+    ))  # fmt: skip
+    return seen
+
+
+def all_layers(monkeypatch, values):
+    """The operators of a step where no two layers are taken to be alike, from a count of each."""
+    numbers = iter(range(10**6))
+    with monkeypatch.context() as patched:
+        patched.setattr(operators, "_kind", lambda block: next(numbers))
+        return Counter(operators.step(values, 300, "bf16"))
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_layers_that_are_alike_are_counted_once_and_it_is_as_if_all_were(name, monkeypatch, layers_run):
+    values = values_of(name, layers=5, accumulation=2)
+    assert Counter(operators.step(values, 300, "bf16")) == all_layers(monkeypatch, values)
+    assert layers_run == [1, 2, 2, 5]
+
+
+UNLIKE = {
+    "a setting of its own": (
+        "self.layer_idx, self.weight",
+        "self.times = 1 + layer_idx % 2\n        {0}",
+        "self.times",
+    ),
+    "asks its number": ("self.layer_idx, self.weight", "{0}", "1 + self.layer_idx % 2"),
+}
+
+
+@pytest.mark.parametrize("how", UNLIKE)
+def test_layers_that_are_not_alike_are_each_counted(how, tmp_path, monkeypatch, layers_run):
+    """Every second layer mixes twice."""
+    begin, told, times = UNLIKE[how]
+    text = NINTH.replace(begin, told.format(begin), 1)
+    text = text.replace("        return self.c_proj((v", f"        for _ in range({times}):\n            v = v * 1.5\n"
+                        "        return self.c_proj((v", 1)  # fmt: skip
+    (tmp_path / "odd.py").write_text(text)
+    values = values_of(str(tmp_path / "odd.py"), layers=5)
+    found = Counter(operators.step(values, 300, "bf16"))
+    assert found == all_layers(monkeypatch, values) != Counter()
+    assert layers_run[:-1] == ([2, 3, 3, 3] if how == "a setting of its own" else [1, 2, 2, 5])
 
 
 @pytest.mark.parametrize("name", attention.variants())

@@ -12,7 +12,7 @@ from make import GREEDY, NINTH, STALLING, TINY, kernels, record_of, tiny_profile
 from matplotlib.text import Text
 
 from lib import attention, parameters, paths, record
-from lib.analysis import compare, figures, ngrams
+from lib.analysis import compare, figures, ngrams, tables
 from lib.study import plan, runner
 from lib.study.__main__ import main
 
@@ -64,7 +64,21 @@ def test_a_study_with_a_ninth_variant_and_others_that_fail(out, tiny, tmp_path, 
     assert "[5/5] ninth-seed0-" in said.out and "left" in said.out
     assert list(out.glob("broken-seed0-*.ipynb"))
     assert [path.name.partition(".")[2] for path in out.glob("broken-seed0-*.json")] == [record.FAILED]
-    assert "RuntimeError: boom" in (out / "summary.ipynb").read_text()
+    page = (out / "summary.ipynb").read_text()
+    assert "RuntimeError: boom" in page
+    # The terminal says what the page does, and where it is.
+    assert f"\ntables: {out.resolve() / 'summary.ipynb'}\nfigures: {out.resolve() / 'figures'}\n" in said.out
+    begins, *_, ends = runner.answer(out / "summary.ipynb")
+    assert begins.startswith("Which attention costs least, these runs do not say") and ends.startswith("Not shown: ")
+    assert begins in said.out and ends in said.out and begins in page
+    for of in record.load_all(out):
+        table = tables.main(compare.groups(record.read(out))[0].runs).set_index("variant")
+        row, resident = table.loc[of.title], of.metrics.peak_resident_bytes
+        said_of = (
+            f"validation loss {row['validation loss']}, window {of.metrics.time_s:.2f} s, CPU {row['CPU s per run']} s"
+        )
+        said_of += "" if resident is None else f", peak resident {row['peak resident GiB']} GiB"
+        assert f": {said_of}\n" in said.out
     noted = record.failures(out).set_index("variant")
     assert noted.loc["stalling", "why"] == "its process was killed"
     assert noted.loc["greedy", "why"] == "out of memory" and "lower batch_size" in noted.loc["greedy", "it said"]

@@ -499,8 +499,8 @@ def test_gradient_checkpointing_in_training_refuses_a_cache():
 @pytest.mark.parametrize("heads", [1, 2])
 def test_one_head_and_a_length_off_every_grid_trains_and_decodes(anybody, heads):
     """A view of what is not contiguous is refused by GPT-2's projections."""
-    if heads == 1 and anybody == "lib/published/gqa.py":
-        pytest.skip("it has its eight heads")
+    if heads == 1 and anybody in ("lib/published/gqa.py", "differential"):
+        pytest.skip("it has its eight heads, or an even number of them")
     model = build_model(anybody, gpt2_config(1, 32, heads, 256, 50)).train()
     ids = ids_of(2, 200)
     model(ids, labels=ids).loss.backward()

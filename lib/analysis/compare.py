@@ -7,6 +7,7 @@ ratio, losses by their difference in nats.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ COUNTED = (
     "forward_flops_causal", "forward_flops_full", "forward_flops_counted", "attention_core_share", "parameters",
     "cache_bytes", "checkpoint_bytes",
 )  # fmt: skip # the same in every run: no noise
+KEPT = 64  # tables of whose blocks, pairs and comparisons the results are kept: a page asks for each several times
 ORDER_FREE = (*LOSSES, *COUNTED, "tokens")  # the same in whichever place a run stands
 
 
@@ -81,33 +83,80 @@ def whole_blocks(runs: pd.DataFrame) -> pd.DataFrame:
     holds, unless another holds these and more: then it was torn. So variants that came later may have blocks of their
     own beside `sdpa`. A block that holds a label twice is left out: which of the two belongs there is not known.
     """
-    seated = runs.dropna(subset=BLOCK)
-    if seated.empty:
-        return seated
-    planned = seated["planned"] if "planned" in seated else pd.Series(None, seated.index, dtype=object)
-    untold = seated[np.array([not isinstance(labels, list) for labels in planned])]
-    sessions = {frozenset(part["label"]) for _, part in untold.groupby("session")}
+    return runs.take(_whole(Seats(runs)))
+
+
+SEATS = ("label", *BLOCK, "device_name", "gpu_uuid", "planned", "seed", "position")
+
+
+class Seats:
+    """What blocks, pairs and places of runs follow from: by each of `SEATS` a tuple, None where nothing is known.
+
+    By what it holds, not by whose it is, it is the key by which they are worked out once for all metrics of the same
+    runs: a table that was changed has others.
+    """
+
+    def __init__(self, runs: pd.DataFrame):
+        self.of = {name: _hashable(runs[name]) if name in runs else (None,) * len(runs) for name in SEATS}
+        self.hash = hash(tuple(self.of.values()))
+
+    def __hash__(self):
+        return self.hash
+
+    def __eq__(self, other):
+        return self.hash == other.hash and self.of == other.of
+
+
+def _hashable(column: pd.Series) -> tuple:
+    values = column.astype(object).where(column.notna(), None).tolist()
+    return tuple(tuple(value) if type(value) is list else value for value in values)
+
+
+@lru_cache(KEPT)
+def _whole(seats: Seats) -> np.ndarray:
+    """The places in the table, in its order, of the runs of whole blocks."""
+    of = seats.of
+    device = [f"{name}{uuid or ''}" for name, uuid in zip(of["device_name"], of["gpu_uuid"], strict=True)]
+    blocks: dict[tuple, list[int]] = {}
+    for run, seat in enumerate(zip(*(of[name] for name in BLOCK), strict=True)):
+        if None not in seat:
+            blocks.setdefault(seat, []).append(run)
+    labels_of: dict[object, set] = {}
+    compared = set()
+    for (session, _), part in blocks.items():
+        labels = {of["label"][run] for run in part}
+        labels_of.setdefault(session, set())
+        labels_of[session] |= {of["label"][run] for run in part if of["planned"][run] is None}
+        compared |= {session} if REFERENCE in labels else set()
+    sessions = {frozenset(labels) for labels in labels_of.values() if labels}
     panels = {labels for labels in sessions if REFERENCE in labels and not any(labels < other for other in sessions)}
-    compared = seated["session"].isin(seated.loc[seated["label"] == REFERENCE, "session"])
-    every = frozenset(seated.loc[compared, "label"])
-    device = seated["device_name"].astype(str) + seated["gpu_uuid"].fillna("").astype(str)
+    every = frozenset(of["label"][run] for (session, _), part in blocks.items() if session in compared for run in part)
     found = []
-    for _, part in seated.assign(planned=planned, device=device).groupby(BLOCK):
-        labels = frozenset(part["label"])
-        told = {every.intersection(one) if isinstance(one, list) else None for one in part["planned"]}
+    for part in blocks.values():
+        labels = frozenset(of["label"][run] for run in part)
+        planned = {of["planned"][run] for run in part}
+        told = {None if one is None else every.intersection(one) for one in planned}
         is_whole = labels in panels if told == {None} else told == {labels}
-        if is_whole and len(labels) == len(part) and part["device"].nunique() == 1:
-            found.append(part.index)
-    return seated[seated.index.isin([index for part in found for index in part])]
+        if is_whole and len(labels) == len(part) and len({device[run] for run in part}) == 1:
+            found += part
+    return np.array(sorted(found), dtype=int)
 
 
 def panels(whole: pd.DataFrame) -> list[pd.DataFrame]:
     """Whole blocks by the labels that they hold: variants that came later have blocks of their own."""
-    found: dict[frozenset, list] = {}
-    for _, part in whole.groupby(BLOCK):
-        found.setdefault(frozenset(part["label"]), []).extend(part.index)
-    parts = [whole[whole.index.isin(index)] for index in found.values()]
-    return sorted(parts, key=lambda part: part["block"].min())
+    return [whole.take(part) for part in _panels(Seats(whole))]
+
+
+@lru_cache(KEPT)
+def _panels(seats: Seats) -> list[list[int]]:
+    of = seats.of
+    blocks: dict[tuple, list[int]] = {}
+    for run, seat in enumerate(zip(*(of[name] for name in BLOCK), strict=True)):
+        blocks.setdefault(seat, []).append(run)
+    found: dict[frozenset, list[int]] = {}
+    for _, part in sorted(blocks.items()):
+        found.setdefault(frozenset(of["label"][run] for run in part), []).extend(part)
+    return sorted((sorted(part) for part in found.values()), key=lambda part: min(of["block"][run] for run in part))
 
 
 def comparable(runs: pd.DataFrame) -> pd.DataFrame:
@@ -156,7 +205,7 @@ def about_blocks(runs: pd.DataFrame) -> str:
         return f"{counted}, fewer than {FEWEST_BLOCKS}: points only, no interval, no verdict, no rank."
     if balanced(runs):
         return f"{counted}, the order of runs over them balanced; the place of each run is in the model."
-    if _places(whole) is None:
+    if _places(Seats(whole)) is None:
         return f"{counted}, but not in which order their runs were: points only, no interval, no verdict, no rank."
     return f"{counted}, the order of runs over them not balanced: the place of each run is in the model."
 
@@ -185,7 +234,16 @@ def pairs(runs: pd.DataFrame) -> pd.DataFrame:
     are paired inside the block. A label that is in no whole block (runs by hand, incomplete blocks) is paired by seed
     and has `whole` False; two runs of one label and seed are two things under one name, and paired with nothing.
     """
-    blocks = whole_blocks(runs)
+    found = _pairs(Seats(runs))
+    return found.assign(run=runs.index[found["run"]], reference=runs.index[found["reference"]])
+
+
+@lru_cache(KEPT)
+def _pairs(seats: Seats) -> pd.DataFrame:
+    """`pairs`, by places in the table."""
+    runs = pd.DataFrame(seats.of)
+    runs["label"] = runs["label"].astype("str")
+    blocks = runs.take(_whole(seats))
     others = runs[~runs["label"].isin(blocks["label"])]
     found = []
     for part, partners, keys in ((blocks, blocks, BLOCK), (others, runs, ["seed"])):
@@ -205,27 +263,60 @@ class Layout(NamedTuple):
 
 def laid_out(runs: pd.DataFrame, metric: str, as_ratio: bool) -> Layout | None:
     """The whole blocks of `runs`. None where there is none, or nobody knows in which order their runs were."""
-    blocks = whole_blocks(runs)
-    if blocks.empty:
+    return _laid_out(Seats(runs), scaled(runs[metric], as_ratio).to_numpy(), metric in ORDER_FREE)
+
+
+def _laid_out(seats: Seats, values: np.ndarray, is_order_free: bool) -> Layout | None:
+    whole = _whole(seats)
+    if not len(whole):
         return None
-    values = blocks.assign(value=scaled(blocks[metric], as_ratio)).pivot(index=BLOCK, columns="label", values="value")
-    if metric in ORDER_FREE:
-        return Layout(values, None)
-    places = _places(blocks)
-    return None if places is None else Layout(values, PlaceEffects(places, values.notna()))
+    rows, columns, names, index = _grid(seats)
+    found = np.full((len(index), len(names)), np.nan)
+    found[rows, columns] = values[whole]
+    found = pd.DataFrame(found, index, names)
+    if is_order_free:
+        return Layout(found, None)
+    places = _places(seats)
+    return None if places is None else Layout(found, _effects(places, found.notna().to_numpy()))
 
 
-def _places(blocks: pd.DataFrame) -> np.ndarray | None:
+@lru_cache(KEPT)
+def _grid(seats: Seats) -> tuple[np.ndarray, np.ndarray, pd.Index, pd.MultiIndex]:
+    """Where each run of a whole block stands in a table of blocks and labels: its row and column; labels and blocks."""
+    of, whole = seats.of, _whole(seats)
+    blocks = sorted({(of["session"][run], of["block"][run]) for run in whole})
+    names = sorted({of["label"][run] for run in whole})
+    row, column = ({key: place for place, key in enumerate(keys)} for keys in (blocks, names))
+    rows = np.array([row[of["session"][run], of["block"][run]] for run in whole])
+    columns = np.array([column[of["label"][run]] for run in whole])
+    return rows, columns, pd.Index(names, name="label"), pd.MultiIndex.from_tuples(blocks, names=BLOCK)
+
+
+def _effects(places: np.ndarray, observed: np.ndarray) -> PlaceEffects:
+    return _effects_of(places.shape, places.tobytes(), observed.tobytes())
+
+
+@lru_cache(KEPT)
+def _effects_of(shape: tuple, places: bytes, observed: bytes) -> PlaceEffects:
+    return PlaceEffects(np.frombuffer(places).reshape(shape), np.frombuffer(observed, dtype=bool).reshape(shape))
+
+
+@lru_cache(KEPT)
+def _places(seats: Seats) -> np.ndarray | None:
     """Which place each label has in each whole block, (blocks, labels); None where nobody knows. Blocks of other labels
     have places of their own, whose effects are others; a label that a block does not hold has place -1."""
-    if "position" not in blocks or blocks["position"].isna().any():
+    of, whole = seats.of, _whole(seats)
+    rows, columns, names, index = _grid(seats)
+    place = [of["position"][run] for run in whole]
+    if None in place:
         return None
-    where = blocks.assign(place=blocks["position"].astype(float))
-    for number, part in enumerate(panels(blocks)):
-        where.loc[part.index, "place"] += number * MOST_PLACES
-    if where.duplicated([*BLOCK, "place"]).any():
+    where, found = np.array(place, dtype=float), np.full((len(index), len(names)), -1.0)
+    for number, part in enumerate(_panels(Seats(pd.DataFrame(of).take(whole)))):
+        where[part] += number * MOST_PLACES
+    if len(set(zip(rows.tolist(), where.tolist(), strict=True))) < len(where):
         return None
-    return where.pivot(index=BLOCK, columns="label", values="place").fillna(-1).to_numpy()
+    found[rows, columns] = where
+    return found
 
 
 MOST_PLACES = 10**7  # no block has so many
@@ -238,6 +329,7 @@ def scaled(values: pd.Series, as_ratio: bool) -> pd.Series:
 
 
 NUMBERS = ("estimate", "low", "high", "p", "level")
+COLUMNS = ["label", "n", *NUMBERS, "verdict"]
 
 
 def ratios(runs: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -270,24 +362,33 @@ def differences(runs: pd.DataFrame, metric: str = "validation_loss") -> pd.DataF
 
 def _against_reference(runs: pd.DataFrame, metric: str, as_ratio: bool) -> pd.DataFrame:
     """`ratios` and `differences`, on the scale on which they are compared."""
-    columns = ["label", "n", *NUMBERS, "verdict"]
     if REFERENCE not in set(runs["label"]):
-        return pd.DataFrame(columns=columns).astype(dict.fromkeys(NUMBERS, float))
-    values, paired, layout = scaled(runs[metric], as_ratio), pairs(runs), laid_out(runs, metric, as_ratio)
-    whole = whole_blocks(runs)
-    reference = values[whole.index[whole["label"] == REFERENCE]].mean()
+        return pd.DataFrame(columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
+    values, certified = scaled(runs[metric], as_ratio), runs["certified"].astype(bool)
+    asked = values.to_numpy().tobytes(), certified.to_numpy().tobytes(), metric in ORDER_FREE, as_ratio
+    return _compared(Seats(runs), *asked).copy()
+
+
+@lru_cache(KEPT)
+def _compared(seats: Seats, values: bytes, certified: bytes, is_order_free: bool, as_ratio: bool) -> pd.DataFrame:
+    """`_against_reference` of runs in these seats, which have these numbers and certificates."""
+    values, certified = np.frombuffer(values), np.frombuffer(certified, dtype=bool)
+    layout, labels = _laid_out(seats, values, is_order_free), np.array(seats.of["label"], dtype=object)
+    whole, paired = _whole(seats), dict(list(_pairs(seats).groupby("label")))
+    reference = pd.Series(values[whole[labels[whole] == REFERENCE]]).mean()
     rows, family = [], []
-    for label, own in runs.groupby("label"):
-        mine = paired[paired["label"] == label]
-        logs = values[mine["run"]].to_numpy() - values[mine["reference"]].to_numpy()
+    for label in sorted(set(labels)):
+        own = labels == label
+        mine = paired.get(label, _pairs(seats).iloc[:0])
+        logs = values[mine["run"].to_numpy(int)] - values[mine["reference"].to_numpy(int)]
         logs = logs[~np.isnan(logs)]
-        row = dict.fromkeys(columns) | {"label": label, "n": len(logs), "level": values[own.index].mean()}
+        row = dict.fromkeys(COLUMNS) | {"label": label, "n": len(logs), "level": pd.Series(values[own]).mean()}
         row["estimate"] = logs.mean() if len(logs) else None
         row["verdict"], tested = _verdict_or_test(label, mine, logs, layout)
         if tested is not None:
             row |= {"estimate": float(tested.mean), "low": float(tested.low), "high": float(tested.high)}
             row |= {"p": float(tested.p), "equivalence_p": float(tested.equivalence_p)}
-            if not own["certified"].all():
+            if not certified[own].all():
                 row |= {"p": None, "verdict": "fails its certificate"}
             family += [row] if row["verdict"] is None and label != CONTROL else []
         if len(logs) and mine["whole"].all():
@@ -298,7 +399,7 @@ def _against_reference(runs: pd.DataFrame, metric: str, as_ratio: bool) -> pd.Da
             row[of] = float(p)
     for row in rows:
         row["verdict"] = row["verdict"] or verdict(row["p"], row["equivalence_p"], "2 %" if as_ratio else "0.02 nats")
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(NUMBERS, float))
+    return pd.DataFrame(rows, columns=COLUMNS).astype(dict.fromkeys(NUMBERS, float))
 
 
 def _verdict_or_test(label, mine: pd.DataFrame, logs, layout: Layout | None) -> tuple[str | None, Paired | None]:
@@ -316,8 +417,9 @@ def _verdict_or_test(label, mine: pd.DataFrame, logs, layout: Layout | None) -> 
     return (f"n = {len(logs)}, place and variant confounded", None) if tested is None else (None, tested)
 
 
-def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
-    """The first and last rank that each certified variant can have, from the lowest `metric` up; the control has none.
+def ranks(runs: pd.DataFrame, metric: str, better: str = "lower") -> dict[str, tuple[int, int]]:
+    """The first and last rank that each certified variant can have, from the best `metric` on, which is the lowest, or
+    the highest where that is `better`; the control has none.
 
     From the paired comparisons of all variants with each other over the blocks that both are in, Holm-adjusted over
     all pairs: where two are not significantly different they share a rank. A variant with fewer than five whole blocks
@@ -327,7 +429,7 @@ def ranks(runs: pd.DataFrame, metric: str) -> dict[str, tuple[int, int]]:
     if layout is None or REFERENCE not in layout.values:
         return {}
     certified = runs.groupby("label")["certified"].all()
-    values = layout.values
+    values = layout.values if better == "lower" else -layout.values
     common = values.sub(values[REFERENCE], axis=0).notna().sum()
     names = list(values)
     ranked = [name for name in names if certified[name] and name != CONTROL and common[name] >= FEWEST_BLOCKS]

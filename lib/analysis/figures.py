@@ -7,6 +7,8 @@ beside them. Beneath each figure stands what the A/A control
 differs by in the figure's own metrics.
 """
 
+from collections.abc import Sequence
+
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,7 +18,22 @@ from lib import attention
 from lib.analysis import compare
 from lib.analysis.loss_figures import cost_to_target, loss_against_cost, loss_by_recall, loss_curves
 from lib.analysis.notes import SMALL, absent, note, why
-from lib.analysis.style import BESIDE, BLUE, GIB, INK, MIB, labels, looks, name_rows, tell, titles, use_style
+from lib.analysis.style import (
+    BESIDE,
+    BLUE,
+    GIB,
+    INK,
+    MIB,
+    MOST_VARIANTS,
+    few,
+    folded_away,
+    labels,
+    looks,
+    name_rows,
+    tell,
+    titles,
+    use_style,
+)  # fmt: skip
 from lib.analysis.tables import interval
 from lib.paths import ROOT
 
@@ -37,6 +54,7 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
     found["level"] = found["level"].fillna(counted.groupby("label")[metric].agg(lambda own: own.astype(float).mean()))
     if metric in compare.COUNTED or found["low"].notna().any():
         found = found.assign(apart=~certified).sort_values(["apart", "level"], kind="stable")
+    found = found.loc[few(list(found.index), found["level"])]
     names, flags, title, said = list(found.index), compare.flagged(runs), titles(runs), []
     for row, name in enumerate(names):
         own, of = runs[runs["label"] == name], found.loc[name]
@@ -69,7 +87,7 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
     axes.set_xlim(0, axes.get_xlim()[1] * (1.35 if found["low"].isna().all() else 1.9))
     axes.set_xlabel(unit if found["low"].isna().all() else f"{unit} (×: ratio to SDPA's, 95 %)")
     axes.grid(axis="y", visible=False)
-    first_uncertified = int(certified.sum())
+    first_uncertified = int(certified[names].sum())
     if 0 < first_uncertified < len(names):
         axes.axhline(first_uncertified - 0.5, color=INK, linewidth=1, linestyle=":")
     return said
@@ -82,7 +100,8 @@ def _bar_figure(runs: pd.DataFrame, panels: list[tuple[str, str, float, str]], f
     missing = absent({title: why(runs, metric) for title, metric, *_ in panels if runs[metric].isna().all()})
     if not drawn:
         return " ".join(missing)
-    height, width = 1.1 + 0.42 * runs["label"].nunique(), 5.4
+    every = labels(runs)
+    height, width = 1.1 + 0.42 * min(len(every), MOST_VARIANTS), 5.4
     if compare.ratios(runs, drawn[0][1])["low"].notna().any():
         width = 7.2  # intervals need room
     figure, all_axes = plt.subplots(1, len(drawn), figsize=(max(6.5, width * len(drawn)), height), squeeze=False)
@@ -92,7 +111,8 @@ def _bar_figure(runs: pd.DataFrame, panels: list[tuple[str, str, float, str]], f
         axes.set_title(title, loc="left")
     tell(figure, " ".join(said))
     figure.tight_layout()
-    note(figure, runs, {title: metric for title, metric, *_ in drawn}, missing)
+    away = folded_away(every, every[:MOST_VARIANTS], "what a panel shows")
+    note(figure, runs, {title: metric for title, metric, *_ in drawn}, [*missing, *away])
     return figure
 
 
@@ -158,7 +178,7 @@ def model_size(runs):
 def _by_context(axes, runs, field: str, scale: float) -> None:
     names = labels(runs)
     look, title = looks(names), titles(runs)
-    for name in names:
+    for name in _by_latency(runs):
         own = pd.DataFrame([row for rows in runs[runs["label"] == name]["series_inference"] for row in rows])
         if not own.empty:
             line = own.groupby("context")[field].median() / scale
@@ -170,6 +190,10 @@ def _by_context(axes, runs, field: str, scale: float) -> None:
     axes.set_xticks(contexts)
     axes.set_ylim(bottom=0)
     axes.set_xlabel("context, tokens")
+
+
+def _by_latency(runs) -> list[str]:
+    return few(labels(runs), runs.groupby("label")["decode_latency_s_per_token"].mean())
 
 
 def inference_latency(runs):
@@ -192,7 +216,7 @@ def inference_latency(runs):
     figure.tight_layout()
     at = f"at {runs['parameter_values'].iloc[0]['context']:,} tokens"
     metrics = {f"{title} {at}" if field != "cache_bytes" else title: field for _, title, field, *_ in panels}
-    note(figure, runs, metrics)
+    note(figure, runs, metrics, folded_away(labels(shown), _by_latency(shown), "decode latency"))
     return figure
 
 
@@ -201,8 +225,9 @@ def power_over_time(runs):
     use_style()
     title = titles(runs)
     traces_of = {name: _power_traces(runs[runs["label"] == name]) for name in labels(runs)}
-    names = [name for name, traces in traces_of.items() if traces]
-    missing = {title[name]: _why_no_trace(runs[runs["label"] == name]) for name in traces_of if name not in names}
+    traced = [name for name, traces in traces_of.items() if traces]
+    names = few(traced, runs.groupby("label")["mean_power_w"].mean())
+    missing = {title[name]: _why_no_trace(runs[runs["label"] == name]) for name in traces_of if name not in traced}
     if not names:
         return f"GPU power over time: {_why_no_trace(runs)}."
     certified = runs.groupby("label")["certified"].all()
@@ -220,7 +245,8 @@ def power_over_time(runs):
     axes.set_xlabel("seconds of the measured window")
     all_axes[0, 0].set_title("GPU power, W (dashed: mean by the energy counter)", loc="left")
     figure.tight_layout()
-    note(figure, runs, {"mean GPU power": "mean_power_w"}, absent(missing))
+    away = folded_away(traced, names, "mean power")
+    note(figure, runs, {"mean GPU power": "mean_power_w"}, [*absent(missing), *away])
     return figure
 
 
@@ -231,7 +257,11 @@ def _why_no_trace(own: pd.DataFrame) -> str:
 def _power_traces(runs: pd.DataFrame) -> list[tuple[list, list]]:
     """(seconds, watts) of each run that has a trace; a record from before there were any has no such column."""
     both = (runs.get(f"series_power_{name}", pd.Series([None] * len(runs))) for name in ("time_s", "w"))
-    return [(times, watts) for times, watts in zip(*both, strict=True) if isinstance(times, list) and times]
+    return [
+        (list(times), list(watts))
+        for times, watts in zip(*both, strict=True)
+        if isinstance(times, Sequence) and len(times)
+    ]
 
 
 PUBLISHED_BESIDE_OURS = {
@@ -245,9 +275,16 @@ PUBLISHED_BESIDE_OURS = {
 
 
 def published_beside_ours(runs):
-    """The paper's numbers and ours, each as a ratio to its own `sdpa`: the machines differ, ratios may be read."""
-    use_style()
+    """The paper's numbers and ours, each as a ratio to its own `sdpa`: the machines differ, ratios may be read.
+
+    Of the variants that are the paper's; a sentence where none but sdpa is.
+    """
     published, called = pd.read_csv(PUBLISHED).set_index("variant"), titles(runs)
+    ours = set(runs.loc[runs["attention"] == runs["label"], "label"])  # under its own name, so with its own options
+    published = published[[name in ours for name in published.index]]
+    if attention.REFERENCE not in ours or len(published) < 2:
+        return "None of these variants but SDPA is of the published study, so none of its numbers stands beside them."
+    use_style()
     figure, all_axes = plt.subplots(2, 3, figsize=(12, 7.4), sharey=True)
     measured = {}
     for axes, (column, (title, metric)) in zip(all_axes.flat, PUBLISHED_BESIDE_OURS.items(), strict=True):
@@ -259,10 +296,10 @@ def published_beside_ours(runs):
         ends = [ratio - ours["low"].fillna(ratio), ours["high"].fillna(ratio) - ratio]
         axes.errorbar(ratio, range(len(ratio)), xerr=ends, fmt="D", color=BLUE, capsize=2, label="ours")
         axes.axvline(1, color=INK, linewidth=1)
-        axes.set_yticks(range(len(theirs)), [called.get(name, name) for name in theirs.index])
+        axes.set_yticks(range(len(theirs)), [called[name] for name in theirs.index])
         axes.set_ylim(len(theirs) - 0.5, -0.5)
         axes.set_title(title + ("" if ratio.notna().any() else " (ours: not measured here)"), loc="left")
-        axes.set_xlabel(f"ratio to {called.get(attention.REFERENCE, attention.REFERENCE)}'s")
+        axes.set_xlabel(f"ratio to {called[attention.REFERENCE]}'s")
     all_axes[0, 0].legend(frameon=True, fontsize=9, loc="lower right")
     figure.tight_layout()
     note(figure, runs, measured)

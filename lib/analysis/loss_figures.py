@@ -10,11 +10,24 @@ import pandas as pd
 from lib import attention
 from lib.analysis import compare, ngrams, target
 from lib.analysis.notes import SMALL, about_noise, absent, beneath, note, why
-from lib.analysis.style import BESIDE, BLUE, INK, labels, looks, name_rows, tell, titles, use_style
+from lib.analysis.style import (
+    BESIDE,
+    BLUE,
+    INK,
+    MOST_VARIANTS,
+    few,
+    folded_away,
+    labels,
+    looks,
+    name_rows,
+    tell,
+    titles,
+    use_style,
+)  # fmt: skip
 from lib.analysis.tables import interval
 from lib.record import REASONS
+from lib.record.series import every
 
-MOST_DRAWN = 10_000  # points of a curve: of a longer one every so many-th
 FAINT = {"linewidth": 0.9, "alpha": 0.5}
 
 
@@ -23,12 +36,12 @@ def loss_curves(runs):
     of the same training tokens as lines."""
     use_style()
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    names = labels(runs)
-    look, title = looks(names), titles(runs)
-    shown = compare.comparable(runs)
+    every_name, shown = labels(runs), compare.comparable(runs)
+    names = _by_loss(runs)
+    look, title = looks(every_name), titles(runs)
     for name in names:
         own = shown[shown["label"] == name]
-        step = 1 + max(map(len, own["series_train_loss"])) // MOST_DRAWN
+        step = every(max(map(len, own["series_train_loss"])))
         training = _mean([losses[::step] for losses in own["series_train_loss"]])
         axes.plot(_longest(own["series_non_padding_tokens"])[::step], training, **FAINT, color=look[name]["color"])
         points, tokens = _validation(own, "loss")
@@ -44,9 +57,17 @@ def loss_curves(runs):
     ends = shown.groupby("label")["validation_loss"].mean()
     tell(figure, f"Validation loss at the end, nats: {_said(ends, names, title)}.")
     validations = min(len(points) - 1 for points in shown["series_validation"])
-    few = () if validations > 1 else ("One validation after training began is no curve: raise epochs.",)
-    note(figure, runs, {"validation loss": "validation_loss"}, [ngrams.sentence(shown), *few])
+    too_few = () if validations > 1 else ("One validation after training began is no curve: raise epochs.",)
+    away = folded_away(every_name, names, LOSS)
+    note(figure, runs, {"validation loss": "validation_loss"}, [ngrams.sentence(shown), *too_few, *away])
     return figure
+
+
+LOSS = "validation loss"
+
+
+def _by_loss(runs) -> list[str]:
+    return few(labels(runs), runs.groupby("label")["validation_loss"].mean())
 
 
 def _said(values: pd.Series, names: list[str], title: dict, form: str = "{:.3f}") -> str:
@@ -65,7 +86,7 @@ def _mean(series: list[list]) -> pd.Series:
 
 def _validation(own: pd.DataFrame, kind: str) -> tuple[pd.Series, list[int]]:
     """Mean validation losses of some runs, and the tokens at which they were taken."""
-    step = 1 + max(map(len, own["series_validation"])) // MOST_DRAWN
+    step = every(max(map(len, own["series_validation"])))
     points = [found[::step] for found in own["series_validation"]]
     losses = _mean([[point[kind] for point in found] for found in points])
     return losses, [point["non_padding_tokens"] for point in _longest(points)]
@@ -97,9 +118,9 @@ def loss_by_recall(runs):
             "Loss of repeated bigrams and of the rest: not measured; these records are older than that split, "
             "or their sequences repeat no bigram."
         )
-    shown, names = shown[known], labels(shown[known])
+    shown, every_name, names = shown[known], labels(shown[known]), _by_loss(shown[known])
     figure, all_axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    look, title = looks(names), titles(runs)
+    look, title = looks(every_name), titles(runs)
     for axes, (kind, heading) in zip(all_axes, SPLIT.items(), strict=True):
         for name in names:
             own = shown[shown["label"] == name]
@@ -113,7 +134,8 @@ def loss_by_recall(runs):
         axes.legend(fontsize=8, frameon=False, loc="upper right")
     all_axes[0].set_ylabel("validation loss, nats per token")
     figure.tight_layout()
-    note(figure, runs, {"validation loss": "validation_loss"}, [ngrams.sentence(shown)])
+    also = [ngrams.sentence(shown), *folded_away(every_name, names, LOSS)]
+    note(figure, runs, {"validation loss": "validation_loss"}, also)
     return figure
 
 
@@ -141,7 +163,8 @@ def loss_against_cost(runs):
         f"Validation loss at the end, nats: {_said(means['validation_loss'], names, titles(runs))}; "
         f"{unit}: {_said(means[metric] / scale, names, titles(runs), '{:.3g}')}.",
     )
-    note(figure, runs, {unit.split(",")[0]: metric, "validation loss": "validation_loss"}, [ngrams.sentence(runs)])
+    also = [ngrams.sentence(runs), *folded_away(names, _by_loss(runs), LOSS)]
+    note(figure, runs, {unit.split(",")[0]: metric, "validation loss": "validation_loss"}, also)
     return figure
 
 
@@ -150,7 +173,7 @@ def _points(axes, runs, metric: str, scale: float) -> None:
     names = labels(runs)
     look, title = looks(names), titles(runs)
     counted = compare.comparable(runs)
-    for name in names:
+    for name in _by_loss(runs):
         own = counted[counted["label"] == name].dropna(subset=[metric])
         hollow = {} if own["certified"].all() else {"facecolors": "none"}
         shown = {
@@ -173,7 +196,8 @@ def _paired_points(axes, runs, cost: pd.DataFrame, loss: pd.DataFrame) -> None:
     names = [name for name in labels(runs) if not pd.isna(cost.loc[name, "ratio"])]
     look, title = looks(names), titles(runs)
     certified = runs.groupby("label")["certified"].all()
-    for name in names:
+    drawn = set(_by_loss(runs))
+    for name in (name for name in names if name in drawn):
         x, y, (of, by) = cost.loc[name, "ratio"], loss.loc[name, "difference"], (cost.loc[name], loss.loc[name])
         ends = {"xerr": [[x - of["low"]], [of["high"] - x]], "yerr": [[y - by["low"]], [by["high"] - y]]}
         hollow = {} if certified[name] else {"markerfacecolor": "none"}
@@ -220,13 +244,14 @@ def cost_to_target(runs):
     ">", and the most by which a block fell short) or less ("<") than is drawn.
     """
     use_style()
-    found, summary = target.to_target(runs), target.summary(runs).set_index("label")
+    found = target.to_target(runs)
+    summary = target.summary(runs, found).set_index("label")
     reasons = {title: _why_no_target(runs, summary, cost) for title, cost, *_ in TARGET_PANELS}
     missing = absent({title: reasons[title] for title, cost, *_ in TARGET_PANELS if summary[cost].isna().all()})
     drawn = [panel for panel in TARGET_PANELS if summary[panel[1]].notna().any()]
     if not drawn:
         return " ".join(missing)
-    height = 1.1 + 0.42 * runs["label"].nunique()
+    height = 1.1 + 0.42 * min(runs["label"].nunique(), MOST_VARIANTS)
     figure, all_axes = plt.subplots(1, len(drawn), figsize=(7 * len(drawn), height), squeeze=False)
     for axes, (title, cost, scale, unit) in zip(all_axes[0], drawn, strict=True):
         _target_bars(axes, runs, found, summary, cost, scale)
@@ -238,8 +263,10 @@ def cost_to_target(runs):
         for title, cost, scale, unit in drawn
     ]
     tell(figure, " ".join(told))
-    lines = about_noise(runs, {title: (target.noise(runs, cost), cost) for title, cost, *_ in drawn})
-    lines += [target.rule(runs), ngrams.sentence(runs), *missing]
+    lines = about_noise(runs, {title: (target.noise(runs, cost, found), cost) for title, cost, *_ in drawn})
+    every_name = labels(runs)
+    away = folded_away(every_name, every_name[:MOST_VARIANTS], "what a panel shows")
+    lines += [target.rule(runs), ngrams.sentence(runs), *missing, *away]
     beneath(figure, lines)
     return figure
 
@@ -254,7 +281,7 @@ def _why_no_target(runs: pd.DataFrame, summary: pd.DataFrame, cost: str) -> str:
 
 
 def _target_bars(axes, runs, target: pd.DataFrame, summary: pd.DataFrame, cost: str, scale: float) -> None:
-    names = labels(runs)
+    names = few(labels(runs), summary[cost])
     certified = runs.groupby("label")["certified"].all()
     summary = summary.reindex(names)
     longest = summary[cost].max() / scale

@@ -60,12 +60,44 @@ def paired_t(differences, inflation: float = 1.0, freedom: float | None = None) 
     return Paired(mean, mean - half, mean + half, p, equivalence_p)
 
 
-class Contrast(NamedTuple):
-    """How the difference between two variants, free of the place's effects, is made of all the runs."""
+class Contrast:
+    """How the difference between two variants, free of the places' effects, is made of all the runs.
 
-    matrix: np.ndarray  # (common blocks, blocks x variants): times the runs, the differences by block
-    inflation: float  # of the squared error of their mean, beside independent differences of the same spread
-    freedom: float
+    The matrix that makes it is the plain difference in each common block, less `used` (common blocks, places) times
+    `estimate` (places, runs): what the effects of its two places are estimated to be.
+    """
+
+    def __init__(self, common, one: int, other: int, variants: int, used, estimate):
+        self.ones, self.others, self.used, self.estimate = (
+            common * variants + one,
+            common * variants + other,
+            used,
+            estimate,
+        )
+        n = len(common)
+        of_pairs = estimate[:, self.ones] - estimate[:, self.others]  # (places, n)
+        cross = used @ of_pairs
+        gram = 2 * np.eye(n) - cross - cross.T + used @ (estimate @ estimate.T) @ used.T
+        centred = gram - gram.mean(0)
+        centred -= centred.mean(1, keepdims=True)
+        self.trace = np.trace(centred)  # of what independent noise of the runs makes of the differences
+        if self.trace < ROUNDING:
+            return
+        self.inflation = float(n * (n - 1) * gram.mean() / self.trace)  # of the squared error of the mean
+        self.freedom = float(self.trace**2 / np.square(centred).sum())
+
+    def differences(self, values) -> np.ndarray:
+        """By common block, of `values` (blocks, variants) without NaN."""
+        flat = values.ravel()
+        return flat[self.ones] - flat[self.others] - self.used @ (self.estimate @ flat)
+
+    @property
+    def matrix(self) -> np.ndarray:
+        """(common blocks, blocks x variants)."""
+        found = -self.used @ self.estimate
+        found[range(len(self.ones)), self.ones] += 1
+        found[range(len(self.ones)), self.others] -= 1
+        return found
 
 
 class PlaceEffects:
@@ -74,42 +106,49 @@ class PlaceEffects:
     def __init__(self, places, observed=None):
         self.places = np.asarray(places)
         self.observed = np.ones(self.places.shape, bool) if observed is None else np.asarray(observed, dtype=bool)
+        self.contrasts: dict[tuple[int, int], Contrast | None] = {}  # of the metrics that share this design
 
     @cached_property
     def _estimated(self) -> tuple[np.ndarray, np.ndarray]:
         """(runs, places) of zeros and ones, and the matrix (places, runs) that makes the effects out of the runs."""
         blocks, variants = self.places.shape
         here = self.observed.ravel()
-        block, variant = (index.ravel() for index in np.indices(self.places.shape))
-        others = np.concatenate([np.eye(blocks)[block], np.eye(variants)[variant]], axis=1) * here[:, None]
         levels, level = np.unique(self.places.ravel(), return_inverse=True)
-        places = np.eye(len(levels))[level] * here[:, None]
-        rest = places - others @ (np.linalg.pinv(others) @ places)
+        places = np.eye(len(levels))[level.ravel()] * here[:, None]
+        names = np.tile(np.eye(variants), (blocks, 1)) * here[:, None]
+        # Frisch, Waugh and Lovell: what blocks explain goes by their means, and what variants explain of the rest.
+        names, rest = self._without_blocks(names), self._without_blocks(places)
+        rest = rest - names @ (np.linalg.pinv(names, rcond=ROUNDING) @ rest)
         return places, np.linalg.pinv(rest, rcond=ROUNDING)
+
+    def _without_blocks(self, columns) -> np.ndarray:
+        """(runs, columns) less the means over the runs of their block that there are."""
+        blocks, variants = self.places.shape
+        counts = np.maximum(self.observed.sum(1), 1)[:, None]
+        means = columns.reshape(blocks, variants, -1).sum(1) / counts
+        return columns - np.repeat(means, variants, axis=0) * self.observed.ravel()[:, None]
 
     def between(self, one: int, other: int) -> Contrast | None:
         """The contrast of two variants (columns) over the blocks that hold both.
 
         None where there are fewer than two such blocks, or place and variant cannot be told apart in this order.
         """
+        if (one, other) not in self.contrasts:
+            self.contrasts[one, other] = self._between(one, other)
+        return self.contrasts[one, other]
+
+    def _between(self, one: int, other: int) -> Contrast | None:
         common = np.flatnonzero(self.observed[:, one] & self.observed[:, other])
-        n, variants = len(common), self.places.shape[1]
-        if n < 2:
+        variants = self.places.shape[1]
+        if len(common) < 2:
             return None
         places, estimate = self._estimated
-        raw = np.zeros((n, self.places.size))
-        raw[range(n), common * variants + one] = 1
-        raw[range(n), common * variants + other] = -1
-        left = raw.mean(0) @ places
-        if np.abs(left - left @ estimate @ places).max() > ROUNDING:
+        used = places[common * variants + one] - places[common * variants + other]  # (n, places)
+        left = used.mean(0)
+        if np.abs(left - (left @ estimate) @ places).max() > ROUNDING:
             return None
-        matrix = raw - raw @ places @ estimate
-        centred = matrix - matrix.mean(0)
-        spread = centred @ centred.T  # (n, n), what independent noise of the runs makes of the differences
-        if np.trace(spread) < ROUNDING:  # every difference is used up by the effects
-            return None
-        inflation = n * (n - 1) * np.square(matrix.mean(0)).sum() / np.trace(spread)
-        return Contrast(matrix, float(inflation), float(np.trace(spread) ** 2 / np.square(spread).sum()))
+        found = Contrast(common, one, other, variants, used, estimate)
+        return None if found.trace < ROUNDING else found  # every difference is used up by the effects
 
 
 def compared(values, effects: PlaceEffects | None, one: int, other: int) -> Paired | None:
@@ -127,7 +166,7 @@ def compared(values, effects: PlaceEffects | None, one: int, other: int) -> Pair
     contrast = effects.between(one, other)
     if contrast is None:
         return None
-    return paired_t(contrast.matrix @ np.nan_to_num(values).ravel(), contrast.inflation, contrast.freedom)
+    return paired_t(contrast.differences(np.nan_to_num(values)), contrast.inflation, contrast.freedom)
 
 
 def holm(p) -> np.ndarray:

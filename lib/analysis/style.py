@@ -116,6 +116,28 @@ def labels(runs: pd.DataFrame) -> list[str]:
     return sorted(found.index, key=lambda label: (not found[label], place.get(label, len(place)), label))
 
 
+MOST_VARIANTS = 24  # in one figure: of more the eye follows none
+
+
+def few(names: list[str], by: pd.Series) -> list[str]:
+    """Of more than `MOST_VARIANTS` the ones that matter, in their order: the reference, its control, and those lowest
+    in `by` (by label), which is what the figure is about. What has no number there goes first."""
+    if len(names) <= MOST_VARIANTS:
+        return names
+    always = [name for name in names if name in (attention.REFERENCE, attention.CONTROL)]
+    others = pd.to_numeric(by).reindex([name for name in names if name not in always]).sort_values(kind="stable")
+    kept = {*always, *others.index[: MOST_VARIANTS - len(always)]}
+    return [name for name in names if name in kept]
+
+
+def folded_away(names: list[str], kept: list[str], what: str) -> list[str]:
+    """The sentence that says what `few` left out, if anything, by its `what`."""
+    if len(kept) == len(names):
+        return []
+    left = len(names) - len(kept)
+    return [f"Not drawn: {left} of {len(names)} variants, those highest in {what}; the tables have all of them."]
+
+
 def titles(found: pd.DataFrame) -> dict[str, str]:
     """What figures and tables call each label. Beside its title stands the label of what calls itself like another, or
     so that it looks like the name of a variant that it is not, or in other letters than ASCII's."""

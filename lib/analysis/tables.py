@@ -4,13 +4,13 @@ import pandas as pd
 
 from lib import attention
 from lib.analysis import compare, ngrams
-from lib.analysis.notes import NO_CONTROL, noise_in_words
+from lib.analysis.notes import NO_CONTROL, noise_in_words, why
 from lib.analysis.style import GIB, MIB, labels, titles
 from lib.errors import UsageError
 from lib.markup import folded, lines, table
-from lib.record import REASONS
+from lib.record import REASONS, own_metrics
 
-__all__ = ["certificates", "folded", "interval", "lines", "main", "ranking", "table", "unmeasured"]
+__all__ = ["certificates", "folded", "interval", "lines", "main", "own", "ranking", "table", "unmeasured"]
 
 RANKED = {
     "time_per_epoch_s": ("s per epoch", 1, "{:,.2f}"),
@@ -88,6 +88,43 @@ def processor(runs: pd.DataFrame) -> pd.DataFrame:
             row[f"{called}, ratio to SDPA"], row[f"verdict on {called}"] = shown(of), _verdict(of, certified[label])
         rows.append(row | {"flagged": flags[label]})
     return pd.DataFrame(rows)
+
+
+def own(runs: pd.DataFrame, wanted: dict) -> pd.DataFrame | str:
+    """Numbers of one's own (`lib.record.own`), each variant's beside sdpa's and ranked in the direction that is better.
+
+    As in `ranking`, ranks and verdicts need five whole blocks; what fails its certificate has no rank. A sentence where
+    none is wanted, or none was measured. Raises UsageError for what is no such metric.
+    """
+    asked = own_metrics(wanted)
+    if not asked:
+        return "None was asked for."
+    runs, title = runs.assign(**{one.column: one.of(runs) for one in asked}), titles(runs)
+    certified = runs.groupby("label")["certified"].all()
+    rows, missing = [], []
+    for one in asked:
+        if runs[one.column].isna().all():
+            missing.append(f"{one.name}: {_why_no_own(runs, one)}.")
+            continue
+        found, ranks = _beside_reference(runs, one.column), compare.ranks(runs, one.column, one.better)
+        for label in sorted(
+            labels(runs), key=lambda label: (not certified[label], *_by_rank(label, ranks, found, one))
+        ):
+            of = found.loc[label]
+            row = {"metric": f"{one.name} ({one.better} is better)", "rank": _rank(ranks.get(label))}
+            row |= {"variant": title[label], "value": _shown(of["level"], "{:,.4g}"), "ratio to SDPA": shown(of)}
+            rows.append(row | {"n": _count(of["n"]), "verdict": _verdict(of, certified[label])})
+    return pd.DataFrame(rows) if rows else " ".join(missing)
+
+
+def _by_rank(label: str, ranks: dict, found: pd.DataFrame, one) -> tuple:
+    first, last, level = _place(label, ranks, found)
+    return first, last, level if one.better == "lower" else -level
+
+
+def _why_no_own(runs: pd.DataFrame, one) -> str:
+    lacking = [name for name in one.needs if runs[name].isna().all()]
+    return why(runs, lacking[0]) if lacking else f"{one.formula} is no finite number"
 
 
 def _beside_reference(runs: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -7,6 +7,7 @@ differ by, and by the curve's isotonic fit, which no lucky validation can pull b
 """
 
 import math
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from scipy.optimize import isotonic_regression
 from lib.analysis import compare
 from lib.attention import CONTROL, REFERENCE
 from lib.record import REASONS
+from lib.record.series import as_array
 
 COSTS = ("tokens", "time_s", "energy_j")
 FEWEST_VALIDATIONS = 8  # after the one at token 0: fewer do not say where between two of them a loss was reached
@@ -36,10 +38,11 @@ def to_target(runs: pd.DataFrame) -> pd.DataFrame:
     that is missing has its `reason`.
     """
     found, pairs, allowed = {}, compare.pairs(runs), tolerance(runs)
-    twins = pairs[pairs["label"] == CONTROL].set_index("reference")["run"]
+    twins = pairs[pairs["label"] == CONTROL].set_index("reference")["run"].to_dict()
+    of = _by_run(runs)
     for pair in pairs.itertuples():
-        yardsticks = [runs.loc[pair.reference], *([runs.loc[twins[pair.reference]]] if pair.reference in twins else [])]
-        found[pair.run] = _to_target(runs.loc[pair.run], yardsticks, allowed)
+        yardsticks = [of[pair.reference], *([of[twins[pair.reference]]] if pair.reference in twins else [])]
+        found[pair.run] = _to_target(of[pair.run], yardsticks, allowed)
     rows = []
     for pair in pairs.itertuples():
         mine, theirs = dict(found[pair.run]), found.get(pair.reference, {})
@@ -57,11 +60,11 @@ def tolerance(runs: pd.DataFrame) -> float:
 
     0.0 where there is no control.
     """
-    pairs = compare.pairs(runs)
+    pairs, of = compare.pairs(runs), runs["series_validation"]
     gaps = [
         mine - theirs
         for pair in pairs[pairs["label"] == CONTROL].itertuples()
-        for (_, mine), (_, theirs) in zip(_curve(runs.loc[pair.run]), _curve(runs.loc[pair.reference]), strict=False)
+        for (_, mine), (_, theirs) in zip(_curve(of[pair.run]), _curve(of[pair.reference]), strict=False)
     ]
     return float(np.sqrt(np.mean(np.square(gaps)))) if gaps else 0.0
 
@@ -73,27 +76,47 @@ def rule(runs: pd.DataFrame) -> str:
     return RULE.format(tolerance=tolerance(runs), whose=whose)
 
 
-def _curve(run: pd.Series) -> list[tuple[int, float]]:
+def _curve(validations: list[dict]) -> list[tuple[int, float]]:
     """(tokens, loss) of the validations after token 0 whose loss is finite."""
-    points = ((point["non_padding_tokens"], point["loss"]) for point in run["series_validation"])
+    points = ((point["non_padding_tokens"], point["loss"]) for point in validations)
     return [(tokens, loss) for tokens, loss in points if tokens > 0 and loss is not None]
 
 
-def _fit(run: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """The logarithm of the tokens of a run's validations, and the losses that never rise which fit it best."""
-    tokens, losses = zip(*_curve(run), strict=True)
-    return np.log(tokens), isotonic_regression(losses, increasing=False).x
+class _Run:
+    """One run, whose curve and fit are made once: in its block it is compared, and perhaps compared with."""
+
+    def __init__(self, values: dict):
+        self.values = values
+        self.curve = _curve(values["series_validation"])
+
+    def __getitem__(self, name: str):
+        return self.values[name]
+
+    @cached_property
+    def fit(self) -> tuple[np.ndarray, np.ndarray]:
+        """The logarithm of the tokens of its validations, and the losses that never rise which fit it best."""
+        tokens, losses = zip(*self.curve, strict=True)
+        return np.log(tokens), isotonic_regression(losses, increasing=False).x
 
 
-def _to_target(run: pd.Series, yardsticks: list[pd.Series], allowed: float) -> dict:
+USED = ("certified", "energy_j", "null_reasons", "series_validation", "series_epoch_time_s", "series_epoch_energy_j",
+        "series_non_padding_tokens")  # fmt: skip
+
+
+def _by_run(runs: pd.DataFrame) -> dict[int, _Run]:
+    """By index, what is asked of a run: a row of the whole table costs as much as all that is done with it."""
+    return dict(zip(runs.index, map(_Run, runs[list(USED)].to_dict("records")), strict=True))
+
+
+def _to_target(run: _Run, yardsticks: list[_Run], allowed: float) -> dict:
     if not run["certified"]:
         return {"reason": "fails its certificate"}
-    fewest = min(len(_curve(each)) for each in (run, *yardsticks))
+    fewest = min(len(each.curve) for each in (run, *yardsticks))
     if fewest < FEWEST_VALIDATIONS:
         return {"reason": f"not enough validations: raise epochs ({fewest}, at least {FEWEST_VALIDATIONS} are needed)"}
-    ends = [(*_fit(each), _curve(each)[-1][0]) for each in yardsticks]
+    ends = [(*each.fit, each.curve[-1][0]) for each in yardsticks]
     target = float(np.mean([np.interp(math.log(PASSED_AT * end), logs, fit) for logs, fit, end in ends]))
-    (logs, fit), found = _fit(run), {"target": target}
+    (logs, fit), found = run.fit, {"target": target}
     reached = np.flatnonzero(fit <= target + allowed)
     if not len(reached):
         tokens = math.exp(logs[-1])
@@ -111,21 +134,23 @@ def _to_target(run: pd.Series, yardsticks: list[pd.Series], allowed: float) -> d
     return found | {"energy_j": _spent(run, tokens, run["series_epoch_energy_j"])}
 
 
-def _spent(run: pd.Series, tokens: float, per_epoch: list[float]) -> float:
+def _spent(run: _Run, tokens: float, per_epoch: list[float]) -> float:
     """The part of a per-epoch series that a run had spent after so many non-padding tokens, by its count of steps."""
-    seen = [0, *run["series_non_padding_tokens"]]
-    step = np.interp(tokens, seen, range(len(seen)))
+    seen = np.concatenate([[0], as_array(run["series_non_padding_tokens"])])
+    step = np.interp(tokens, seen, np.arange(len(seen)))
     return float(np.interp(step, np.linspace(0, len(seen) - 1, len(per_epoch) + 1), np.cumsum([0, *per_epoch])))
 
 
-def summary(runs: pd.DataFrame) -> pd.DataFrame:
-    """`to_target` in one row per label: geometric means over its `n` blocks, `reached` in so many of them.
+def summary(runs: pd.DataFrame, table: pd.DataFrame | None = None) -> pd.DataFrame:
+    """`to_target` (`table`, where it is there already) in one row per label.
+
+    Geometric means over its `n` blocks; the target was `reached` in so many of them.
 
     Of each cost its mean, and `..._ratio`, `..._low`, `..._high` and `..._verdict` as `compare.ratios` has them.
     `censored` is the sign of the means where some block has one: means over bounds are bounds, and get no interval.
     Where some blocks have upper and others lower bounds there is no mean; nor where a cost was not measured in each.
     """
-    table, exact = to_target(runs), runs.copy()
+    table, exact = to_target(runs) if table is None else table, runs.copy(deep=False)
     by_run = table.set_index("run")
     signed = by_run.groupby("label")["censored"].transform(lambda signs: signs.notna().any())
     for cost in COSTS:
@@ -158,7 +183,7 @@ def _summary_of(cost: str, own: pd.DataFrame, ratio: pd.Series, is_bound: bool) 
     return found | {f"{cost}_{end}": ratio[end] for end in ("ratio", "low", "high", "verdict")}
 
 
-def noise(runs: pd.DataFrame, cost: str) -> compare.Noise | None:
-    """The A/A control's cost to the target beside `sdpa`'s; None where one of them has none."""
-    spent = to_target(runs).set_index("run")[cost].reindex(runs.index)
+def noise(runs: pd.DataFrame, cost: str, table: pd.DataFrame | None = None) -> compare.Noise | None:
+    """The A/A control's cost to the target (of `table`, as in `summary`) beside `sdpa`'s; None where one has none."""
+    spent = (to_target(runs) if table is None else table).set_index("run")[cost].reindex(runs.index)
     return compare.noise(runs.assign(**{cost: spent}), cost) if REFERENCE in set(runs["label"]) else None

@@ -44,16 +44,19 @@ def storage_bytes(tensors: list[torch.Tensor]) -> int:
 
 
 class Elementwise(TorchDispatchMode):
-    """Counts one operation per element that a pointwise operator gives."""
+    """Counts one operation per element that a pointwise operator gives; two, apart, where it multiplies and adds."""
 
     def __init__(self):
         super().__init__()
-        self.operations = 0
+        self.operations = self.fused = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if torch.Tag.pointwise in getattr(func, "tags", ()) and isinstance(out, torch.Tensor):
-            self.operations += out.numel()
+            if func.overloadpacket is torch.ops.aten.addcmul:
+                self.fused += 2 * out.numel()
+            else:
+                self.operations += out.numel()
         return out
 
 
@@ -69,7 +72,7 @@ def core_operations(layer, hidden_states: torch.Tensor, cache=None) -> tuple[int
     projections = 2 * T * sum(weight.numel() for weight in layer.parameters() if weight.dim() >= 2)
     if cache is None and hasattr(layer, "projection_flops"):
         projections = layer.projection_flops(T)
-    return counter.get_total_flops() - projections, elementwise.operations
+    return counter.get_total_flops() + elementwise.fused - projections, elementwise.operations
 
 
 def step_operations(layer, hidden_states: torch.Tensor) -> int:

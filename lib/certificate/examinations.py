@@ -34,20 +34,29 @@ from lib.errors import is_out_of_memory
 FLOOR = {"fp32": 1e-5, "bf16": 0.03}  # root mean square that rounding alone may cost a layer, relative
 WORSE = 3.0  # how much further than its reference of rounded weights a layer may be, which rounds on the way as well
 GRADIENTS_WORSE = 5.0  # and its gradients: a product more on the way
+LENGTH = 0.02  # relative, of a gradient along the right one
 STEP = 1e-7  # relative; of a finite difference in float64
+WIDE, NOISY = 1e-5, 0.02  # where the function itself rounds to fp32: a wider step, and the most noise allowed for
 SLOPE = 1e-4  # relative; what such a difference may be off
 SEEN = 1e-12  # of the largest gradient; what less moves nothing
 CLEARLY = 1e-9  # and what more is seen beyond doubt: a definition that decays crosses the line between
-UNSEEN = 0.25  # share of a long row that a definition by content may miss, though it missed nothing of a short one
-LONGEST_LAYER = 2048  # tokens for which a layer alone is asked how far it sees
 PASS_OVER_USEFUL = 3.5  # FLOPs counted in one pass over those of the formula: masks, fills and blocks are computed too
-STEP_OVER_USEFUL = 1.5  # in decoding, where there is next to nothing to mask; one of the two has to hold
-COUNTED_OVER_DENSE = 1.75
+STEP_OVER_USEFUL = 1.25  # in decoding, where there is next to nothing to mask; one of the two has to hold
+COUNTED_OVER_DENSE = {True: 1.4, False: 1.75}  # where full is of T x T scores, and where it is not
+DENSE_OVER_COUNTED = 2.0
+ASKED = 12  # queries of which the pairs seen are counted
+SHARES_APART, SCATTERED = (
+    1.1,
+    8.0,
+)  # between the formula's share of scores and that seen; where what is seen is by content
 USEFUL_OVER_COUNTED = 1.05
 GROWTH_APART = 0.4  # between the exponents of T, of the formula and of what is counted
+DECODED = 256  # tokens that are decoded one by one in a low precision
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 BYTES = 0.01  # relative; what the formula for the cache may be off
 MOVED = 0.9  # share of a weight's numbers with a gradient that a step has to move
 COUNTED_AT = 1024  # tokens, where what does not grow with T no longer counts
+SMALL_AT = 16  # and where little else does
 
 
 def by_gradient(twins: Twins):
@@ -102,6 +111,7 @@ def by_value(twins: Twins):
             yield within("causal", f"all later tokens drawn anew, {where}", moved, TOLERANCE)
         alone = row_difference(tokens, several, out)
         yield within("rows_independent", "a row alone, and beside others, float64", alone, TOLERANCE)
+        yield from _to_the_bit(twins, several[:3])
         moved = moved_later(tokens, one, out_of_one)
         yield fact("mixes", "a changed token moves a later output", moved > TOLERANCE and math.isfinite(moved))
         model.train()
@@ -112,6 +122,24 @@ def by_value(twins: Twins):
         yield within("training_equal", f"{s.longest:,} tokens, float64", relative(long_trained, out_of_one), TOLERANCE)
         yield within("repeatable", "the same input again, in training", relative(again, long_trained), TOLERANCE)
         yield within("repeatable", "the same input again, after all this", after_all, TOLERANCE)
+
+
+def _to_the_bit(twins: Twins, ids):
+    """What tokens and rows that are drawn anew move in the model that is timed, in its own precision: nothing at all,
+    unless its float64 twin, too, computes in another order then."""
+    at, fresh = ids.shape[1] // 2, twins.tokens.draw(*ids.shape)
+    tail, row = ids.clone(), ids.clone()
+    tail[:, at:], row[-1] = fresh[:, at:], fresh[-1]
+    for check, other, what in (
+        ("causal", tail, "all later tokens drawn anew"), ("rows_independent", row, "another row drawn anew")
+    ):  # fmt: skip
+        kept = (slice(None), slice(at)) if check == "causal" else (slice(-1),)
+        moved = [
+            relative(subject(other.to(subject.device))[kept], subject(ids.to(subject.device))[kept])
+            for subject in (twins.tokens, twins.tokens_of(twins.plain))
+        ]
+        if moved[0] == 0:
+            yield within(check, f"{what}, {twins.setting.precision}, to the bit", moved[1], 0.0)
 
 
 def by_layer(twins: Twins):
@@ -159,6 +187,13 @@ def _of_layer(twins: Twins, layer, twin):
             deviation(torch.cat(tokens, dim=1), ends[1]),
             2 * allowed,
         )
+        if s.precision != "fp32":  # where what is added up, rounded and kept would drift
+            n, cache = min(length, DECODED), cache_of(attentions(twins.plain))
+            with twins.autocast():
+                tokens = [layer(token.contiguous(), past_key_values=cache)[0] for token in hidden[:, :n].split(1, 1)]
+            late = slice(3 * n // 4, n)
+            off = deviation(torch.cat(tokens, dim=1)[:, late], expected[:, late])
+            yield "cached_equal", f"the last of {n} tokens, one by one, alone", off, allowed
     layer.train()
     ours, trained = _gradients(subject, layer, hidden)
     layer.eval()
@@ -168,6 +203,8 @@ def _of_layer(twins: Twins, layer, twin):
     if off > allowed and s.precision != "fp32":
         allowed = max(allowed, _allowed_of_gradients(twin, exact))
     yield "precision", "gradients, training", off, allowed
+    along = abs((ours @ theirs / (theirs @ theirs)).item() - 1)  # rounding turns them, and leaves their length
+    yield "precision", "length of the gradients along float64's, training", along, max(LENGTH, off / 2)
 
 
 def _allowed(twin, hidden, precision: str) -> float:
@@ -230,58 +267,26 @@ def with_cache(twins: Twins):
             apart, begin = max(apart, relative(logits, out[:, begin:end], scale)), end
         return cache, apart
 
-    first = min(n, 72)
+    first, more = min(n, 72), [1] * min(3, max(0, n - 72))
     cache, apart = feed([1] * first)
     yield within("cached_equal", f"{first} tokens, one by one, float64", apart, TOLERANCE)
-    apart = _caches_apart(feed([first])[0], cache)
-    yield within("prefill_equal", f"the caches of {first} tokens in one and one by one", apart, TOLERANCE)
+    apart = max(feed(more, behind, first)[1] for behind in (cache, feed([first])[0]))
+    yield within("prefill_equal", f"tokens behind {first} that came in one, and one by one", apart, TOLERANCE)
     prompts = sorted({min(length, n - 1) for length in (*s.inference_contexts, s.context, 1)})
     apart = max(feed([prompt, *[1] * min(4, n - prompt)])[1] for prompt in prompts)
     yield within("cached_equal", f"tokens behind prefills of {prompts}, float64", apart, TOLERANCE)
-    cache, apart = feed(pieces_of(n))
-    yield within("prefill_equal", f"{n:,} tokens in {len(pieces_of(n))} pieces, float64", apart, TOLERANCE)
-    apart = _caches_apart(feed([n])[0], cache)
-    yield within("prefill_equal", f"the caches of {n:,} tokens in one and in pieces", apart, TOLERANCE)
+    pieces = pieces_of(max(1, n - 3))
+    cache, apart = feed(pieces)
+    yield within("prefill_equal", f"{n:,} tokens in {len(pieces)} pieces, float64", apart, TOLERANCE)
+    apart = max(
+        feed([1] * (n - max(1, n - 3)), behind, max(1, n - 3))[1] for behind in (cache, feed([max(1, n - 3)])[0])
+    )
+    yield within("prefill_equal", f"tokens behind {n - 3:,} that came in one, and in pieces", apart, TOLERANCE)
     half = n // 2
     cache, _ = feed([half])
     model(tokens.draw(2, half), use_cache=True)  # another text, with a cache of its own
     _, apart = feed([1], cache, half)
     yield within("prefill_equal", "with another text's prefill in between, float64", apart, TOLERANCE)
-
-
-def _caches_apart(a, b) -> float:
-    """The largest difference of what two caches hold, relative to each tensor; infinity where shapes differ."""
-    worst = 0.0
-    for mine, theirs in zip(a.layers, b.layers, strict=True):
-        mine, theirs = dict(counts.tensors_of(mine)), dict(counts.tensors_of(theirs))
-        if mine.keys() != theirs.keys() or any(mine[k].shape != theirs[k].shape for k in mine):
-            return math.inf
-        worst = max([worst, *(relative(mine[k], theirs[k]) for k in mine)])
-    return worst
-
-
-def with_padding(twins: Twins):
-    """`padding_equal`: rows padded on the left are what they are alone, in one pass and in decoding; float64."""
-    model, tokens = twins.exact, twins.tokens
-    n = min(twins.setting.decoded, 150) - 1
-    lengths = [n, max(1, n - 4), max(1, n // 3)]
-    alone, new = [tokens.draw(1, length) for length in lengths], tokens.draw(3, 1)
-    ids = torch.cat([nn.functional.pad(row, (n - row.shape[1], 0)) for row in alone])
-    mask = torch.cat([torch.arange(n)[None] >= n - length for length in lengths]).long().to(ids.device)
-    try:
-        with torch.no_grad():
-            out = model(ids, attention_mask=mask, use_cache=True)
-            after = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            nexts = model(new, attention_mask=after, past_key_values=out.past_key_values, use_cache=True).logits
-            singles = [tokens(torch.cat([row, new[i : i + 1]], dim=1))[0] for i, row in enumerate(alone)]
-    except (ValueError, NotImplementedError) as error:
-        yield fact("padding_equal", "left padding", None, f"it refuses: {error}")
-        return
-    scale = max(largest(single) for single in singles)
-    one_pass = max(relative(out.logits[i, n - lengths[i] :], singles[i][:-1], scale) for i in range(3))
-    yield within("padding_equal", f"{n:,} tokens, float64", one_pass, TOLERANCE)
-    behind = max(relative(nexts[i, -1], singles[i][-1], scale) for i in range(3))
-    yield within("padding_equal", "a token behind it, float64", behind, TOLERANCE)
 
 
 def against_reference(twins: Twins):
@@ -317,8 +322,8 @@ def against_reference(twins: Twins):
 def of_the_reference(twins: Twins):
     """`reach`, `reference_causal`, `gpt2_equal`: what the reference itself sees, layer by layer; float64."""
     s, length = twins.setting, twins.setting.gradient_length
-    far = min(s.longest, LONGEST_LAYER)
-    leak, cut, unlike, blind = 0.0, 0.0, 0, None
+    far = twins.reference_length
+    leak, cut, unlike, unlike_far = 0.0, 0.0, 0, 0
     for layer in attentions(twins.exact):
         hidden = twins.hidden(1, length, twins.exact_device, torch.float64)
         mine, (own_leaf,) = Floats(layer, s.width, hidden).traced(hidden)  # first: some draw what the reference reads
@@ -332,16 +337,16 @@ def of_the_reference(twins: Twins):
             layer(hidden[:, :half].contiguous())
             prefix = layer.reference(hidden[:, :half].contiguous())
         cut = max(cut, relative(prefix, theirs[:, :half], largest(theirs)))
-        if (expected > SEEN).all() and not _fades(expected, far):  # then all must be seen however far
+        if far > length:
             hidden = twins.hidden(1, far, twins.exact_device, torch.float64)
-            mine, (leaf,) = Floats(layer, s.width, hidden).traced(hidden)
-            blind = max(blind or 0, int((_moved(mine, leaf, far - 1) <= SEEN).sum()))
+            seen = []
+            for form in (layer, layer.reference):
+                out, (leaf,) = Floats(form, s.width, hidden).traced(hidden)
+                seen.append(_moved(out, leaf, far - 1))
+            unlike_far += int((_only_in(*seen) | _only_in(*seen[::-1])).sum())
     yield within("reach", f"of {length:,} tokens, seen by layer or reference alone", unlike, 0.0)
-    what = f"of {far:,} tokens, unseen though the reference sees all it has"
-    if blind is None:
-        yield fact("reach", what, None, "its definition does not see all, or lets what is old fade")
-    else:
-        yield within("reach", what, blind / far, UNSEEN)
+    if far > length:
+        yield within("reach", f"of {far:,} tokens, seen by layer or reference alone", unlike_far, 0.0)
     yield within("reference_causal", "gradient of the reference by a later token", leak, 0.0)
     yield within("reference_causal", "a prefix of the reference's input", cut, TOLERANCE)
     yield from _beside_gpt2(twins)
@@ -395,17 +400,19 @@ def _one_beside_gpt2(twins: Twins, variant: type, options: dict):
         yield fact("gpt2_equal", "GPT-2's own attention", None, "it names no options (as_gpt2) that make it GPT-2's")
         return
     options = options | variant.as_gpt2(config)
-    layer = variant(config, 0, **options).double().eval()
-    gpt2 = attention.load("baseline")(config, 0).double().eval()
-    for weight in layer.parameters():
-        torch.nn.init.normal_(weight, 0.0, 1 / math.sqrt(s.width))
-    missing = gpt2.load_state_dict(layer.state_dict(), strict=False)
-    if missing.missing_keys or missing.unexpected_keys:
-        yield fact("gpt2_equal", "GPT-2's own attention", False, "with as_gpt2's options its weights have other names")
-        return
-    hidden = torch.randn(2, s.gradient_length, s.width, dtype=torch.float64)
-    with torch.no_grad():
-        apart = relative(layer.reference(hidden), gpt2(hidden)[0])
+    gpt2, apart = attention.load("baseline")(config, 0).double().eval(), 0.0
+    for index in sorted({0, s.layers - 1}):
+        layer = variant(config, index, **options).double().eval()
+        for weight in layer.parameters():
+            torch.nn.init.normal_(weight, 0.0, 1 / math.sqrt(s.width))
+        missing = gpt2.load_state_dict(layer.state_dict(), strict=False)
+        if missing.missing_keys or missing.unexpected_keys:
+            said = "with as_gpt2's options its weights have other names"
+            yield fact("gpt2_equal", "GPT-2's own attention", False, said)
+            return
+        hidden = torch.randn(2, s.gradient_length, s.width, dtype=torch.float64)
+        with torch.no_grad():
+            apart = max(apart, relative(layer.reference(hidden), gpt2(hidden)[0]))
     said = "as_gpt2 says that it is; a variant that computes something else leaves as_gpt2 out"
     yield dataclasses.replace(within("gpt2_equal", "output, float64", apart, TOLERANCE), says=said)
 
@@ -425,19 +432,26 @@ def of_gradients(twins: Twins):
         terms = [(g * d).sum() for g, d in zip(found, direction, strict=True) if g is not None]
         slope = torch.stack(terms).sum().item()
         scale = torch.stack(terms).square().sum().sqrt().item()
-        ends = []
-        with torch.no_grad():
-            for step in (STEP, -2 * STEP):
+
+        def difference(step: float) -> float:
+            ends = []
+            with torch.no_grad():
+                for move in (step, -2 * step):
+                    for weight, along in zip(weights, direction, strict=True):
+                        weight.add_(along, alpha=move)
+                    ends.append((tokens(ids) * towards).sum().item())
                 for weight, along in zip(weights, direction, strict=True):
                     weight.add_(along, alpha=step)
-                ends.append((tokens(ids) * towards).sum().item())
-            for weight, along in zip(weights, direction, strict=True):
-                weight.add_(along, alpha=STEP)
+            return (ends[0] - ends[1]) / (2 * step)
+
+        off, allowed = abs(difference(STEP) - slope), SLOPE
+        if not off <= SLOPE * scale:  # code that rounds to fp32 on its way needs a wider step, whose noise is measured
+            wide, wider = difference(WIDE), difference(1.5 * WIDE)
+            off, allowed = abs(wide - slope), min(NOISY, max(SLOPE, 5 * abs(wide - wider) / scale if scale else 0.0))
     finally:
         model.eval()
-    difference = (ends[0] - ends[1]) / (2 * STEP)
-    off = abs(difference - slope) / scale if scale > 0 else math.inf
-    yield within("gradients", f"slope along a drawn direction, {length:,} tokens, training, float64", off, SLOPE)
+    off = off / scale if scale > 0 else math.inf
+    yield within("gradients", f"slope along a drawn direction, {length:,} tokens, training, float64", off, allowed)
 
 
 def of_weights(twins: Twins):
@@ -462,6 +476,8 @@ def of_weights(twins: Twins):
             stuck.append(name)
     yield _none("a step moves every weight", stuck)
     yield within("weights_trained", "form and decoding follow changed weights", _left_behind(twins), TOLERANCE)
+    found, allowed = _left_behind_timed(twins)
+    yield within("weights_trained", f"the same in {s.precision}, the worst layer", found, allowed)
 
 
 def _none(what: str, found: list[str]):
@@ -561,6 +577,37 @@ def _left_behind(twins: Twins) -> float:
     return worst
 
 
+@torch.no_grad()
+def _left_behind_timed(twins: Twins) -> tuple[float, float]:
+    """The same of the first and the last layer in the run's precision: how far, and how far rounding may take it."""
+    pairs, worst = list(twins.layers()), (0.0, 1.0)
+    hidden = twins.hidden(2, min(40, twins.setting.length), twins.device, torch.float32)
+    exact = hidden.to(twins.exact_device, torch.float64)
+    for layer, twin in pairs[:: max(1, len(pairs) - 1)]:
+
+        def both(layer=layer):
+            cache = cache_of(attentions(twins.plain))
+            with twins.autocast():
+                decoded = [layer(piece, past_key_values=cache)[0] for piece in _prefill_and_tokens(hidden, 4)]
+                return layer(hidden)[0], torch.cat(decoded, dim=1)
+
+        both()
+        before = [[weight.clone() for weight in one.parameters()] for one in (layer, twin)]
+        for mine, its in zip(layer.parameters(), twin.parameters(), strict=True):
+            turned = torch.rand(its.shape, dtype=torch.float64) + 0.5
+            its.mul_(turned.to(its))
+            mine.copy_(its)
+        given, expected, allowed = both(), twin.reference(exact), _allowed(twin, exact, twins.setting.precision)
+        for form in given:
+            off = deviation(form, expected.to(form.device))
+            if not off / allowed <= worst[0] / worst[1]:
+                worst = off, allowed
+        for one, kept in zip((layer, twin), before, strict=True):
+            for weight, old in zip(one.parameters(), kept, strict=True):
+                weight.copy_(old)
+    return worst
+
+
 def of_gpt2(twins: Twins):
     """`gpt2_projection`, `gpt2_initialisation`: what surrounds the mixing, and how training begins, is GPT-2's."""
     hidden = twins.hidden(1, min(40, twins.setting.length), twins.exact_device, torch.float64)
@@ -605,7 +652,9 @@ def of_cache_bytes(twins: Twins):
             with torch.no_grad(), twins.autocast():
                 model(piece, past_key_values=cache, use_cache=True)
             length, held = length + piece.shape[1], counts.held(cache)
-            formula = counts.formula_bytes(attentions(model), cache, length)
+            formula = sum(
+                layer.cache_bytes(length, ELEMENT_BYTES[twins.setting.precision]) for layer in attentions(model)
+            )
             off = max(off, abs(counts.bytes_of(held) - formula) / max(1, formula))
             kept = max(kept, counts.storage_bytes(held) / max(1, counts.bytes_of(held)) - 1)
     yield within("cache_bytes", "the formula off what the cache holds", off, BYTES)
@@ -615,16 +664,22 @@ def of_cache_bytes(twins: Twins):
 def of_core_flops(twins: Twins):
     """`core_flops`: the formula beside what is counted, in one pass, in decoding and over a doubling of the length."""
     for name, layer in twins.layers_for(COUNTED_AT).items():
-        for one in _core_flops(layer, twins.setting.width):
+        for one in _core_flops(layer, twins.layers_for(SMALL_AT)[name], twins.setting.width):
             yield dataclasses.replace(one, what=twins.about(name, one.what))
     by_formula = _exponents(twins, lambda layer, x: layer.core_flops(x.shape[1]))
     counted = _exponents(twins, lambda layer, x: sum(counts.core_operations(layer, x)))
     for name in twins.parts:
         what = twins.about(name, "exponent of the length, formula and counted apart")
         yield within("core_flops", what, abs(by_formula[name] - counted[name]), GROWTH_APART)
+    few = sorted({1, 2, 3, 50, twins.setting.gradient_length, twins.setting.context})
+    for index, layer in twins.of_each_kind(attentions(twins.exact)).items():
+        yield from _seen_and_counted(twins, layer, f"layer {index}")
+        found = [layer.core_flops(n) - layer.core_flops(n - 1) for n in few if n > 1] + [layer.core_flops(1)]
+        found += [layer.core_flops(n, dense=True) - layer.core_flops(n) for n in few]
+        yield fact("core_flops", f"layer {index}: a token more costs more, full no less than causal", min(found) >= 0)
 
 
-def _core_flops(layer, width: int):
+def _core_flops(layer, small, width: int):
     T, hidden = COUNTED_AT, torch.randn(1, COUNTED_AT, width)
     products, elementwise = counts.core_operations(layer, hidden)
     useful, dense = layer.core_flops(T), layer.core_flops(T, dense=True)
@@ -633,12 +688,44 @@ def _core_flops(layer, width: int):
     yield within(
         "core_flops", f"causal over counted, {T:,} tokens", _ratio(useful, products + elementwise), USEFUL_OVER_COUNTED
     )
-    yield within("core_flops", f"counted over full T x T, {T:,} tokens", _ratio(products, dense), COUNTED_OVER_DENSE)
+    what = f"counted over full T x T, {T:,} tokens"
+    yield within("core_flops", what, _ratio(products, dense), COUNTED_OVER_DENSE[_is_quadratic(layer)])
+    if not _is_quadratic(layer):
+        yield within("core_flops", f"full over counted, {T:,} tokens", _ratio(dense, products), DENSE_OVER_COUNTED)
+    if hasattr(small, "projection_flops"):
+        beyond, _ = counts.core_operations(small, hidden[:, :SMALL_AT])
+        over = _ratio(beyond, small.core_flops(SMALL_AT, dense=True))
+        what = f"counted beyond `projection_flops` over full, {SMALL_AT} tokens"
+        yield within("core_flops", what, over, COUNTED_OVER_DENSE[_is_quadratic(layer)])
     in_pass, in_step = _ratio(products, useful), _ratio(step, per_step)
     if in_step > STEP_OVER_USEFUL:
         yield within("core_flops", f"counted over causal, {T:,} tokens", in_pass, PASS_OVER_USEFUL)
     else:
         yield within("core_flops", f"counted over causal, the token after {T - 1:,}", in_step, STEP_OVER_USEFUL)
+
+
+def _is_quadratic(layer) -> bool:
+    """Whether the full count is of T x T scores; else it is of a form whose work does not grow so."""
+    return layer.core_flops(2 * COUNTED_AT, dense=True) > 3 * layer.core_flops(COUNTED_AT, dense=True)
+
+
+def _seen_and_counted(twins: Twins, layer, where: str):
+    """The formula's share of causal in all scores, beside that of the pairs which the reference sees."""
+    n = twins.setting.gradient_length
+    if not _is_quadratic(layer) or n < 12:
+        return
+    hidden = twins.hidden(1, n, twins.exact_device, torch.float64)
+    out, (leaf,) = Floats(layer.reference, twins.setting.width, hidden).traced(hidden)
+    seen, in_one_piece = 0, True
+    asked = [int((i + 0.5) * n / ASKED) for i in range(ASKED)]
+    for t in asked:
+        mine = _moved(out, leaf, t)[: t + 1] > SEEN
+        seen += int(mine.sum())
+        in_one_piece &= bool(mine[t + 1 - int(mine.sum()) :].all())
+    pairs, share = seen / (n * ASKED), _ratio(layer.core_flops(n), layer.core_flops(n, dense=True))
+    yield within("core_flops", f"{where}: causal share of the scores over that seen", share / pairs, SHARES_APART)
+    bound = SHARES_APART if in_one_piece else SCATTERED  # of a hash: the formula takes buckets to be even
+    yield within("core_flops", f"{where}: share seen over the causal one", _ratio(pairs, share), bound)
 
 
 def _exponents(twins: Twins, count) -> dict[str, float]:

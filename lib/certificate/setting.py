@@ -83,7 +83,7 @@ class Setting:
     def reference_length(self, device: str) -> int:
         """Tokens for which the slow references are computed on a device."""
         affordable = math.isqrt(int(REFERENCE_COST[device] / (self.layers * self.width)))
-        return min(self.decoded, LONGEST_REFERENCE, max(self.gradient_length, affordable))
+        return min(self.positions, LONGEST_REFERENCE, max(self.gradient_length, affordable))
 
     @property
     def gradient_length(self) -> int:

@@ -88,6 +88,10 @@ class Twins:
         """Each layer in the run's precision without dropout, and its twin in float64."""
         return zip(attentions(self.plain), attentions(self.exact), strict=True)
 
+    def build_another(self) -> torch.nn.Module:
+        """The model as another seed builds it, on the CPU."""
+        return build_model(self.name, self.config(), self.seed + 1000, **self.options)
+
     def layer_of_another_seed(self, index: int) -> torch.nn.Module:
         """One layer of the model as another seed builds it."""
         return attentions(self._another)[index]
@@ -106,6 +110,13 @@ class Twins:
         s = self.setting
         config = gpt2_config(1, width or s.width, s.heads, positions, VOCABULARY)
         return {name: variant(config, 0, **own).float().eval() for name, (variant, own) in self.parts.items()}
+
+    def of_each_kind(self, layers: list) -> dict[int, torch.nn.Module]:
+        """The first and the last layer of each variant, by their place."""
+        names = attention.parts(self.name)
+        last = {names[index % len(names)]: index for index in range(len(layers))}
+        first = {names[index % len(names)]: index for index in reversed(range(len(layers)))}
+        return {index: layers[index] for index in sorted({*first.values(), *last.values()})}
 
     def about(self, name: str, what: str) -> str:
         """`what` is measured, with the variant that it is about where there are several."""

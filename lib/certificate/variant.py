@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from lib import attention, paths
-from lib.certificate import examinations, show
+from lib.certificate import examinations, show, uses
 from lib.certificate.measures import CLAIMS, Measure, collected
 from lib.certificate.setting import Setting
 from lib.certificate.twins import Twins, attentions
@@ -30,7 +30,11 @@ EXAMINATIONS = {  # and the checks that each has a say in
         "precision", "causal", "prefix_equal", "training_equal", "cached_equal", "prefill_equal",
     ),
     examinations.with_cache: ("cached_equal", "prefill_equal"),
-    examinations.with_padding: ("padding_equal",),
+    uses.cache_handled: ("cached_equal",),
+    uses.with_padding: ("padding_equal",),
+    uses.with_documents: ("documents_equal",),
+    uses.with_dropout: ("training_equal",),
+    uses.of_state: ("repeatable",),
     examinations.against_reference: ("reference",),
     examinations.of_the_reference: ("reach", "reference_causal", "gpt2_equal"),
     examinations.of_gradients: ("gradients",),

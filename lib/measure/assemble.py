@@ -137,7 +137,7 @@ def make_record(p, trainer, certificate: dict, latencies: list[dict], parts: dic
 
 SHOWN = (
     "time_s", "non_padding_tokens_per_s", "energy_j", "mean_power_w", "peak_memory_bytes", "peak_resident_bytes",
-    "cpu_cores_used", "causal_flops_per_s", "train_loss", "validation_loss",
+    "cpu_time_s", "cpu_cores_used", "causal_flops_per_s", "train_loss", "validation_loss",
 )  # fmt: skip
 
 

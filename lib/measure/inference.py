@@ -5,17 +5,16 @@ variant's that grows, joins the past and the new token anew at each step: at 4,0
 attend to 8.4, and the copy would stand in every latency, slope, crossover and joule as if it were attention's.
 """
 
-import copy
 import statistics
 import time
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer
 
 from lib.certificate import counts
 from lib.errors import one_sentence_when_out_of_memory
 from lib.measure.meter import energy_of
 from lib.model import devices
+from lib.model.caches import branched, roomy_cache
 
 
 @one_sentence_when_out_of_memory()
@@ -113,50 +112,6 @@ def joules(model, contexts: list[int], new_tokens: int, window_s: float, autocas
         rows.append({"context": context, "prefill_energy_j": per_prefill.joules})
         rows[-1] |= {"decode_energy_j_per_token": per_token, "energy_null_reason": reason}
     return rows
-
-
-def roomy_cache(model, tokens: int) -> Cache:
-    """An empty cache of the model that moves nothing until it holds `tokens` tokens: transformers' growing layers with
-    room, a variant's own after `reserve`, and those that do not grow as they are."""
-    cache = model.new_cache()
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[place] = Roomy(tokens)
-        elif hasattr(layer, "reserve"):
-            layer.reserve(tokens)
-    return cache
-
-
-def branched(cache: Cache) -> Cache:
-    """A cache that begins with what `cache` holds and leaves that as it is."""
-    return Cache(layers=[copy.copy(x) if hasattr(x, "reserve") else copy.deepcopy(x) for x in cache.layers])
-
-
-class Roomy(DynamicLayer):
-    """transformers' growing layer with room for `reserved` tokens; beyond them it grows as that does."""
-
-    stands_for = DynamicLayer.__name__  # to `lib.model.caches.own`
-
-    def __init__(self, reserved: int):
-        super().__init__()
-        self.room = ()
-        self.reserve(reserved)
-
-    def reserve(self, tokens: int) -> None:
-        self.reserved = tokens
-
-    def update(self, key_states, value_states, *_, **__):
-        past, taken = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-        elsewhere = past and self.keys.data_ptr() != self.room[0].data_ptr()  # reordered, say
-        if taken > self.reserved or elsewhere:
-            return super().update(key_states, value_states)
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self.room = [x.new_empty((*x.shape[:-2], self.reserved, x.shape[-1])) for x in (key_states, value_states)]
-        for room, new in zip(self.room, (key_states, value_states), strict=True):
-            room[..., past:taken, :] = new
-        self.keys, self.values = (room[..., :taken, :] for room in self.room)
-        return self.keys, self.values
 
 
 def _tensors(cache):

@@ -3,6 +3,7 @@
 Fake tensors (`torch._subclasses.fake_tensor`) have shapes and no content: a step of GPT-2 124M is counted in seconds.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -86,23 +87,70 @@ def step(values: dict, vocabulary: int, precision: str) -> list[Operator]:
     """
     model = meta_model(values["attention"], config_of(values, vocabulary), **values["options"]).train()
     with FakeTensorMode():
-        held = [*model.named_parameters(), *model.named_buffers()]
-        weights = {n: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad) for n, x in held}
-        trained = [weight for weight in weights.values() if weight.requires_grad]
-        ids = torch.empty(values["batch_size"], values["context"], dtype=torch.long)
-        with Operators() as forward_backward:
-            try:
-                with devices.autocast(precision, torch.device("cpu"))():
-                    loss = functional_call(model, weights, (ids,), {"labels": ids, "use_cache": False}).loss
-                loss.backward()
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                raise UsageError(
-                    f"{values['attention']} cannot be predicted: {error.func} depends on what its tensors hold; "
-                    "leave it out by --variants"
-                ) from None
+        forward_backward = _forward_backward(model, values, precision)
+        trained = [weight for weight in _weights(model).values() if weight.requires_grad]
+        for weight in trained:
+            weight.grad = torch.empty_like(weight)
         optimizer = torch.optim.AdamW(trained, fused=True)
         with Operators() as update:
             if values["clip_norm"]:
                 torch.nn.utils.clip_grad_norm_(trained, values["clip_norm"], foreach=True)
             optimizer.step()
-    return values["accumulation"] * forward_backward.found + update.found
+    return values["accumulation"] * forward_backward + update.found
+
+
+def _weights(model) -> dict[str, torch.Tensor]:
+    held = [*model.named_parameters(), *model.named_buffers()]
+    return {name: torch.empty(x.shape, dtype=x.dtype, requires_grad=x.requires_grad) for name, x in held}
+
+
+def _forward_backward(model, values: dict, precision: str) -> list[Operator]:
+    """The operators of one batch. Layers that are alike are counted once: as what a second one adds to the first."""
+    every = list(model.transformer.h)
+    kinds: dict[tuple, list] = {}
+    for block in every:
+        kinds.setdefault(_kind(block), []).append(block)
+    once = [blocks[0] for blocks in kinds.values()]
+    found = _of_layers(model, once, values, precision)
+    first = Counter(found)
+    for blocks in kinds.values():
+        again = [Counter(_of_layers(model, [*once, block], values, precision)) for block in blocks[1:3]]
+        if again and (first - again[0] or again[0] != again[-1]):  # they only look alike, as where one asks its number
+            found = _of_layers(model, every, values, precision)
+            break
+        for more in again[:1]:
+            found = found + (len(blocks) - 1) * list((more - first).elements())
+    model.transformer.h = torch.nn.ModuleList(every)
+    return found
+
+
+def _kind(block) -> tuple:
+    """Alike for layers that do the same with tensors of the same shapes: all but the weights and the layer's number."""
+    modules = [(name, type(module), _plain(module)) for name, module in block.named_modules()]
+    held = [*block.named_parameters(), *block.named_buffers()]
+    return (*modules, *((name, x.shape, x.dtype, x.requires_grad) for name, x in held))
+
+
+def _plain(module) -> tuple:
+    """A module's own settings, as text; of what is no number, word or list of these, its type."""
+    plain = (bool, int, float, str, type(None), list, tuple)
+    found = {name: value for name, value in vars(module).items() if not name.startswith("_") and name != "layer_idx"}
+    return tuple(
+        sorted((name, repr(value) if isinstance(value, plain) else str(type(value))) for name, value in found.items())
+    )
+
+
+def _of_layers(model, blocks: list, values: dict, precision: str) -> list[Operator]:
+    model.transformer.h = torch.nn.ModuleList(blocks)
+    ids = torch.empty(values["batch_size"], values["context"], dtype=torch.long)
+    with Operators() as found:
+        try:
+            with devices.autocast(precision, torch.device("cpu"))():
+                loss = functional_call(model, _weights(model), (ids,), {"labels": ids, "use_cache": False}).loss
+            loss.backward()
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UsageError(
+                f"{values['attention']} cannot be predicted: {error.func} depends on what its tensors hold; "
+                "leave it out by --variants"
+            ) from None
+    return found.found

@@ -1,6 +1,7 @@
 """A model's cache: a layer of the variant's own kind per block, under transformers' whole contract for caches."""
 
 import contextlib
+import copy
 
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -110,3 +111,47 @@ def offloaded(cache, blocks):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def roomy_cache(model, tokens: int) -> Cache:
+    """An empty cache of the model that moves nothing until it holds `tokens` tokens: transformers' growing layers with
+    room, a variant's own after `reserve`, and those that do not grow as they are."""
+    cache = model.new_cache()
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[place] = Roomy(tokens)
+        elif hasattr(layer, "reserve"):
+            layer.reserve(tokens)
+    return cache
+
+
+def branched(cache: Cache) -> Cache:
+    """A cache that begins with what `cache` holds and leaves that as it is."""
+    return Cache(layers=[copy.copy(x) if hasattr(x, "reserve") else copy.deepcopy(x) for x in cache.layers])
+
+
+class Roomy(DynamicLayer):
+    """transformers' growing layer with room for `reserved` tokens; beyond them it grows as that does."""
+
+    stands_for = DynamicLayer.__name__  # to `lib.model.caches.own`
+
+    def __init__(self, reserved: int):
+        super().__init__()
+        self.room = ()
+        self.reserve(reserved)
+
+    def reserve(self, tokens: int) -> None:
+        self.reserved = tokens
+
+    def update(self, key_states, value_states, *_, **__):
+        past, taken = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+        elsewhere = past and self.keys.data_ptr() != self.room[0].data_ptr()  # reordered, say
+        if taken > self.reserved or elsewhere:
+            return super().update(key_states, value_states)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.room = [x.new_empty((*x.shape[:-2], self.reserved, x.shape[-1])) for x in (key_states, value_states)]
+        for room, new in zip(self.room, (key_states, value_states), strict=True):
+            room[..., past:taken, :] = new
+        self.keys, self.values = (room[..., :taken, :] for room in self.room)
+        return self.keys, self.values

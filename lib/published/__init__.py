@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer
 
+import lib.errors  # noqa: F401 it refuses to be part of another `lib`
+
 
 class Published(nn.Module):
     """A published layer; its file adds `mix` and `reference`, (B, T, C) -> (B, T, C), `core_flops` and `paper`.

@@ -5,13 +5,13 @@ and setting follow from its parameters. `lib.record.files` bounds all numbers an
 """
 
 from datetime import UTC, datetime
-from itertools import pairwise
 from typing import Annotated, Literal, Required
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from lib.record import names
+from lib.record.series import only_grows
 
 SCHEMA_VERSION = 2
 DEVICES = ("auto", "cpu", "cuda")
@@ -372,7 +372,7 @@ class Series(Strict):
             if len(getattr(self, one)) != len(getattr(self, other)):
                 raise ValueError(f"{one} and {other} have as many values as each other")
         for seen in (self.non_padding_tokens, [point.non_padding_tokens for point in self.validation]):
-            if any(after < before for before, after in pairwise(seen)):
+            if not only_grows(seen):
                 raise ValueError("tokens seen so far become fewer")
         if self.slope and len(self.slope.layers_with_attention) != len(self.slope.time_s_per_step):
             raise ValueError("slope has a time for each number of layers")

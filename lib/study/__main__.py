@@ -30,12 +30,13 @@ def main(words: list[str] | None = None) -> int:
     lock = None
     try:
         runs, profile = plan.chosen(options.profile, options.variants, options.blocks)
+        own_metrics = plan.own_metrics(options.profile)
         folder = paths.out_folder()
         if options.plan:
             return _show_plan(runs, folder, options)
         lock = runner.alone_in(folder)
         with runner.stoppable():
-            return runner.study(runs, profile, folder, options.session, options.runs)
+            return runner.study(runs, profile, folder, options.session, options.runs, own_metrics)
     except UsageError as error:
         print(f"python -m lib.study: {error}", file=sys.stderr)
         return 2

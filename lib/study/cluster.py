@@ -7,6 +7,7 @@ An incomplete block (killed, failed, requeued, changed) is moved aside and run a
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import shlex
@@ -61,6 +62,16 @@ def planned(config: dict, check: bool = True) -> list[dict]:
         | {"gpu": run["block"] % gpus if gpus > 1 else None}
         for index, (run, name) in enumerate(zip(runs, names, strict=True))
     ]
+
+
+def of_job(runs: list[dict], words: list[str]) -> list[dict]:
+    """The runs whose rules a process of the workflow needs, by its command line: the main one all, a job those that it
+    is allowed. Each rule takes Snakemake some time, and a plan of a thousand blocks has as many jobs as rules."""
+    option = "--allowed-rules"
+    if option not in words:
+        return runs
+    asked = set(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index(option) + 1 :]))
+    return [run for run in runs if run["name"] in asked]
 
 
 def folder() -> Path:
@@ -150,12 +161,15 @@ def use_gpu(gpu: int) -> None:
 
 
 def main(words: list[str]) -> int:
-    """`RUN SESSION`: the run that a JSON text of `planned` describes; no words: the summary of all records."""
+    """`RUN SESSION`: the run that a JSON text of `planned` describes; no words, or a JSON text of the metrics of
+    one's own: the summary of all records."""
     folder = paths.out_folder()
     try:
         with runner.stoppable():
-            if not words:
-                problem = runner.summarize(folder)
+            if len(words) < 2:
+                problem = runner.summarize(folder, json.loads(words[0]) if words else None)
+                if not problem:
+                    runner.show_page(folder)
             else:
                 run, session = json.loads(words[0]), words[1]
                 if run["gpu"] is not None:
@@ -167,7 +181,7 @@ def main(words: list[str]) -> int:
     except runner.Stopped as signal_name:
         problem = f"stopped by {signal_name}"
     if problem:
-        print(f"FAILED {run['name'] if words else 'summary'}: {problem}", file=sys.stderr)
+        print(f"FAILED {run['name'] if len(words) > 1 else 'summary'}: {problem}", file=sys.stderr)
     return 1 if problem else 0
 
 

@@ -12,7 +12,7 @@ NOTEBOOKS = paths.ROOT / "notebooks"
 MOST_BYTES = 1 << 16  # of a profile: more would take seconds to read
 MOST_BLOCKS, MOST_VARIANTS = 1000, 100
 CONTROL_RUN = {"attention": attention.REFERENCE, "label": attention.CONTROL}
-STUDY_KEYS = {"variants": list, "blocks": int}
+STUDY_KEYS = {"variants": list, "blocks": int, "own_metrics": dict}
 
 
 class _Plain(yaml.SafeLoader):
@@ -62,9 +62,20 @@ def read_yaml(path: Path):
         raise ValueError(error) from None
 
 
+def notebook_path(name: str) -> Path:
+    """Where a notebook is. Raises UsageError where the code is installed without them."""
+    path = NOTEBOOKS / name
+    if not path.is_file():
+        raise UsageError(
+            f"{name} is not there: a study runs from a clone of the project, which has the notebooks; what `pip "
+            "install` has put elsewhere is for Python alone (docs/python.md)"
+        )
+    return path
+
+
 def known_parameters(notebook: str = "train.ipynb") -> dict[str, parameters.Declared]:
     """The parameters that a notebook declares, with their defaults."""
-    cells = nbformat.read(NOTEBOOKS / notebook, as_version=4).cells
+    cells = nbformat.read(notebook_path(notebook), as_version=4).cells
     (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     return parameters.declared(source)
 
@@ -73,6 +84,7 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
     """A profile's overrides of the notebook's defaults, and its `study` part. Raises UsageError with the way out."""
     if path is None:
         return {}, {}
+    notebook_path(notebook)
     try:
         profile = read_yaml(Path(path)) or {}
     except FileNotFoundError:
@@ -90,6 +102,7 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
         if type(value) is not STUDY_KEYS[name]:
             shown = record.printable(repr(value), 100)
             raise UsageError(f"{name} in {path} must be {STUDY_KEYS[name].__name__}, not {shown}")
+    record.own_metrics(about_study.get("own_metrics", {}))
     known = known_parameters(notebook)
     parameters.check_names(profile, known)
     for name in ("attention", "options", "label", "seed"):
@@ -145,6 +158,11 @@ def chosen(
     return runs_of(overrides, variants, blocks, check), record.printable(Path(path).stem, 100) if path else "quick"
 
 
+def own_metrics(path: str | None) -> dict:
+    """The metrics of one's own that a profile asks its summary for (`lib.record.own`)."""
+    return read_profile(path)[1].get("own_metrics", {})
+
+
 FEWEST_BLOCKS = 5  # below that the analysis gives points only
 
 
@@ -159,9 +177,11 @@ def balanced_after(variants: int) -> int:
 def about_order(runs: list[dict]) -> str:
     """What a plan's blocks let one say, before anything runs: points or intervals, and whether the order is balanced;
     where it is not, the next number of blocks that balances it and gives intervals."""
+    held: dict[int, set[str]] = {}
+    for run in runs:
+        held.setdefault(run["block"], set()).add(parameters.display_name(run["values"]))
     groups: dict[frozenset, set[int]] = {}  # blocks that hold the same variants: others may have come later
-    for block in {run["block"] for run in runs}:
-        labels = {parameters.display_name(run["values"]) for run in runs if run["block"] == block}
+    for block, labels in sorted(held.items()):
         groups.setdefault(frozenset(labels - {attention.CONTROL}), set()).add(block)
     return "\n".join(_about(len(blocks), len(labels)) for labels, blocks in groups.items())
 

@@ -1,9 +1,11 @@
 """Runs one after the other, each in a kernel of its own; what has a record is not run again."""
 
 import contextlib
+import html
 import itertools
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -12,6 +14,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nbformat
 import psutil
 from filelock import FileLock, Timeout
 
@@ -19,6 +22,8 @@ from lib import parameters, paths, record
 from lib.errors import UsageError, is_out_of_memory
 from lib.study import blocks, plan
 from lib.study.blocks import Data, is_finished
+
+GIB = 2**30
 
 
 class Stopped(BaseException):
@@ -202,12 +207,26 @@ def run_one(run: dict, profile: str, session: str, folder: Path, data: Data | No
         problem = "wrong_input", "the data changed while the study ran; start it again when nobody writes to them"
     if problem is None:
         metrics, failed = record.load(folder / f"{name}.json").metrics, None
-        outcome = f"validation loss {metrics.validation_loss:.3f}, window {metrics.time_s:.1f} s"
+        outcome = told(metrics)
     else:
         _note_failure(run, context, *problem, folder)
         failed = outcome = f"{record.FAILURES[problem[0]]}: {problem[1]}"
     print(f"      {_minutes(time.monotonic() - started)}: {outcome}", flush=True)
     return failed
+
+
+def told(metrics: record.Metrics) -> str:
+    """A run's own numbers on the terminal, with the digits of summary.ipynb's table: joules and the GPU's memory, or
+    without a GPU what was measured there."""
+    parts = {
+        "validation loss {:.3f}": metrics.validation_loss,
+        "window {:.2f} s": metrics.time_s,
+        "{:,.0f} J": metrics.energy_j,
+        "CPU {:.2f} s": metrics.cpu_time_s if metrics.peak_memory_bytes is None else None,
+        "peak GPU {:,.2f} GiB": metrics.peak_memory_bytes and metrics.peak_memory_bytes / GIB,
+        "peak resident {:,.2f} GiB": metrics.peak_resident_bytes and metrics.peak_resident_bytes / GIB,
+    }
+    return ", ".join(form.format(value) for form, value in parts.items() if value is not None)
 
 
 def _why_unfinished(run: dict, folder: Path) -> str:
@@ -236,12 +255,32 @@ def _note_failure(run: dict, context: dict, reason: str, says: str, folder: Path
         print(f"      its failure could not be noted: {error.strerror}", file=sys.stderr)
 
 
-def summarize(folder: Path) -> str | None:
-    """summary.ipynb over the records of `folder`, its figures beside them; returns None, or what went wrong."""
+def summarize(folder: Path, own_metrics: dict | None = None) -> str | None:
+    """summary.ipynb over the records of `folder`, its figures beside them; returns None, or what went wrong.
+
+    `own_metrics`: those that the study's profile asks for (`lib.record.own`).
+    """
     where = os.path.relpath(folder, paths.ROOT)
     given = {"records_folder": where, "figures_folder": os.path.join(where, "figures")}
-    problem = execute(plan.NOTEBOOKS / "summary.ipynb", folder / "summary.ipynb", given, {})
+    given |= {"own_metrics": own_metrics} if own_metrics else {}
+    problem = execute(plan.notebook_path("summary.ipynb"), folder / "summary.ipynb", given, {})
     return problem and problem[1]
+
+
+def answer(page: Path) -> list[str]:
+    """What an executed summary.ipynb begins with, as lines for a terminal: the page's own words and numbers."""
+    try:
+        cells = nbformat.read(page, as_version=4).cells
+        (shown,) = [output.data["text/html"] for cell in cells if cell.id == "conclusion" for output in cell.outputs]
+    except (OSError, ValueError, KeyError, AttributeError):
+        return []  # then the page is to be opened
+    return [html.unescape(re.sub("<[^>]*>", "", said)) for said in re.findall("<p>(.*?)</p>", shown)]
+
+
+def show_page(folder: Path) -> None:
+    """Prints what the study's summary begins with, and where it and its figures are."""
+    page = folder.resolve() / "summary.ipynb"
+    print(*answer(page), f"tables: {page}", f"figures: {page.parent / 'figures'}", sep="\n", flush=True)
 
 
 def _minutes(seconds: float) -> str:
@@ -305,11 +344,18 @@ def _check_whole(found: list[blocks.Block], most: int) -> None:
 RUNS_LEFT = 3  # exit status of a study that was to make some of its runs and has made them
 
 
-def study(runs: list[dict], profile: str, folder: Path, session: str | None = None, most: int | None = None) -> int:
+def study(
+    runs: list[dict],
+    profile: str,
+    folder: Path,
+    session: str | None = None,
+    most: int | None = None,
+    own_metrics: dict | None = None,
+) -> int:
     """All runs, then the summary; returns the exit status. Raises UsageError, before any run, for unusable data.
 
     With `most` runs at a time the summary waits for the last of them; until then the status is `RUNS_LEFT`. `session`:
-    see `run_all`.
+    see `run_all`; `own_metrics`: see `summarize`.
     """
     data = load_data(runs)
     later = blocks.settled(runs, folder, data)
@@ -323,11 +369,11 @@ def study(runs: list[dict], profile: str, folder: Path, session: str | None = No
     if left > 0:
         print(f"left to run: {left}; the same command goes on")
     else:
-        problem = summarize(folder)
+        problem = summarize(folder, own_metrics)
         if problem:
             failed["summary"] = problem
         else:
-            print(f"tables and figures: {os.path.relpath(folder)}/summary.ipynb and figures/")
+            show_page(folder)
     for name, reason in failed.items():
         print(f"FAILED {name}: {reason}", file=sys.stderr)
     return 1 if failed else RUNS_LEFT if left > 0 else 0
