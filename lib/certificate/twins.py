@@ -98,7 +98,7 @@ class Twins:
 
     @functools.cached_property
     def _another(self) -> torch.nn.Module:
-        return build_model(self.name, self.config(), self.seed + 1000, **self.options)
+        return self.build_another()
 
     @functools.cached_property
     def parts(self) -> dict[str, tuple]:
