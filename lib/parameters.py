@@ -26,7 +26,7 @@ from lib.record.names import (
     setting,
 )  # fmt: skip
 from lib.record.names import file_stem as file_name
-from lib.record.schema import DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, POSITION_EMBEDDINGS, PRECISIONS
+from lib.record.schema import ARCHITECTURES, DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, POSITION_EMBEDDINGS, PRECISIONS
 
 # Names of records, which hold the parameters, and so are made there.
 __all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
@@ -41,6 +41,7 @@ CHOICES = {
     "turns": ("roles", "joined"),
     "packing": (False, True, "documents"),
     "position_embedding": POSITION_EMBEDDINGS,
+    "architecture": ARCHITECTURES,
 }
 
 
@@ -174,6 +175,10 @@ def check_values(values: dict) -> None:
         raise UsageError(f"learning_rate must be above 0, not {p.learning_rate}")
     if p.width % p.heads:
         raise UsageError(f"heads must divide width: {p.heads} heads do not divide {p.width}")
+    if p.architecture == "llama" and p.position_embedding == "learned" and p.width // p.heads % 2:
+        raise UsageError(
+            f"rotary positions turn pairs: {p.heads} heads of {p.width // p.heads} numbers must be of even width"
+        )
     if p.context > p.positions:
         raise UsageError(f"context {p.context} is longer than the model's {p.positions} positions; raise positions too")
     if len(p.inference_contexts) > MOST_CONTEXTS:
@@ -274,6 +279,11 @@ def _checked_layer(name: str, given: dict, p):
         raise UsageError(
             f"{name} cannot keep the documents of a row apart; use packing true or false, or a forward that "
             "names seq_idx (lib/attention/__init__.py)"
+        )
+    if getattr(p, "architecture", "gpt2") == "llama" and not attention.knows_order_in_llama(variant):
+        raise UsageError(
+            f"{name} does not hear where tokens stand in Llama's layers: its forward must name position_embeddings, or "
+            "the class say needs_no_positions = True (lib/attention/__init__.py)"
         )
     try:
         with torch.device("meta"):

@@ -104,9 +104,7 @@ def make_trainer(profile: str | None, steps: int) -> training.Trainer:
     p = SimpleNamespace(**{name: line.default for name, line in plan.known_parameters().items()} | overrides | short)
     parameters.check_values(vars(p))
     data = corpus.load(p)
-    config = model.gpt2_config(
-        p.layers, p.width, p.heads, p.positions, data.vocabulary, p.dropout, p.position_embedding
-    )
+    config = model.config_of(vars(p), data.vocabulary, p.dropout)
     return training.Trainer(model.build_model(p.attention, config, p.seed, **p.options), data, p)
 
 

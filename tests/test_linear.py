@@ -10,18 +10,18 @@ from lib import attention, certificate
 from lib.model import build_model, gpt2_config, meta_model
 
 FAULTS = {  # what is planted: the right code, the wrong one, the check that is about it
-    "scores of later tokens in the chunk": ("(q @ k.mT).tril()", "(q @ k.mT)", "causal"),
+    "scores of later tokens in the chunk": ("scores = scores.tril()", "scores = scores", "causal"),
     "a state that holds its own chunk": ("states[:-1]", "states[1:]", "causal"),
     "a normalizer that holds its own chunk": ("normalizers[:-1, ..., None]", "normalizers[1:, ..., None]", "causal"),
-    "normalised over the sequence": ("scores.sum(-1, keepdim=True)", "scores.sum(-2).unsqueeze(-1)", "causal"),
+    "normalised over the sequence": ("else scores).sum(-1, keepdim=True)", "else scores).sum(-2)[..., None]", "causal"),
     "chunks filled up in front": ("(0, 0, 0, N * c - T)", "(0, 0, N * c - T, 0)", "prefix_equal"),
     "chunks that do not add up": ("k.mT @ v]).cumsum(0)", "k.mT @ v])", "reference_difference"),
     "another feature map": ("F.elu(qk) + 1", "F.softplus(qk)", "reference_difference"),
     "an epsilon that biases": ("== 0, 1.0)", "== 0, 1.0) + 0.01", "reference_difference"),
     "no normalizer": ("return numerator / ", "return numerator + 0 * ", "reference_difference"),
-    "decoding forgets": ("torch.addcmul(state, k.mT, v)", "k.mT @ v", "cached_equal"),
+    "decoding forgets": ("torch.addcmul(state, turned[1].mT, v)", "turned[1].mT @ v", "cached_equal"),
     "decoding does not count": ("normalizer + k.squeeze(2)", "normalizer", "cached_equal"),
-    "decoding reads before it updates": ("q @ state,", "q @ (state - k.mT @ v),", "cached_equal"),
+    "decoding reads before it updates": ("turned[0] @ state,", "q @ (state - k.mT @ v),", "cached_equal"),
     "cache not written": ("layer.update(*after, tokens=T)", "pass", "cached_equal"),
 }
 

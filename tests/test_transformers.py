@@ -37,10 +37,11 @@ every_cell = pytest.mark.parametrize("cell", CELLS)
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory):
-    """A file written after an older sdpa.py: its forward names no `seq_idx`."""
+    """A file written after an older sdpa.py: its forward names neither `seq_idx` nor `position_embeddings`."""
     source = attention.find("sdpa").read_text()
     older = source.replace(
-        "padding_mask=None, seq_idx=None, **_):\n", "padding_mask=None, **_):\n        seq_idx = None\n"
+        "seq_idx=None, position_embeddings=None, **_\n    ):\n",
+        "**_\n    ):\n        seq_idx = position_embeddings = None\n",
     )
     assert older != source
     path = tmp_path_factory.mktemp("stranger") / "older.py"

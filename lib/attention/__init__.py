@@ -28,6 +28,10 @@ integers, equal within a document, each of which is as if alone. No cache comes 
 such a row is refused |
 | `forward(..., position_ids=None)` | named by a variant that has positions of its own: (B or 1, T) integers; without \
 the name a variant knows the order of tokens alone |
+| `forward(..., position_embeddings=None)` | named by a variant that turns queries and keys by what Llama's layers \
+give: (cos, sin), (B or 1, T, D) each, or None; its `reference` then takes it too |
+| `needs_no_positions` | True: it knows the order of tokens by itself. Llama's layers take no variant without any of \
+the three |
 | `causal` | False: a later token moves an earlier output, so that padding behind all tokens comes in `padding_mask` |
 | `title` | what figures and tables call it, with the option that matters: "Window 128"; without one the file's name |
 | `own_initialisation` | True: all weights stay as the constructor leaves them |
@@ -260,6 +264,17 @@ def _class(name: str, definition: _Definition) -> type:
 def keeps_documents(layer) -> bool:
     """Whether a variant, or a layer of one, keeps the documents of a packed row apart: its forward names `seq_idx`."""
     return "seq_idx" in inspect.signature(layer.forward).parameters
+
+
+def rotates(layer) -> bool:
+    """Whether a variant, or a layer of one, turns queries and keys by `position_embeddings`: its forward names them."""
+    return "position_embeddings" in inspect.signature(layer.forward).parameters
+
+
+def knows_order_in_llama(layer) -> bool:
+    """Whether a variant, or a layer of one, learns from Llama's layers, or by itself, where tokens stand."""
+    own = "position_ids" in inspect.signature(layer.forward).parameters or getattr(layer, "needs_no_positions", False)
+    return rotates(layer) or own
 
 
 def source_sha256(name: str) -> str:

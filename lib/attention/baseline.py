@@ -6,8 +6,10 @@ kernel, so the difference between the two is the price of the score traffic alon
 
 import torch
 from torch import nn
+from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 
@@ -28,10 +30,14 @@ class Attention(nn.Module):
         self.attention_dropout = nn.Dropout(config.attn_pdrop)
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
         q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
         if past_key_values is not None:
             k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D)
 
@@ -61,12 +67,26 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return 2 * self.width * context * element_bytes
 
-    def reference(self, hidden_states):
-        """transformers' GPT-2 attention, eager, on the same weights and a mask of its own."""
+    def reference(self, hidden_states, position_embeddings=None):
+        """transformers' GPT-2 attention, or Llama's, eager, on the same weights and a mask of its own."""
         T = hidden_states.shape[1]
+        future = torch.full((T, T), torch.finfo(hidden_states.dtype).min, dtype=hidden_states.dtype).triu(1)
+        future = future[None, None].to(hidden_states.device)
+        if position_embeddings is not None:
+            return self._llama_s(hidden_states, position_embeddings, future)
         config = type(self.config)(**self.config.to_dict())
         config._attn_implementation = "eager"
         theirs = GPT2Attention(config, layer_idx=self.layer_idx).to(hidden_states).train(self.training)
         theirs.c_attn, theirs.c_proj = self.c_attn, self.c_proj
-        future = torch.full((T, T), torch.finfo(hidden_states.dtype).min, dtype=hidden_states.dtype).triu(1)
-        return theirs(hidden_states, attention_mask=future[None, None].to(hidden_states.device))[0]
+        return theirs(hidden_states, attention_mask=future)[0]
+
+    def _llama_s(self, hidden_states, position_embeddings, future):
+        config = LlamaConfig(hidden_size=self.width, num_attention_heads=self.heads, attention_bias=True)
+        config._attn_implementation = "eager"
+        weights = [*self.c_attn.weight.split(self.width, dim=1), self.c_proj.weight]
+        biases = [*self.c_attn.bias.split(self.width), self.c_proj.bias]
+        named = {}
+        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj", "o_proj"), weights, biases, strict=True):
+            named |= {f"{name}.weight": weight.T, f"{name}.bias": bias}
+        theirs = LlamaAttention(config, layer_idx=self.layer_idx).to(hidden_states).eval()
+        return torch.func.functional_call(theirs, named, (hidden_states, position_embeddings, future))[0]

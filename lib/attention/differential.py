@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 EPSILON = 1e-5  # of the norm: the paper's
@@ -41,10 +42,14 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
         q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
         if past_key_values is not None:
             k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D)
 
@@ -80,11 +85,14 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return 2 * self.width * context * element_bytes
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """Query by query over the keys up to it: the two softmaxes' difference is made first, then mixes the values."""
         B, T, C = hidden_states.shape
         H, D = self.heads // 2, self.head_width
-        q, k, v = (x.view(B, T, 2, H, D) for x in self.c_attn(hidden_states).split(C, dim=2))
+        q, k, v = (x.view(B, T, 2 * H, D) for x in self.c_attn(hidden_states).split(C, dim=2))
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+        q, k, v = (x.unflatten(2, (2, H)) for x in (q, k, v))
         v = torch.cat([v[:, :, 0], v[:, :, 1]], dim=-1)  # (B, T, H, 2 D)
         first, second = torch.dot(self.lambda_q1, self.lambda_k1), torch.dot(self.lambda_q2, self.lambda_k2)
         share = first.exp() - second.exp() + self.lambda_init

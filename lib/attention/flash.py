@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 
@@ -29,9 +30,11 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
-        q, k, v = self._heads(hidden_states)
+        q, k, v = self._heads(hidden_states, position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D)
 
@@ -54,7 +57,7 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).reshape(B, T, C)
         return self.residual_dropout(self.c_proj(out)), None
 
-    def _heads(self, hidden_states):
+    def _heads(self, hidden_states, position_embeddings=None):
         """(B, T, C) -> queries, keys and values, (B, H, T, D) each; ValueError for what the kernel cannot take."""
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
@@ -62,7 +65,10 @@ class Attention(nn.Module):
             raise ValueError(f"flash runs in bf16 or fp16 on CUDA, not in {q.dtype}; use precision 'bf16'")
         if self.training and self.attention_dropout and not q.is_cuda:
             raise ValueError("PyTorch's flash kernel on the CPU has no dropout; use dropout 0")
-        return [x.view(B, T, self.heads, C // self.heads).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.view(B, T, self.heads, C // self.heads).transpose(1, 2) for x in (q, k, v))
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        return q, k, v
 
     @staticmethod
     def as_gpt2(config):
@@ -79,9 +85,9 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return 2 * self.width * context * element_bytes
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """The running softmax itself, key by key for all queries at once: no kernel, no stored scores."""
-        q, k, v = self._heads(hidden_states)
+        q, k, v = self._heads(hidden_states, position_embeddings)
         top = torch.full_like(q[..., :1], -torch.inf)  # (B, H, T, 1), the largest score so far
         total, mixed = torch.zeros_like(top), torch.zeros_like(v)
         for s in range(k.shape[2]):

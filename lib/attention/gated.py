@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 EPSILON = 1e-6  # of the norms: as transformers' Qwen3-Next has it
@@ -42,12 +43,16 @@ class Attention(nn.Module):
     def title(self):
         return "Gated SDPA, QK norm" if self.qk_norm else "Gated SDPA"
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         qkv, gate = self.c_attn(hidden_states).split([3 * C, C], dim=2)
         q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in qkv.split(C, dim=2))  # (B, H, T, D)
         if self.qk_norm:
             q, k = normed(q, self.q_norm), normed(k, self.k_norm)
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
         if past_key_values is not None:
             k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D)
 
@@ -76,13 +81,15 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return 2 * self.width * context * element_bytes
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """Query by query over the keys up to it, the norm and the gate written out: no mask, no fused kernel."""
         B, T, _ = hidden_states.shape
         q, k, v, z = self.c_attn(hidden_states).view(B, T, 4, self.heads, -1).unbind(2)  # (B, T, H, D)
         if self.qk_norm:
             q, k = (x / ((x**2).mean(-1, keepdim=True) + EPSILON).sqrt() for x in (q, k))
             q, k = q * self.q_norm, k * self.k_norm
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         rows = []
         for t in range(T):
             scores = torch.einsum("bhd,bshd->bhs", q[:, t], k[:, : t + 1]) / q.shape[-1] ** 0.5

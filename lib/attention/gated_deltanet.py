@@ -23,6 +23,7 @@ class Attention(nn.Module):
         "Yang et al. 2024, Gated Delta Networks, sections 3.1 to 3.3 (arXiv 2412.06464); β up to 2: Grazzi et al. "
         "2024 (arXiv 2411.12537)"
     )
+    needs_no_positions = True  # a state knows what came last
 
     def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64):
         super().__init__()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 
@@ -34,9 +35,11 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
-        q, k, v = self._heads(hidden_states)
+        q, k, v = self._heads(hidden_states, position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, G, S, D)
 
@@ -55,11 +58,14 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).reshape(B, T, C)
         return self.residual_dropout(self.c_proj(out)), None
 
-    def _heads(self, hidden_states):
+    def _heads(self, hidden_states, position_embeddings=None):
         """(B, T, C) -> queries (B, H, T, D), keys and values (B, G, T, D) each."""
         B, T, _ = hidden_states.shape
         parts = self.c_attn(hidden_states).split([self.width, self.kv_width, self.kv_width], dim=2)
-        return [x.view(B, T, -1, self.head_width).transpose(1, 2) for x in parts]
+        q, k, v = (x.view(B, T, -1, self.head_width).transpose(1, 2) for x in parts)
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        return q, k, v
 
     @staticmethod
     def as_gpt2(config):
@@ -80,10 +86,10 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return 2 * self.kv_width * context * element_bytes
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """Query head by query head, each with the keys and values of its own group; scores in full."""
         T = hidden_states.shape[1]
-        q, k, v = self._heads(hidden_states)
+        q, k, v = self._heads(hidden_states, position_embeddings)
         past = torch.ones(T, T, device=q.device).tril()
         rows = []
         for head in range(self.heads):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 
@@ -32,7 +33,9 @@ class Attention(nn.Module):
         # `attn_pdrop` has nothing to act on: the weights of a query never exist, only their sums do.
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         qkv = self.c_attn(hidden_states)
         # Sums over thousands of positive terms: in bf16 a term under 1/256 of the sum would vanish.
@@ -42,54 +45,61 @@ class Attention(nn.Module):
             if padding_mask is not None:
                 k = k.masked_fill(~padding_mask[:, -T:, None], 0.0)  # after φ, which is 1 at 0
             q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+            # Behind φ, and in the numerator alone (RoFormer, section 3.3): before φ the distance would not be all that
+            # counts, and below the line a turned product may be 0.
+            turned = () if position_embeddings is None else apply_rotary_pos_emb(q, k, *position_embeddings)
 
             layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
             before = zero_state(k, v) if layer is None or not layer.is_initialized else (layer.state, layer.normalizer)
             if T == 1:
-                out, *after = self._recurrent(q, k, v, *before)
+                out, *after = self._recurrent(q, k, v, turned or (q, k), *before)
             else:
-                out, *after = self._chunked(q, k, v, *before, seq_idx)
+                out, *after = self._chunked(q, k, v, turned, *before, seq_idx)
             if layer is not None:
                 layer.update(*after, tokens=T)
         out = out.reshape(B, T, C).to(qkv.dtype).contiguous()  # Conv1D views it
         return self.residual_dropout(self.c_proj(out)), None
 
-    def _recurrent(self, q, k, v, state, normalizer):
+    def _recurrent(self, q, k, v, turned, state, normalizer):
         """One token, (B, H, 1, D) each -> out (B, 1, H, D): update the state, read it."""
-        state = torch.addcmul(state, k.mT, v)  # (B, H, D, D)
+        state = torch.addcmul(state, turned[1].mT, v)  # (B, H, D, D)
         normalizer = normalizer + k.squeeze(2)  # (B, H, D)
-        out = divide(q @ state, q @ normalizer[..., None])  # (B, H, 1, D)
+        out = divide(turned[0] @ state, q @ normalizer[..., None])  # (B, H, 1, D)
         return out.transpose(1, 2), state, normalizer
 
-    def _chunked(self, q, k, v, state, normalizer, seq_idx=None):
+    def _chunked(self, q, k, v, turned, state, normalizer, seq_idx=None):
         """(B, H, T, D) each -> out (B, T, H, D) and the state behind the last token.
 
-        With `seq_idx` (B, T) each document starts from nothing: what it reads before a chunk is the sum over the chunks
-        of its own before it.
+        `turned` are queries and keys of the numerator, where they are others. With `seq_idx` (B, T) each document
+        starts from nothing: what it reads before a chunk is the sum over the chunks of its own before it.
         """
         B, H, T, D = q.shape
         c = self.chunk
         N = -(-T // c)  # chunks; the last one is filled up with zeros, which add nothing to a sum
-        q, k, v = (F.pad(x, (0, 0, 0, N * c - T)) if T % c else x for x in (q, k, v))
+        every = (F.pad(x, (0, 0, 0, N * c - T)) if T % c else x for x in (q, k, v, *turned))
         # Chunks first: they are summed over, and what stands before or behind them is then a slice without a copy.
-        q, k, v = (x.unflatten(2, (N, c)).permute(2, 0, 1, 3, 4).contiguous() for x in (q, k, v))  # (N, B, H, c, D)
-
+        every = (x.unflatten(2, (N, c)).permute(2, 0, 1, 3, 4).contiguous() for x in every)
+        q, k, v, *turned = every  # (N, B, H, c, D)
+        tq, tk = turned or (q, k)
+        scores = tq @ tk.mT  # (N, B, H, c, c)
+        masses = q @ k.mT if turned else scores
         if seq_idx is None:
-            states = torch.cat([state[None], k.mT @ v]).cumsum(0)  # (N+1, B, H, D, D): entry n stands before chunk n
+            states = torch.cat([state[None], tk.mT @ v]).cumsum(0)  # (N+1, B, H, D, D): entry n stands before chunk n
             normalizers = torch.cat([normalizer[None], k.sum(3)]).cumsum(0)  # (N+1, B, H, D)
-            scores = (q @ k.mT).tril()  # (N, B, H, c, c)
         else:
             same, first, last, goes_on = documents(seq_idx, N, c)
-            scores = ((q @ k.mT) * same[:, :, None]).tril()
-            late = k * last[:, :, None, :, None]  # of the document in which a chunk ends
-            goes_on = goes_on.to(k.dtype)
-            states = torch.einsum("nmb,mbhde->nbhde", goes_on, late.mT @ v)  # (N+1, B, H, D, D)
+            scores = scores * same[:, :, None]
+            masses = masses * same[:, :, None] if turned else scores
+            last, goes_on = last[:, :, None, :, None], goes_on.to(k.dtype)
+            late = k * last  # of the document in which a chunk ends
+            states = torch.einsum("nmb,mbhde->nbhde", goes_on, (tk * last if turned else late).mT @ v)
             normalizers = torch.einsum("nmb,mbhd->nbhd", goes_on, late.sum(3))  # (N+1, B, H, D)
-            q = q * first[:, :, None, :, None]  # only the document in which a chunk begins has a state before it
-        out = divide(
-            scores @ v + q @ states[:-1],
-            scores.sum(-1, keepdim=True) + q @ normalizers[:-1, ..., None],
-        )  # (N, B, H, c, D)
+            first = first[:, :, None, :, None]  # only the document in which a chunk begins has a state before it
+            q = q * first
+            tq = tq * first if turned else q
+        scores = scores.tril()
+        mass = (masses.tril() if turned else scores).sum(-1, keepdim=True)
+        out = divide(scores @ v + tq @ states[:-1], mass + q @ normalizers[:-1, ..., None])  # (N, B, H, c, D)
         out = out.permute(1, 0, 3, 2, 4).reshape(B, N * c, H, D)[:, :T]
         return out, states[-1], normalizers[-1]
 
@@ -110,14 +120,18 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return self.width * (self.head_width + 1) * max(element_bytes, 4)  # in float32 at least, at any context
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """All T x T weights φ(q_t)·φ(k_s), normalised over s ≤ t; φ written out, no state."""
         B, T, C = hidden_states.shape
         q, k, v = (x.view(B, T, self.heads, -1) for x in self.c_attn(hidden_states).split(C, dim=2))
         q, k = (x.clamp(max=0).exp() + x.relu() for x in (q, k))
         past = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
         weights = torch.einsum("bthd,bshd->bhts", q, k).where(past, 0)
-        weights = weights / weights.sum(-1, keepdim=True)
+        mass = weights.sum(-1, keepdim=True)
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
+            weights = torch.einsum("bthd,bshd->bhts", q, k).where(past, 0)
+        weights = weights / mass
         return self.c_proj(torch.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, C).contiguous())
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 ALONE = -1e5  # score of a token with itself: as transformers' Reformer has it
@@ -61,10 +62,14 @@ class Attention(nn.Module):
         self.attention_dropout = nn.Dropout(config.attn_pdrop)
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         qk, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in self.c_attn(hidden_states).split(C, dim=2))
         buckets = self.hash(qk)  # (B, H, R, T); qk, v: (B, H, T, D)
+        if position_embeddings is not None:  # behind the hash: tokens meet by content, wherever they stand
+            qk = apply_rotary_pos_emb(qk, qk, *position_embeddings)[0].type_as(v)
         if past_key_values is not None:
             qk, v, buckets = past_key_values.layers[self.layer_idx].update(qk, v, buckets)  # T -> S
         span = self.buckets + 1  # labels of a round: its buckets, and one for padding
@@ -177,7 +182,7 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return context * (2 * self.width * element_bytes + 2 * self.heads * self.n_hashes)
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """All T x T scores, and for each pair the number of rounds in which they meet: nothing is sorted."""
         B, T, C = hidden_states.shape
         qk, v = (x.view(B, T, self.heads, -1) for x in self.c_attn(hidden_states).split(C, dim=2))
@@ -188,6 +193,8 @@ class Attention(nn.Module):
         same = (bucket[:, :, :, None] == bucket[:, :, None]).movedim(-1, 2).tril()  # (B, H, R, T, T)
         since = same.flip(-1).cumsum(-1).flip(-1)  # members from this key to the query
         met = (same & (since <= self.chunk_length)).sum(2)  # (B, H, T, T)
+        if position_embeddings is not None:
+            qk, _ = apply_rotary_pos_emb(qk, qk, *position_embeddings, unsqueeze_dim=2)
         length = (qk.square().sum(-1, keepdim=True) + 1e-6 * qk.shape[-1]).sqrt()
         scores = torch.einsum("bthd,bshd->bhts", qk, qk / length)
         scores = torch.where(torch.eye(T, dtype=torch.bool, device=qk.device), ALONE, scores) + met.type_as(qk).log()

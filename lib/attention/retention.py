@@ -2,8 +2,8 @@
 
 S_t = γ_h S_{t-1} + k_t v_tᵀ, o_t = S_tᵀ q_t / √D, then a norm by head and an output gate. γ_h = 1 - 2^{-5-h} for head
 h = 0, 1, ...: half-lives of 22, 44, 88, ... tokens. The control between `linear`, which forgets nothing, and
-`gated_deltanet`, whose decay and rate of writing are learned. RetNet's rotation of q and k is left out: the model has
-positions of its own. Training goes in chunks of c tokens, decayed scores inside one and the state between them:
+`gated_deltanet`, whose decay and rate of writing are learned. RetNet's rotation of q and k is there in Llama's layers;
+GPT-2's have learned positions. Training goes in chunks of c tokens, decayed scores inside one, the state between them:
 O(T C (c + D)) time, O(T C (1 + c / D + D / c)) memory; decoding costs O(C D) a token from a cache that does not grow.
 """
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import CacheLayerMixin
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 EPSILON = 1e-6  # of the norm
@@ -40,13 +41,17 @@ class Attention(nn.Module):
         # `attn_pdrop` has nothing to act on: the weights of a query never exist, only the state does.
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         qkv, z = self.c_attn(hidden_states).split([3 * C, C], dim=2)
         # Sums over thousands of terms: in bf16 one under 1/256 of the sum would vanish.
         with torch.autocast(hidden_states.device.type, enabled=False):
             q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in at_least_fp32(qkv).split(C, dim=2))
             q = q * self.head_width**-0.5  # (B, H, T, D)
+            if position_embeddings is not None:
+                q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
             real = None if padding_mask is None else padding_mask[:, None, -T:]  # (B, 1, T)
             if real is not None:  # padding writes nothing, and nothing decays meanwhile
                 k = k.where(real[..., None], 0.0)
@@ -111,10 +116,12 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return self.width * self.head_width * max(element_bytes, 4)  # in float32 at least, at any context
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """All T x T weights γ^{t-s} q_t·k_s / √D for s ≤ t, no state; the norm and the gate written out."""
         B, T, _ = hidden_states.shape
         q, k, v, z = self.c_attn(hidden_states).view(B, T, 4, self.heads, -1).unbind(2)  # (B, T, H, D)
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         gamma = torch.tensor([1 - 2.0 ** -(5 + head) for head in range(self.heads)], dtype=torch.float64).to(q)
         distance = (torch.arange(T)[:, None] - torch.arange(T)).to(q.device)
         kept = (gamma[:, None, None] ** distance.clamp(min=0)).where(distance >= 0, 0.0)  # (H, T, T)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 
@@ -28,9 +29,11 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
-        q, k, v = self._heads(hidden_states)
+        q, k, v = self._heads(hidden_states, position_embeddings)
         if past_key_values is not None:
             k, v = past_key_values.layers[self.layer_idx].update(k, v)  # (B, H, S, D)
 
@@ -48,11 +51,14 @@ class Attention(nn.Module):
         out = out.transpose(1, 2).reshape(B, T, C)
         return self.residual_dropout(self.c_proj(out)), None
 
-    def _heads(self, hidden_states):
+    def _heads(self, hidden_states, position_embeddings=None):
         """(B, T, C) -> queries, keys and values, (B, H, T, D) each."""
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
-        return [x.view(B, T, self.heads, C // self.heads).transpose(1, 2) for x in (q, k, v)]
+        q, k, v = (x.view(B, T, self.heads, C // self.heads).transpose(1, 2) for x in (q, k, v))
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
+        return q, k, v
 
     @staticmethod
     def as_gpt2(config):
@@ -69,9 +75,9 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return 2 * self.width * context * element_bytes
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """Query by query over the keys up to it: no mask, no fused kernel."""
-        q, k, v = self._heads(hidden_states)
+        q, k, v = self._heads(hidden_states, position_embeddings)
         rows = []
         for t in range(hidden_states.shape[1]):
             scores = (q[:, :, t : t + 1] * k[:, :, : t + 1]).sum(-1) / q.shape[-1] ** 0.5  # (B, H, t+1)

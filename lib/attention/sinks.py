@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 
@@ -41,10 +42,14 @@ class Attention(nn.Module):
     def title(self):
         return f"Sinks (gpt-oss), window {self.window}" if self.window else "Sinks (gpt-oss)"
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
         q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
         real = padding_mask  # (B, S)
         if past_key_values is not None:
             layer = past_key_values.layers[self.layer_idx]
@@ -156,10 +161,12 @@ class Attention(nn.Module):
         held = min(context, self.window - 1) if self.window else context
         return 2 * self.width * held * element_bytes
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """A plain softmax over the window, and then the share that the sink leaves to it: σ(log Σ e^score - b)."""
         B, T, C = hidden_states.shape
         q, k, v = (x.view(B, T, self.heads, -1) for x in self.c_attn(hidden_states).split(C, dim=2))
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         scores = torch.einsum("bthd,bshd->bhts", q, k) / (C // self.heads) ** 0.5
         distance = torch.arange(T)[:, None] - torch.arange(T)
         unseen = (distance < 0) | (distance >= (self.window or T))

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
 
 
@@ -29,10 +30,14 @@ class Attention(nn.Module):
         self.attention_dropout = config.attn_pdrop
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
+    def forward(
+        self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
+    ):
         B, T, C = hidden_states.shape
         q, k, v = self.c_attn(hidden_states).split(C, dim=2)
         q, k, v = (x.view(B, T, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if position_embeddings is not None:
+            q, k = (x.type_as(v) for x in apply_rotary_pos_emb(q, k, *position_embeddings))
         real = None if padding_mask is None else padding_mask[:, -T:]  # (B, T)
         if past_key_values is not None:
             k, v, real = past_key_values.layers[self.layer_idx].update(k, v, real)  # (B, H, S, D), S < W + T; (B, S)
@@ -109,10 +114,12 @@ class Attention(nn.Module):
     def cache_bytes(self, context, element_bytes):
         return 2 * self.width * min(context, self.window - 1) * element_bytes
 
-    def reference(self, hidden_states):
+    def reference(self, hidden_states, position_embeddings=None):
         """All T x T scores, those outside the window set to -inf."""
         B, T, C = hidden_states.shape
         q, k, v = (x.view(B, T, self.heads, -1) for x in self.c_attn(hidden_states).split(C, dim=2))
+        if position_embeddings is not None:
+            q, k = apply_rotary_pos_emb(q, k, *position_embeddings, unsqueeze_dim=2)
         scores = torch.einsum("bthd,bshd->bhts", q, k) / (C // self.heads) ** 0.5
         distance = torch.arange(T)[:, None] - torch.arange(T)
         scores = scores.masked_fill(((distance < 0) | (distance >= self.window)).to(q.device), -torch.inf)

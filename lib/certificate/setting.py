@@ -27,6 +27,7 @@ class Setting:
     inference_contexts: tuple[int, ...] = ()
     new_tokens: int = 1
     position_embedding: str = "learned"
+    architecture: str = "gpt2"
 
     @classmethod
     def of(cls, p) -> "Setting":
@@ -43,7 +44,7 @@ class Setting:
     def config(self, vocabulary: int, dropout: float = 0.0):
         """The configuration of the run's model."""
         sizes = (self.layers, self.width, self.heads, self.positions, vocabulary, dropout)
-        return gpt2_config(*sizes, position_embedding=self.position_embedding)
+        return gpt2_config(*sizes, position_embedding=self.position_embedding, architecture=self.architecture)
 
     @property
     def rows(self) -> int:

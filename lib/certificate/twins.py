@@ -93,9 +93,12 @@ class Twins:
         return build_model(self.name, self.config(), self.seed + 1000, **self.options)
 
     def layer_of_another_seed(self, index: int) -> torch.nn.Module:
-        """One layer as its constructor leaves it, drawn otherwise than in `build`."""
-        torch.manual_seed(self.seed + 1000)
-        return attention.load(self.name)(self.config(), index, **self.options)
+        """One layer of the model as another seed builds it."""
+        return attentions(self._another)[index]
+
+    @functools.cached_property
+    def _another(self) -> torch.nn.Module:
+        return self.build_another()
 
     @functools.cached_property
     def parts(self) -> dict[str, tuple]:
@@ -171,7 +174,9 @@ def as_reference(model):
             del layer.forward
 
 
-def _reference(layer, hidden_states, *_, **__):
+def _reference(layer, hidden_states, *_, position_embeddings=None, **__):
+    if position_embeddings is not None and attention.rotates(type(layer)):
+        return layer.reference(hidden_states, position_embeddings=position_embeddings), None
     return layer.reference(hidden_states), None
 
 

@@ -17,10 +17,12 @@ __all__ = ["costs", "inference_table", "make_record", "measured", "save_model", 
 
 
 def costs(model, p) -> pd.DataFrame:
-    """What the model's attention costs on paper, beside GPT-2's own: a row per quantity, one sequence of `context`."""
+    """What the model's attention costs on paper, beside GPT-2's own, or Llama's in its layers: a row per quantity, one
+    sequence of `context`."""
     baseline = meta_model("baseline", model.config)
+    own = "Llama's own" if model.config.architecture == "llama" else "GPT-2's own"
     columns = {}
-    for name, subject in ((parameters.display_name(vars(p)), model), ("GPT-2's own", baseline)):
+    for name, subject in ((parameters.display_name(vars(p)), model), (own, baseline)):
         counted = flops.analytic(subject, p.context)
         attention_weights = sum(w.numel() for block in subject.transformer.h for w in block.attn.parameters())
         cache = sum(block.attn.cache_bytes(p.context, 2) for block in subject.transformer.h)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lib.errors import UsageError
-from lib.model import devices, gpt2_config, meta_model
+from lib.model import config_of, devices, meta_model
 
 FUSED = {  # attention kernels: how often the products of queries' width and those of values' width are made
     "_scaled_dot_product_flash_attention_for_cpu": (1, 1),  # scores; their mix of values
@@ -85,9 +85,7 @@ def step(values: dict, vocabulary: int, precision: str) -> list[Operator]:
     `values` are the parameters of train.ipynb, `precision` is bf16 or fp32. They are those of the CPU's path.
     Raises UsageError where what runs, or its shape, depends on what tensors hold: that cannot be counted beforehand.
     """
-    sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
-    embedding = {"position_embedding": values.get("position_embedding", "learned")}
-    model = meta_model(values["attention"], gpt2_config(*sizes, vocabulary, **embedding), **values["options"]).train()
+    model = meta_model(values["attention"], config_of(values, vocabulary), **values["options"]).train()
     with FakeTensorMode():
         forward_backward = _forward_backward(model, values, precision)
         trained = [weight for weight in _weights(model).values() if weight.requires_grad]

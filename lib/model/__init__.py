@@ -7,7 +7,7 @@ from transformers.utils import logging
 from lib.model.gpt2 import GPT2, VariantConfig
 from lib.model.initial import initialise
 
-__all__ = ["GPT2", "VariantConfig", "build_model", "gpt2_config", "meta_model"]
+__all__ = ["GPT2", "VariantConfig", "build_model", "config_of", "gpt2_config", "llama_config", "meta_model"]
 
 logging.disable_progress_bar()  # one widget per saved checkpoint, in the notebook's page
 
@@ -28,10 +28,10 @@ def build_model(name: str, config: GPT2Config, seed: int = 0, **options) -> "GPT
 
 def gpt2_config(
     layers: int, width: int, heads: int, positions: int, vocabulary: int, dropout: float = 0.0,
-    position_embedding: str = "learned",
+    position_embedding: str = "learned", architecture: str = "gpt2",
 ):  # fmt: skip
     """The `GPT2Config` of a size: `layers` blocks of `width` = heads x head width, `positions` learned positions, or as
-    many without an embedding ("none"), for a variant that brings its own."""
+    many without an embedding ("none"), for a variant that brings its own. `architecture`: gpt2, or llama."""
     config = GPT2Config(
         n_layer=layers, n_embd=width, n_head=heads, n_positions=positions, vocab_size=vocabulary,
         attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout, bos_token_id=None, eos_token_id=None,
@@ -39,7 +39,22 @@ def gpt2_config(
     )  # fmt: skip
     if position_embedding != "learned":
         config.position_embedding = position_embedding
+    if architecture != "gpt2":
+        config.architecture = architecture
     return config
+
+
+def llama_config(layers: int, width: int, heads: int, positions: int, vocabulary: int, **more) -> GPT2Config:
+    """The config of a model of a size with Llama's layers: RMSNorm, SwiGLU of as many weights as GPT-2's MLP, rotary
+    positions (none with `position_embedding="none"`), no biases."""
+    return gpt2_config(layers, width, heads, positions, vocabulary, **more, architecture="llama")
+
+
+def config_of(values: dict, vocabulary: int, dropout: float = 0.0) -> GPT2Config:
+    """The config of the model that a run with these parameters (of train.ipynb) trains."""
+    sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
+    layers = {name: values[name] for name in ("position_embedding", "architecture") if name in values}
+    return gpt2_config(*sizes, vocabulary, dropout, **layers)
 
 
 def meta_model(name: str, config: GPT2Config, **options) -> GPT2:

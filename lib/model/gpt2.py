@@ -8,7 +8,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import is_tracing
 
 from lib import attention
-from lib.model import caches
+from lib.model import caches, llama
 from lib.model.arguments import Unsupported, read, refuse_unknown
 from lib.model.initial import initialise
 
@@ -23,12 +23,14 @@ AttentionInterface.register("replaced", _unused)
 
 
 class VariantConfig(GPT2Config):
-    """GPT-2's config, the variant and its options. A type of its own, so that no folder loads as what it is not."""
+    """GPT-2's config with the variant, its options, and whose layers the model has. A type of its own, so that no
+    folder loads as what it is not."""
 
     model_type = "gpt2_variant"
     attention: str | None = None
     attention_options: dict | None = None
     position_embedding: str = "learned"
+    architecture: str = "gpt2"
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -91,14 +93,23 @@ class GPT2(GPT2LMHeadModel):
         config = VariantConfig.of(config, name, named_options)
         config._attn_implementation = "replaced"
         super().__init__(config)
-        if config.position_embedding == "none":
-            self.transformer.wpe = NoPositions()
-        elif config.position_embedding != "learned":
+        if config.position_embedding not in ("learned", "none"):
             raise Unsupported(f"position_embedding must be learned or none, not {config.position_embedding!r}")
+        if config.architecture not in ("gpt2", "llama"):
+            raise Unsupported(f"architecture must be gpt2 or llama, not {config.architecture!r}")
+        self._rotates = config.architecture == "llama" and config.position_embedding == "learned"
+        if self._rotates and config.n_embd // config.n_head % 2:
+            raise Unsupported("rotary positions turn pairs of numbers; give heads an even width")
+        if config.architecture == "llama" or config.position_embedding == "none":
+            self.transformer.wpe = NoPositions()
         self.loss_function = mean_loss
         variant = attention.load(name)
         for layer, block in enumerate(self.transformer.h):
             block.attn = variant(config, layer, **config.attention_options)
+        if config.architecture == "llama":
+            llama.exchange(self.transformer, config)
+            for block in self.transformer.h:
+                block.mlp.apply(self._init_weights)
         layers = self._new_layers()
         self._layer_kinds = [type(layer).__name__ for layer in layers]
         self._is_stateful = not all(layer.is_croppable for layer in layers)  # transformers then refuses to draft
@@ -207,6 +218,12 @@ class GPT2(GPT2LMHeadModel):
         padding_mask = self._padding(tokens.padding_mask, past_key_values)
         if isinstance(past_key_values, caches.VariantCache) and not self._keeps_every_key:
             past_key_values.note(padding_mask, shape, past)
+        if self._rotates:
+            positions = tokens.position_ids
+            if positions is None:
+                positions = torch.arange(past, past + shape[1], device=self.transformer.wte.weight.device)[None]
+            like = self.transformer.wte.weight if inputs_embeds is None else inputs_embeds
+            kwargs["position_embeddings"] = llama.rotary(positions, self.config.n_embd // self.config.n_head, like)
         offloading = getattr(past_key_values, "offloading", False)
         with caches.offloaded(past_key_values, self.transformer.h) if offloading else contextlib.nullcontext():
             return super().forward(

@@ -17,6 +17,7 @@ SCHEMA_VERSION = 2
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 POSITION_EMBEDDINGS = ("learned", "none")
+ARCHITECTURES = ("gpt2", "llama")
 
 REASONS = {
     "no_gpu": "the run used no GPU",
@@ -181,6 +182,7 @@ class Parameters(TypedDict, total=False):
     inference_window_s: _limited("inference_window_s", float)
     phase_steps: _limited("phase_steps")
     position_embedding: Literal[POSITION_EMBEDDINGS]
+    architecture: Literal[ARCHITECTURES]
     save_model: Text
     inference_contexts: Annotated[list[Annotated[int, Field(ge=1, le=2**27)]], Field(max_length=MOST_CONTEXTS)]
 

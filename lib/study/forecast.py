@@ -91,12 +91,9 @@ def expect(values: dict, records: list[record.Record]) -> Expected | None:
 
 
 def _meta_model(values: dict, vocabulary: int):
-    from lib.model import gpt2_config, meta_model
+    from lib.model import config_of, meta_model
 
-    sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
-    embedding = values.get("position_embedding", "learned")
-    config = gpt2_config(*sizes, vocabulary, position_embedding=embedding)
-    return meta_model(values["attention"], config, **values["options"])
+    return meta_model(values["attention"], config_of(values, vocabulary), **values["options"])
 
 
 def _forward_flops(values: dict, vocabulary: int) -> float:

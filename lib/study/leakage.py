@@ -53,9 +53,7 @@ def prefix_losses(profile: str, labels: Iterable[str], rows: int = 64) -> pd.Dat
             raise UsageError(f"{profile} has no run {label!r}; it has: {', '.join(planned)}")
         p = SimpleNamespace(**planned[label]["values"])
         data = corpus.load(p)
-        config = model.gpt2_config(
-            p.layers, p.width, p.heads, p.positions, data.vocabulary, p.dropout, p.position_embedding
-        )
+        config = model.config_of(vars(p), data.vocabulary, p.dropout)
         trainer = training.Trainer(model.build_model(p.attention, config, p.seed, **p.options), data, p)
         trainer.run()
         which = np.arange(min(rows, len(data.validation)))
