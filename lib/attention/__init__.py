@@ -33,6 +33,7 @@ give: (cos, sin), (B or 1, T, D) each, or None; its `reference` then takes it to
 | `needs_no_positions` | True: it knows the order of tokens by itself. Llama's layers take no variant without any of \
 the three |
 | `causal` | False: a later token moves an earlier output, so that padding behind all tokens comes in `padding_mask` |
+| `by_content` | True: which keys a query sees is in the data, so that `core_flops` can only be right on average |
 | `title` | what figures and tables call it, with the option that matters: "Window 128"; without one the file's name |
 | `own_initialisation` | True: all weights stay as the constructor leaves them |
 | `as_gpt2(config)` | a static method: options with which it is GPT-2's own attention, with weights of the same names, \

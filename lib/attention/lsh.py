@@ -26,6 +26,7 @@ LOG2_E = math.log2(math.e)
 
 class Attention(nn.Module):
     title = "LSH (Reformer)"
+    by_content = True
     paper = "Kitaev et al. 2020, Reformer, section 2 (arXiv 2001.04451), with causal chunk boundaries"
 
     def __init__(self, config, layer_idx, n_hashes=4, chunk_length=64, buckets=None, chunk_boundaries="causal"):

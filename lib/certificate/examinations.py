@@ -724,7 +724,8 @@ def _seen_and_counted(twins: Twins, layer, where: str):
         in_one_piece &= bool(mine[t + 1 - int(mine.sum()) :].all())
     pairs, share = seen / (n * ASKED), _ratio(layer.core_flops(n), layer.core_flops(n, dense=True))
     yield within("core_flops", f"{where}: causal share of the scores over that seen", share / pairs, SHARES_APART)
-    bound = SHARES_APART if in_one_piece else SCATTERED  # of a hash: the formula takes buckets to be even
+    by_content = getattr(layer, "by_content", False) or not in_one_piece  # then the formula takes an even spread
+    bound = SCATTERED if by_content else SHARES_APART
     yield within("core_flops", f"{where}: share seen over the causal one", _ratio(pairs, share), bound)
 
 
