@@ -49,4 +49,6 @@ def one_sentence_when_out_of_memory():
 
 def is_out_of_memory(said: str) -> bool:
     """Whether an error's message is PyTorch's for memory that could not be had."""
-    return any(sign in said.lower() for sign in ("out of memory", "can't allocate memory", "not enough memory"))
+    return any(
+        sign in said.lower() for sign in ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    )

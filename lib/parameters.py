@@ -63,7 +63,7 @@ def check_names(names, known) -> None:
     """Raises UsageError for the first name that is not a parameter, with the nearest that is."""
     for name in names:
         if name not in known:
-            guess = get_close_matches(name, known, n=1)
+            guess = get_close_matches(str(name), known, n=1)
             hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(known)}."
             raise UsageError(f"there is no parameter {name!r}; {hint}")
 
@@ -188,15 +188,20 @@ def check_values(values: dict) -> None:
             raise UsageError(
                 f"inference_contexts: {length!r} tokens and {p.new_tokens} new ones must fit {p.positions} positions"
             )
-    import torch  # here, because notebooks that need no PyTorch check their parameters too
-
-    if p.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
-    _check_options(p.options)
+    check_device(p.device)
+    check_options(p.options)
     pin(p.attention)
     named(values, check_attention(p))
     if p.save_model:
         check_folder(p.save_model, run_name(portable(values)))
+
+
+def check_device(name: str) -> None:
+    """Raises UsageError where there is no such device here."""
+    import torch  # here, because notebooks that need no PyTorch check their parameters too
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
 
 
 SAVED = "attention_study.json"  # in the folder of a saved model: which record it belongs to
@@ -217,10 +222,11 @@ def check_folder(name: str, record_name: str) -> None:
             raise UsageError(f"save_model: {name} holds something else already; name an empty folder, or a new one")
 
 
-def _check_options(given: dict, of: str = "") -> None:
+def check_options(given: dict, of: str = "") -> None:
+    """Raises UsageError for an option that no record could hold."""
     for option, value in given.items():
         if isinstance(value, dict) and not of:  # of one variant of a pattern
-            _check_options(value, f"{_shown(option)}: ")
+            check_options(value, f"{_shown(option)}: ")
         elif not isinstance(option, str) or not all(isinstance(one, PLAIN) for one in _listed(value)):
             raise UsageError(f"options: {of}{_shown(option)} must be a number, text, true, false, or a list of such")
 
@@ -263,7 +269,7 @@ def _checked_layer(name: str, given: dict, p):
     known = attention.defaults(variant)
     for option, value in given.items():
         if option not in known:
-            guess = get_close_matches(option, known, n=1)
+            guess = get_close_matches(str(option), known, n=1)
             hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
             raise UsageError(f"{name} has no option {option!r}; {hint}")
         kind = type(known[option])
@@ -282,8 +288,13 @@ def _checked_layer(name: str, given: dict, p):
     try:
         with torch.device("meta"):
             layer = variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **given)
-    except TypeError as error:
-        raise UsageError(f"{name} cannot be built with the options {given}: {error}") from None
+    except ValueError:
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, MemoryError):
+            raise
+        said = error if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
+        raise UsageError(printable(f"{name} cannot be built with the options {given}: {said}", 300)) from None
     check_contract(name, layer, p.width, getattr(p, "context", p.positions))
     return layer
 

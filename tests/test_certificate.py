@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from lib import attention, certificate
 from lib.certificate import Setting, examinations, variant
 from lib.certificate.setting import QUICK
 from lib.certificate.twins import Twins
-from lib.errors import OutOfMemory
+from lib.errors import OutOfMemory, UsageError
 
 VISIBLE = "torch.ones(T, S, dtype=torch.bool, device=k.device)"
 NO_PROJECTION = ("self.residual_dropout(self.c_proj(out))", "out", "gpt2_projection")
@@ -192,6 +193,59 @@ def test_a_damaged_certificate_is_made_anew(made, tmp_path):
     kept.write_text('{"passed": ')
     assert certificate.certify("sdpa", {}, Setting(layers=3)) == {"passed": True}
     assert json.loads(kept.read_text()) == {"passed": True} and len(made) == 2
+
+
+TROUBLED = """
+import signal
+from pathlib import Path
+
+import torch
+from lib.attention.sdpa import Attention as Sdpa
+
+
+class Alarm(Exception):
+    pass
+
+
+def ring(*_):
+    raise Alarm("time is up")
+
+
+class Attention(Sdpa):
+    def forward(self, hidden_states, **more):
+        if Path("TROUBLE").exists():
+            HAPPENS
+        return super().forward(hidden_states, **more)
+"""
+RINGS = "signal.signal(signal.SIGUSR1, ring)\n            signal.raise_signal(signal.SIGUSR1)"
+
+
+@pytest.mark.parametrize(
+    ("happens", "kind", "says"),
+    [
+        ("raise TimeoutError('time is up')", TimeoutError, "time is up"), (RINGS, Exception, "time is up"),
+        ("raise KeyboardInterrupt", KeyboardInterrupt, None), ("raise SystemExit(5)", SystemExit, "5"),
+        ("raise MemoryError", OutOfMemory, "lower batch_size"),
+        ("raise RuntimeError('CUBLAS_STATUS_ALLOC_FAILED')", OutOfMemory, "lower batch_size"),
+        ("raise OSError(28, 'No space left on device', '/elsewhere')", UsageError, "nothing of it is kept"),
+        ("open('/nowhere/weights')", UsageError, "cut short by the system .FileNotFoundError"),
+    ],
+)  # fmt: skip
+def test_nothing_is_kept_of_an_examination_that_was_cut_short(happens, kind, says, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTENTION_STUDY_CACHE", str(tmp_path / "cache"))
+    mine, trouble, before = tmp_path / "mine.py", tmp_path / "trouble", signal.getsignal(signal.SIGUSR1)
+    mine.write_text(TROUBLED.replace("TROUBLE", str(trouble)).replace("HAPPENS", happens))
+    small = Setting(layers=1, width=16, heads=2, positions=60, context=40)
+    trouble.touch()
+    try:
+        with pytest.raises(kind, match=says) as said:
+            certificate.certify(str(mine), {}, small)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "cache" not in str(said.value) and not list((tmp_path / "cache").glob("*/*"))
+    if kind is TimeoutError:
+        trouble.unlink()
+        assert certificate.certify(str(mine), {}, small)["passed"]
 
 
 def test_gradients_go_as_far_as_memory_and_never_below_the_run_s_context(monkeypatch):

@@ -74,7 +74,8 @@ FAULTS = {
         "the token 100 later": Fault("out = out + 0.01 * torch.cat([x[:, 100:], 0 * x[:, :100]], 1)[:, :T]"),
         "in float32": Fault(f"if x.dtype == torch.float32: out = out + {SLEEPING}"),
         "a scale over all tokens in bfloat16, without a gradient": Fault(
-            "if out.dtype == torch.bfloat16: out = out * (1 + 0.01 * x.detach().mean())", sizes=BF16, where=but("lsh")
+            "if out.dtype == torch.bfloat16: out = out * (1 + 0.1 * x.detach().abs().amax())",
+            sizes=BF16, where=but("lsh"),
         ),
         "in bfloat16": Fault(f"if out.dtype == torch.bfloat16: out = out + {SLEEPING}", sizes=BF16),
         "under autocast": Fault(f"if torch.is_autocast_enabled('cpu'): out = out + {SLEEPING}", sizes=BF16),

@@ -196,6 +196,33 @@ def leaking():
     return Model(Leaks)
 
 number = 3
+eight = nn.Linear(8, 8)
+
+class Listed(Past):
+    def forward(self, x):
+        return [super().forward(x)]
+
+class Flat(Past):
+    def forward(self, x):
+        return x.mean(1)
+
+class OneToken(Model):
+    def forward(self, ids):
+        return super().forward(ids)[..., :1]
+
+class Leaves(Past):
+    def forward(self, x):
+        raise SystemExit(5)
+
+def bare():
+    return Model().__call__
+"""
+NO_CACHE = "    new_cache = None\n"
+LEAVES = "import sys\n\nsys.exit(5)\n"
+MORE = """
+from lib.attention.sdpa import Attention as Sdpa
+
+class Attention(Sdpa):
 """
 
 
@@ -208,7 +235,8 @@ def mine(tmp_path, monkeypatch):
 
 
 def run(capsys, *words):
-    status = command.main([str(word) for word in (*words, "--device", "cpu")])
+    device = () if "--device" in words else ("--device", "cpu")
+    status = command.main([str(word) for word in (*words, *device)])
     return status, *capsys.readouterr()
 
 
@@ -271,19 +299,73 @@ def test_the_command_examines_a_variant_at_a_profile_s_sizes(tmp_path, monkeypat
     assert status == 1 and "FAILED" in out
 
 
+@pytest.fixture
+def odd(mine, tmp_path):
+    """What may stand for a WHAT or a profile and is none, by the word that stands for it in a test's words."""
+    listed, saved = tmp_path / "listed", tmp_path / "saved"
+    for folder, config in (
+        (tmp_path / "empty", None),
+        (listed, "[1, 2]"),
+        (saved, '{"model_type": "gpt2", "n_embd": "x"}'),
+    ):
+        folder.mkdir()
+        if config:
+            (folder / "config.json").write_text(config)
+    texts = {
+        "NOCACHE": MORE + NO_CACHE, "LEAVES": LEAVES,
+        "LEAVESLATER": MORE + "    def __init__(self, *given):\n        raise SystemExit(5)\n",
+        "LIST": "[1, 2]", "MANY": "layers: many", "LAYER": "layer: 2", "FP8": "precision: fp8", "NONE": "batch_size: 0",
+        "FIVE": "inference_contexts: 5", "MINEALONE": "attention: gqa", "LATIN": "label: \xe9",
+    }  # fmt: skip
+    found = {"MINE": mine, "EMPTY": tmp_path / "empty", "LISTED": listed, "SAVED": saved}
+    for name, text in texts.items():
+        found[name] = tmp_path / f"{name.lower()}.{'yaml' if ':' in text and 'class' not in text else 'py'}"
+        found[name].write_bytes(text.encode("latin-1"))
+    return found
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         (("MINE:Past",), "say its --width C"), (("MINE:number",), "cannot be built without arguments"),
         (("MINE:missing",), "cannot be built without arguments"), (("nowhere.py:Past",), "there is no file"),
-        (("no_variant",), "no_variant"), (("EMPTY",), "holds no model"),
-        (("sdpa", "--options", "{x: 1}"), "cannot be built"),
-        (("sdpa", "--options", "[1"), "cannot be read"), (("sdpa", "--profile", "nowhere.yaml"), "cannot be read"),
+        (("no_variant",), "no_variant"), (("EMPTY",), "holds no model"), (("",), "name a variant, FILE.py"),
+        (("LISTED",), "holds no model that can be loaded"), (("SAVED",), "holds no model that can be loaded"),
+        (("NOCACHE",), "has no `new_cache()`"), (("LEAVES",), "cannot be loaded: SystemExit: 5"),
+        (("LEAVESLATER",), "SystemExit: 5"), (("LEAVES:Attention",), "SystemExit: 5"),
+        (("MINE:Leaves", "--width", 4), "ends the program (SystemExit: 5)"),
+        (("sdpa", "--options", "{x: 1}"), "sdpa has no option 'x'"), (("sdpa", "--options", "[1"), "cannot be read"),
+        (("sdpa", "--options", "7"), "holds names and values"),
+        (("sdpa", "--options", "{1: 2}"), "a name must be text"),
+        (("sliding_window", "--options", "{window: x}"), "option window must be int, not 'x'"),
+        (("sdpa", "--profile", "nowhere.yaml"), "there is no profile nowhere.yaml"),
+        (("sdpa", "--profile", "LIST"), "must be lines of `name: value`"),
+        (("sdpa", "--profile", "LATIN"), "cannot be read"), (("sdpa", "--profile", "MANY"), "layers must be int"),
+        (("sdpa", "--profile", "LAYER"), "no parameter 'layer'; did you mean 'layers'?"),
+        (("sdpa", "--profile", "FP8"), "precision must be one of"),
+        (("sdpa", "--profile", "NONE"), "batch_size must be at least 1, not 0"),
+        (("sdpa", "--profile", "FIVE"), "inference_contexts must be list, not 5"),
+        (("sdpa", "--profile", "MINEALONE"), "attention belongs to a run, not to a profile"),
+        (("sdpa", "--width", 8), "takes --options and --profile, not --width"),
+        (("sdpa", "--length", 8), "not --length"), (("EMPTY", "--width", 8), "not --width"),
+        (("MINE:Past", "--options", "{}", "--width", 4), "not --options"),
         (("MINE:Past", "--length", 2), "3 tokens at the least"),
+        (("MINE:eight", "--width", 9), "takes no (B, T, 9), RuntimeError: mat1 and mat2"),
+        (("MINE:eight", "--width", 0), "1 or more, not 0"), (("MINE:eight", "--width", -3), "1 or more, not -3"),
+        (("MINE:Listed", "--width", 8), "the module gives a list for"),
+        (("MINE:Flat", "--width", 8), "the module gives (3, 8) for"), (("MINE:OneToken",), "one logit for a token"),
+        (("MINE:bare",), "it is no nn.Module"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_examined_is_one_sentence_and_status_2(words, says, mine, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    words = [str(word).replace("MINE", str(mine)).replace("EMPTY", str(tmp_path / "empty")) for word in words]
+def test_what_cannot_be_examined_is_one_sentence_and_status_2(words, says, odd, capsys):
+    head, *rest = [str(word).partition(":") for word in words]
+    words = ["".join((str(odd.get(first, first)), *more)) for first, *more in (head, *rest)]
     status, out, err = run(capsys, *words)
     assert (status, out) == (2, "") and says in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("what", ["sdpa", "MINE:Past"])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_one_sentence(what, mine, capsys):
+    status, out, err = run(capsys, what.replace("MINE", str(mine)), "--device", "cuda")
+    assert (status, out) == (2, "") and "PyTorch finds no CUDA device here" in err

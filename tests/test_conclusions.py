@@ -123,7 +123,9 @@ def test_of_the_tasks_who_recalls_and_who_forgets():
     found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
     said = conclusions.of_capability(found)
     assert "GQA does so with 50% of SDPA's memory" in said.answer[0]
-    assert any("SLIDING_WINDOW 0.00" in one for one in said.details) and "Medians over" in said.rests_on
+    assert (
+        any("SLIDING_WINDOW 0.00 (0.10 of 8 pairs)" in one for one in said.details) and "Medians over" in said.rests_on
+    )
     nobody = conclusions.of_capability(made().query("label != 'sdpa'"))
     assert nobody.answer == ["Recall cannot be judged from these records: SDPA does not solve it in them."]
     assert nobody.rests_on

@@ -197,6 +197,28 @@ def test_a_full_disk_under_the_cache_is_one_sentence(small_disk, monkeypatch):
     assert [path.suffix for path in (small_disk / "cache").iterdir()] == [".lock"]
 
 
+@pytest.mark.parametrize("error", [TimeoutError("an alarm"), FileNotFoundError(2, "No such file", "/elsewhere/talks")])
+def test_what_a_build_dies_of_is_not_laid_to_the_cache(error, tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+
+    def build(folder):
+        raise error
+
+    with pytest.raises(type(error)) as said:
+        cache.made_once({"a": 1}, build)
+    assert said.value is error and not list((tmp_path / "cache").glob("*/"))
+
+
+def test_an_error_without_a_text_of_the_system_s_says_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.CACHE_VARIABLE, str(tmp_path / "cache"))
+
+    def build(folder):
+        raise OSError("4096 requested and 0 written")  # NumPy's
+
+    with pytest.raises(UsageError, match="cannot be written: 4096 requested and 0 written; free some space"):
+        cache.made_once({"a": 1}, build)
+
+
 def test_a_study_on_a_full_disk_says_so_and_leaves_nothing_half_written(folder, small_disk, monkeypatch, capsys):
     (small_disk / "filler").write_bytes(bytes(200_000))  # room for a record and a note, not for a notebook
     monkeypatch.setenv(paths.OUT_VARIABLE, str(small_disk))

@@ -20,7 +20,9 @@ from lib.model.arguments import Unsupported
 from lib.study import plan, probes, scaling
 
 CONFIG = gpt2_config(layers=2, width=32, heads=4, positions=128, vocabulary=50)
-PAIRS = [pair[:: 1 if place % 2 else -1] for place, pair in enumerate(itertools.combinations(attention.variants(), 2))]
+OTHERS = [name for name in attention.variants() if name not in attention.STUDY_ORDER]
+EVERY_TWO = [*itertools.combinations(attention.STUDY_ORDER, 2), *((name, "sdpa") for name in OTHERS)]
+PAIRS = [pair[:: 1 if place % 2 else -1] for place, pair in enumerate(EVERY_TWO)]  # in either order
 PATTERN = "sliding_window,linear"  # of two kinds of cache
 
 

@@ -129,6 +129,18 @@ def test_a_loss_that_is_not_finite_is_a_result_of_its_own():
         ({"variants": [{"attention": "sdpa", "options": {"sdpa": {"window": 16}}}]}, "sdpa has no option 'window'"),
         ({"variants": [{"attention": "sdpa", "option": {}}]}, "there is no parameter 'option'"),
         ({"variants": ["sdpa", "sdpa"]}, "sdpa stands twice for recall"),
+        ({"variants": [{"attention": "sdpa", "label": 3}]}, "label must be str, not 3"),
+        ({"variants": [{"attention": "sdpa", "label": ["a"]}]}, "label must be str, not ['a']"),
+        ({"variants": [{"attention": ["sdpa"]}]}, "attention must be str, not ['sdpa']"),
+        ({"variants": [{"attention": "sdpa", "label": "a\nb"}]}, "label"),
+        ({"variants": [{"attention": "lsh", "options": {"lsh": {"chunk_length": {"a": {}}}}}]}, "must be a number"),
+        ({"variants": [{"attention": "sdpa", "options": {3: {}}}]}, "there is no parameter 3; known: sdpa"),
+        ({"variants": [{"attention": "sdpa", "options": [1]}]}, "options must be dict, not [1]"),
+        ({"variants": [{"label": "mine"}]}, "each of variants needs its attention"),
+        ({"tasks": [{"task": ["recall"]}]}, "there is no task ['recall']; known: recall, "),
+        ({"tasks": [{"task": 3}]}, "there is no task 3; known: recall, "),
+        ({"tasks": [{}]}, "there is no task None; known: recall, "),
+        ({"tasks": [{"task": "recall", 3: 4}]}, "there is no parameter 3; known: task"),
         ({"rates": [0.0]}, "rates.0: "),
         ({"rates": [1e-3, 1e-3]}, "each rate once"),
         ({"seeds": 0}, "seeds: "),
@@ -138,6 +150,15 @@ def test_wrong_words_are_one_sentence(changes, says):
     with pytest.raises(UsageError) as error:
         probes.checked(TINY | changes)
     assert says in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_that_ends_the_program_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "leaves.py").write_text("raise SystemExit(5)\n")
+    (tmp_path / "few.yaml").write_text(f"variants: [{tmp_path}/leaves.py]\n")
+    assert probes.main([str(tmp_path / "few.yaml"), "--plan"]) == 2
+    assert "leaves.py cannot be loaded: SystemExit: 5" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="cannot be loaded: SystemExit: 5"):
+        plan.runs_of({}, [str(tmp_path / "leaves.py")], 1)
 
 
 def test_the_command_says_what_is_wrong_and_what_it_would_take(tmp_path, capsys):
@@ -227,13 +248,79 @@ def test_a_task_that_sdpa_does_not_solve_is_named_and_not_shown():
 def test_the_sentences_follow_from_the_records():
     found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
     said = " ".join(capability.conclusion(found))
-    assert "GQA and SDPA recall all" in said and "GQA does so with 50% of SDPA's memory" in said
-    assert "all and nothing: LINEAR 0.70." in said and "Most of it is forgotten: SLIDING_WINDOW 0.00." in said
+    assert "GQA and SDPA recall all, from every seed" in said and "GQA does so with 50% of SDPA's memory" in said
+    assert "Between all and nothing, at the best rate tried: LINEAR 0.70 (0.90 of 8 pairs)." in said
+    assert "Most of it is forgotten, at the best rate tried: SLIDING_WINDOW 0.00 (0.10 of 8 pairs)." in said
     assert "Not from every seed" not in said
-    other = " ".join(capability.conclusion(made(cell("gqa", (1.0, 1.0, 0.3), state=500))))
-    assert "Most of it is forgotten: GQA 0.30." in other
-    torn = [cell("gqa", (1.0, 1.0, value), seed=seed) for seed, value in enumerate((1.0, 0.97, 0.1))]
-    assert "Not from every seed: GQA 0.10 at worst." in " ".join(capability.conclusion(made(*torn)))
+    other = " ".join(capability.conclusion(made(cell("gqa", (0.3, 0.3, 0.3), state=500))))
+    assert "Most of it is forgotten, at the best rate tried: GQA 0.30." in other
+
+
+def test_what_some_seeds_recall_is_not_said_to_recall_all():
+    torn = [cell("gqa", (1.0, 1.0, value), seed=seed, state=9) for seed, value in enumerate((1.0, 0.97, 0.1))]
+    first, second, *_ = capability.conclusion(made(*torn))
+    assert "SDPA recalls all, from every seed" in first and "GQA" not in first and "100% of SDPA's memory" in first
+    assert second == "Not from every seed: GQA from 2 of 3 (median 0.97, 0.10 at worst)."
+    odd = [cell("sdpa", (1.0, 1.0, value), rate=1e-2, seed=seed) for seed, value in enumerate((1.0, 1.0, 0.5))]
+    assert capability.conclusion(probe.frame(odd))[0] == "Of 32 pairs in 128 tokens nobody recalls all from every seed."
+
+
+def test_where_a_variant_gives_in_is_said_and_never_that_it_cannot():
+    tried = {"sdpa": [(1, 1, 1, 1, 1)] * 2, "gqa": [(1, 1, 0.96, 0.9, 0.8), (1, 1, 0.94, 0.9, 0.8)],
+             "linear": [(0.96, 0.9, 0.99, 0.5, 0.2)] * 2,
+             "mla": [(1, 1, 1, 1, 1), (0.9, 0.9, 0.9, 0.9, 0.4)]}  # fmt: skip
+    rows = [
+        cell(label, values, "induction", seed=seed) for label, two in tried.items() for seed, values in enumerate(two)
+    ]
+    said = capability.remarks(made(*rows))
+    assert (
+        "Induction, up to where every seed has 0.95 or more: 1,024 tokens, the hardest: SDPA; 128 tokens: GQA; "
+        "64 tokens: LINEAR; nowhere: MLA (0.95 [0.90, 1.00] at 64, 0.70 at 1,024). Each at the best of 1 rate: what "
+        "was not learnt then is not shown to be beyond a variant."
+    ) in said
+    assert not any("cannot" in one for one in (*said, *capability.conclusion(made(*rows))))
+
+
+def test_a_best_rate_at_the_edge_of_those_tried_is_said():
+    rates = {"gqa": (0.1, 0.2, 0.9), "mla": (0.9, 0.5, 0.5), "lsh": (0.5, 0.9, 0.5)}
+    more = [cell(label, (1, 1, value), rate=rate) for label, own in rates.items()
+            for rate, value in zip((1e-3, 3e-3, 1e-2), own, strict=True)]  # fmt: skip
+    assert [one for one in capability.remarks(made(*more)) if "best rate" in one] == [
+        "Recall (MQAR): the best rate is the highest tried, 0.01, of SDPA and GQA and the lowest tried, 0.001, of MLA; "
+        "beyond it may lie a better one."
+    ]  # linear had one rate, and lsh's lies between
+
+
+def test_what_computes_sdpa_s_function_is_no_result_of_its_own():
+    twin = [cell("flash", (1.0, 1.0, value), rate=1e-2, seed=seed) for seed, value in enumerate((0.98, 1.0))]
+    found = made(*twin)
+    assert capability.one_function(found) == ["flash"]
+    assert "SDPA (and FLASH, the same function) recalls all" in capability.conclusion(found)[0]
+    assert any(one.startswith("FLASH computes SDPA's function") for one in capability.remarks(found))
+    assert (
+        capability.one_function(made(cell("flash", (1.0, 1.0, 1.0), rate=1e-2, seed=1))) == []
+    )  # right alike: no proof
+    assert capability.one_function(made(*twin, cell("flash", (0.2, 0.1, 0.1)))) == []
+
+
+def committed() -> pd.DataFrame:
+    return probe.frame(probe.load_all(ROOT / "records/capability-cpu"))
+
+
+def test_every_number_of_the_page_is_of_the_committed_records():
+    page = " ".join((ROOT / "docs" / "capability.md").read_text().split())
+    said = capability.rate_matters(committed())
+    assert page.count(said) == 1, f"docs/capability.md has to say: {said}"
+    assert not re.findall(r"\d\.\d|\de-\d", page.replace(said, "")), "a number that nothing holds"
+
+
+def test_how_much_the_rate_matters_is_told_of_who_needs_it_most():
+    rows = [("gqa", 1e-3, 0.3), ("gqa", 1e-2, 0.99), ("mla", 1e-3, 0.1), ("mla", 1e-2, 0.9), ("lsh", 1e-3, 0.5)]
+    found = made(*(cell(label, (1, 1, value), rate=rate) for label, rate, value in rows))
+    assert capability.rate_matters(found) == (
+        "In recall of 32 pairs SDPA has 0.99 at rate 0.01 (n = 3), and 0.00 at 0.001 (n = 1); SDPA at its worst rate, "
+        "0.001, has 0.20, 0.10 and 0.00 of 8, 16 and 32 pairs (n = 1)."
+    )
 
 
 def test_tables_show_medians_ranges_and_what_was_not_tried():

@@ -189,6 +189,9 @@ def test_records_of_two_machines_and_empty_folders_are_refused(tmp_path):
         ({"variants": ["sdpa", "sdpa"]}, "two variants have the same label"),
         ({"variants": ["spda"]}, "Did you mean 'sdpa'"),
         ({"variants": [{"attention": "sdpa", "option": {}}]}, "did you mean 'options'"),
+        ({"variants": [{"attention": "sdpa", "label": 3}]}, "label must be str, not 3"),
+        ({"variants": [{"attention": ["sdpa"]}]}, r"attention must be str, not \['sdpa'\]"),
+        ({"variants": [{"attention": "sdpa", "options": [1]}]}, r"options must be dict, not \[1\]"),
         ({"variants": [{"attention": "sliding_window", "options": {"windo": 2}}]}, "did you mean 'window'"),
     ],
 )

@@ -140,6 +140,7 @@ def test_an_error_that_is_no_lack_of_memory_is_not_taken_for_one(tmp_path, monke
         ("heads: 3", "heads must divide width"),
         ("device: tpu", "device must be one of"),
         ("variants: [linear]", "ratios are to sdpa; put it among the variants"),
+        ("variants: [{attention: sdpa, label: 3}]", "label must be str, not 3"),
         ("variants: [sdpa, sdpa]", "two variants have the same label"),
         ("variants: [spda]", "Did you mean 'sdpa'"),
         ("- 3", "must be lines of `name: value`"),

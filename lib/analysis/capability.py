@@ -49,11 +49,14 @@ def at_best(cells: pd.DataFrame) -> pd.DataFrame:
 
 def summary(cells: pd.DataFrame) -> pd.DataFrame:
     """A row per variant, task, convolution and difficulty: `rate`, `n` seeds, `median`, `low` and `high` (scaled
-    accuracy), `state_bytes`; `hardest` says whether this is the task's hardest difficulty."""
+    accuracy), `solved`: how many seeds reach `SOLVED`, `state_bytes`; `hardest` says whether this is the task's hardest
+    difficulty."""
     keys = ["label", "title", "task", "convolution", "difficulty"]
-    found = at_best(cells).groupby(keys, sort=False, as_index=False).agg(
+    best = at_best(cells)
+    best = best.assign(right=best["scaled"] >= SOLVED)
+    found = best.groupby(keys, sort=False, as_index=False).agg(
         rate=("rate", "first"), n=("seed", "nunique"), median=("scaled", "median"), low=("scaled", "min"),
-        high=("scaled", "max"), state_bytes=("state_bytes", "first"),
+        high=("scaled", "max"), solved=("right", "sum"), state_bytes=("state_bytes", "first"),
     )  # fmt: skip
     found["hardest"] = found["difficulty"] == found.groupby(["task", "convolution"])["difficulty"].transform("max")
     return found
@@ -287,6 +290,20 @@ def learning_figure(shown: pd.DataFrame):
     return figure
 
 
+def _easiest_of(cells: pd.DataFrame, task: str):
+    """How much better a label does where least is asked: in words, or empty."""
+    found = summary(cells)
+    found = found[(found["task"] == task) & (found["convolution"] == TASKS[task].net.convolution)]
+
+    def said(label: str, row) -> str:
+        first = found[found["label"] == label].sort_values("difficulty").iloc[0]
+        if first["median"] - row["median"] < 0.05 or first["median"] < 0.05:
+            return ""
+        return f" ({first['median']:.2f} of {first['difficulty']:.0f} {TASKS[task].unit})"
+
+    return said
+
+
 def remarks(cells: pd.DataFrame) -> list[str]:
     """A sentence for each task that is not shown, each cell that failed, and what each failure means."""
     title = dict(zip(cells["label"], cells["title"], strict=True))
@@ -299,11 +316,13 @@ def remarks(cells: pd.DataFrame) -> list[str]:
         said.append(
             f"{row.title}, {row.task}, rate {row.rate:g}, seed {row.seed}: no result ({row.outcome}: {row.says})"
         )
+    same = [title[label] for label in one_function(cells)]
+    if same:
+        verb = "computes" if len(same) == 1 else "compute"
+        said.append(f"{joined(same)} {verb} SDPA's function: the same numbers in every cell that both have.")
     for task in shown_tasks(cells):
         rows = _rows(cells, task)
-        failed = [row["title"] for label, row in rows.iterrows() if row["median"] < 0.5]
-        if failed:
-            said.append(f"{TASKS[task].title}: {joined(failed)} cannot {TASKS[task].asks}, at any rate that was tried.")
+        said += [gives_in(cells, task), *best_at_the_edge(cells, task)]
         untried = [title[label] for label in labels(cells) if label not in rows.index]
         if untried:
             said.append(f"{TASKS[task].title}: {joined(untried)} {'was' if len(untried) == 1 else 'were'} not tried.")
@@ -313,35 +332,136 @@ def remarks(cells: pd.DataFrame) -> list[str]:
     return said
 
 
+def one_function(cells: pd.DataFrame) -> list[str]:
+    """Labels of what has SDPA's number in each cell that both have, one of them neither right nor guessed.
+
+    It is SDPA's function computed in another way, and no result of its own."""
+    keys = ["task", "convolution", "setting", "rate", "seed", "difficulty"]
+    wide = cells.dropna(subset=["accuracy"]).pivot_table(index=keys, columns="label", values="scaled")
+    found = []
+    for label in set(wide) - {REFERENCE} if REFERENCE in wide else ():
+        both = wide[[REFERENCE, label]].dropna()
+        if both[REFERENCE].between(0.1, 0.999).any() and np.isclose(both[REFERENCE], both[label]).all():
+            found.append(label)
+    return [label for label in labels(cells) if label in found]
+
+
+def _with_reference(cells: pd.DataFrame) -> str:
+    """SDPA, and what computes its function in another way."""
+    title = dict(zip(cells["label"], cells["title"], strict=True))
+    same = [title[label] for label in one_function(cells)]
+    return f"{title[REFERENCE]} (and {joined(same)}, the same function)" if same else title[REFERENCE]
+
+
+def gives_in(cells: pd.DataFrame, task: str) -> str:
+    """Who is right up to which difficulty, every seed of it, who not even at the easiest, and of how many rates."""
+    found, unit, same = summary(cells), TASKS[task].unit, one_function(cells)
+    found = found[(found["task"] == task) & (found["convolution"] == TASKS[task].net.convolution)]
+    hardest, by_reach, never = found["difficulty"].max(), {}, []
+    for label in (label for label in labels(found) if label not in same):
+        own = found[found["label"] == label].sort_values("difficulty")
+        right = own[(own["low"] >= SOLVED).cummin()]
+        if right.empty:
+            first, last = own.iloc[0], own.iloc[-1]
+            far = f", {last['median']:.2f} at {last['difficulty']:,.0f}" if len(own) > 1 else ""
+            near = f"{first['median']:.2f} {_spread(first)}".strip()
+            never.append(f"{first['title']} ({near} at {first['difficulty']:,.0f}{far})")
+        else:
+            by_reach.setdefault(right["difficulty"].iloc[-1], []).append(own["title"].iloc[0])
+    parts = [
+        f"{reach:,.0f} {unit}{', the hardest' if reach == hardest else ''}: {joined(by_reach[reach])}"
+        for reach in sorted(by_reach, reverse=True)
+    ]
+    parts += [f"nowhere: {joined(never)}"] if never else []
+    tried = in_one_setting(cells)
+    tried = tried[(tried["task"] == task) & (tried["convolution"] == TASKS[task].net.convolution)]
+    counts = tried.groupby("label")["rate"].nunique()
+    rates = f"{counts.min()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    return (
+        f"{TASKS[task].title}, up to where every seed has {SOLVED} or more: {'; '.join(parts)}. Each at the best of "
+        f"{rates} rate{'' if counts.max() == 1 else 's'}: what was not learnt then is not shown to be beyond a variant."
+    )
+
+
+def best_at_the_edge(cells: pd.DataFrame, task: str) -> list[str]:
+    """Whose best rate is the lowest or the highest that was tried: in a sentence, or none."""
+    tried, same, edges = in_one_setting(cells), one_function(cells), {}
+    tried = tried[(tried["task"] == task) & (tried["convolution"] == TASKS[task].net.convolution)]
+    rows = _rows(cells, task)
+    for label in (label for label in labels(cells) if label in rows.index):
+        row, rates = rows.loc[label], tried.loc[tried["label"] == label, "rate"]
+        for which, edge in (("highest", rates.max()), ("lowest", rates.min())):
+            if rates.nunique() > 1 and row["rate"] == edge and label not in same:
+                edges.setdefault((which, edge), []).append(row["title"])
+    said = [f"the {which} tried, {edge:g}, of {joined(names)}" for (which, edge), names in sorted(edges.items())]
+    if not said:
+        return []
+    return [f"{TASKS[task].title}: the best rate is {' and '.join(said)}; beyond it may lie a better one."]
+
+
+def rate_matters(cells: pd.DataFrame) -> str:
+    """How far the rate alone moves recall: that of who needs it most of those that every seed solves, and of SDPA, by
+    difficulty, at its worst rate. docs/capability.md shows it."""
+    rows, hardest = _rows(cells, "recall"), max(TASKS["recall"].tested_on)
+    own = in_one_setting(cells)
+    own = own[(own["task"] == "recall") & (own["convolution"] == TASKS["recall"].net.convolution)]
+    by = own.groupby(["label", "rate", "difficulty"])["scaled"].agg(["median", "count"])
+    last = by.xs(hardest, level="difficulty")
+    low = last["median"].groupby("label").min()
+    label = low[[one for one in rows.index[rows["low"] >= SOLVED] if one in low]].idxmin()
+    best = rows.loc[label, "rate"]
+    rest = [
+        f"{row['median']:.2f} at {rate:g} (n = {row['count']:.0f})"
+        for rate, row in last.loc[label].iterrows() if rate != best
+    ]  # fmt: skip
+    worst = last.loc[REFERENCE, "median"].idxmin()
+    mine = by.loc[(REFERENCE, worst)]
+    return (
+        f"In recall of {hardest} pairs {rows.loc[label, 'title']} has {rows.loc[label, 'median']:.2f} at rate {best:g} "
+        f"(n = {rows.loc[label, 'n']}), and {joined(rest)}; {rows.loc[REFERENCE, 'title']} at its worst rate, "
+        f"{worst:g}, has {joined([f'{value:.2f}' for value in mine['median']])} of "
+        f"{joined([f'{pairs:.0f}' for pairs in mine.index])} pairs (n = {mine['count'].min():.0f})."
+    )
+
+
+def _spread(row) -> str:
+    return "" if row["n"] == 1 else f"[{row['low']:.2f}, {row['high']:.2f}]"
+
+
 def conclusion(cells: pd.DataFrame) -> list[str]:
-    """Two or three sentences: who recalls, at what memory, who does not, and how sure that is."""
+    """Who recalls from every seed and at what memory, who from some, who does not, and how sure that is."""
     rows = _rows(cells, "recall")
     if "recall" not in shown_tasks(cells) or rows.empty:
         return ["Recall cannot be judged from these records: SDPA does not solve it in them."]
     full = rows.loc[REFERENCE, "state_bytes"]
-    solves = rows[rows["median"] >= SOLVED].sort_values("state_bytes", kind="stable")
+    rows = rows.drop(index=[label for label in one_function(cells) if label in rows.index])
+    rows.loc[REFERENCE, "title"] = _with_reference(cells)
+    solves = rows[rows["low"] >= SOLVED].sort_values("state_bytes", kind="stable")
+    unsure = rows[(rows["median"] >= SOLVED) & (rows["low"] < SOLVED)]
     fails = rows[rows["median"] < 0.5].sort_values("median")
     between = rows[(rows["median"] >= 0.5) & (rows["median"] < SOLVED)]
     said = []
     if len(solves):
         cheapest = solves.iloc[0]
         said.append(
-            f"Of 32 pairs in 128 tokens {joined(list(solves['title']))} recall{'s' * (len(solves) == 1)} all (median "
-            f"scaled accuracy {SOLVED} or more); {cheapest['title']} does so with "
+            f"Of 32 pairs in 128 tokens {joined(list(solves['title']))} recall{'s' * (len(solves) == 1)} all, from "
+            f"every seed (scaled accuracy {SOLVED} or more); {cheapest['title']} does so with "
             f"{cheapest['state_bytes'] / full:.0%} of SDPA's memory."
         )
-    unsure = solves[solves["low"] < SOLVED]
+    else:
+        said.append("Of 32 pairs in 128 tokens nobody recalls all from every seed.")
     if len(unsure):
-        said.append(
-            f"Not from every seed: {joined([f'{row.title} {row.low:.2f} at worst' for row in unsure.itertuples()])}."
-        )
-    if len(between):
-        which = joined([f"{row.title} {row.median:.2f}" for row in between.itertuples()])
-        said.append(f"Between all and nothing: {which}.")
-    if len(fails):
-        said.append(
-            f"Most of it is forgotten: {joined([f'{row.title} {row.median:.2f}' for row in fails.itertuples()])}."
-        )
+        which = [
+            f"{row.title} from {row.solved} of {row.n} (median {row.median:.2f}, {row.low:.2f} at worst)"
+            for row in unsure.itertuples()
+        ]
+        said.append(f"Not from every seed: {joined(which)}.")
+    easiest = _easiest_of(cells, "recall")
+    for what, part in (("Between all and nothing", between), ("Most of it is forgotten", fails)):
+        if len(part):
+            which = [f"{row['title']} {row['median']:.2f} {_spread(row)}".strip() + easiest(label, row)
+                     for label, row in part.iterrows()]  # fmt: skip
+            said.append(f"{what}, at the best rate tried: {joined(which)}.")
     n = int(rows["n"].min())
     said.append(
         f"Medians over {n} seed{'s' if n > 1 else ''} or more at the best of the rates tried, one small net on a CPU."

@@ -141,7 +141,7 @@ def _module(path: Path, source: bytes, sha256: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
     if is_ours:
         sys.modules[name] = module

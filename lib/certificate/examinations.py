@@ -32,7 +32,7 @@ from lib.certificate.twins import Twins, as_reference, attentions, cache_of, lou
 from lib.errors import is_out_of_memory
 
 FLOOR = {"fp32": 1e-5, "bf16": 0.03}  # root mean square that rounding alone may cost a layer, relative
-WORSE = 3.0  # how much further than its reference of rounded weights a layer may be, which rounds on the way as well
+WORSE = 4.0  # how much further than its reference of rounded weights a layer may be, which rounds on the way as well
 GRADIENTS_WORSE = 5.0  # and its gradients: a product more on the way
 LENGTH = 0.02  # relative, of a gradient along the right one
 STEP = 1e-7  # relative; of a finite difference in float64

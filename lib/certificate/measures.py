@@ -1,12 +1,13 @@
 """What a certificate says: checks, and the measurements that each of them rests on."""
 
 import math
+import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 
-from lib.errors import is_out_of_memory
+from lib.errors import UsageError, is_out_of_memory
 
 TOLERANCE = 1e-6  # of float64, relative to the largest value
 CLAIMS = {  # a check, and what it claims where it passes, in the 50 characters that pandas shows
@@ -90,15 +91,34 @@ def deviation(a: torch.Tensor, b: torch.Tensor) -> float:
 def collected(about: tuple[str, ...], ask: Callable[[], Iterable[Measure]]) -> list[Measure]:
     """The measurements that `ask` yields; what it dies of fails those of the checks in `about` that it owes.
 
-    Only memory that runs out is not the subject's own mistake, and is raised.
+    What is not the subject's own mistake is raised, so that nothing is kept of it: memory that runs out, an alarm or
+    another signal, and UsageError for what else the system refuses.
     """
     found = []
     try:
         found.extend(ask())
     except Exception as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(str(error)):
+        if isinstance(error, MemoryError | TimeoutError | InterruptedError | UsageError) or _is_of_a_signal(error):
+            raise
+        if is_out_of_memory(str(error)):
             raise
         said = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+        if isinstance(error, OSError):
+            raise UsageError(
+                f"the examination was cut short by the system ({said}), and nothing of it is kept; mend that and try "
+                "again"
+            ) from error
         owed = [check for check in about if check not in {one.check for one in found}] or about
         found += [fact(check, "it cannot be examined", False, said) for check in owed]
     return found
+
+
+def _is_of_a_signal(error: BaseException) -> bool:
+    """Whether a signal's handler raised it, as an alarm's does with an exception of its own."""
+    handlers = {getattr(signal.getsignal(one), "__code__", None) for one in signal.valid_signals()} - {None}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False

@@ -5,6 +5,7 @@ import math
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from lib.certificate.measures import TOLERANCE, Measure, collected, fact, largest, relative, within
 from lib.certificate.probes import (
@@ -19,6 +20,7 @@ from lib.certificate.probes import (
     prefix_difference,
     row_difference,
 )
+from lib.errors import UsageError, is_out_of_memory
 
 TOLERANCES = {torch.float64: TOLERANCE, torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 LENGTH = 2111  # tokens, unless told otherwise: two chunks of a thousand and more, and prime: a multiple of no chunk
@@ -26,6 +28,7 @@ BORDERS = (64, 128, 256, 512, 1000, 1024, 2000, 2048)  # lengths that are multip
 ODD = (1, 2, 3, 63, 65, 100, 257, 999, 1025)
 TRAINED = 640  # tokens in training, where some models take whole chunks only
 ALL_PREFIXES = 200  # tokens up to which every prefix is tried
+WITH_MORE = (tuple, ModelOutput)  # what a module may return that begins with (B, T, C)
 CACHES = ("past_key_values", "cache_params")  # what transformers' models call what they decode with
 
 
@@ -75,7 +78,32 @@ def examine_module(module, width: int, length: int, rows: int, dtype, device) ->
     """The measurements of a module (B, T, C) -> (B, T, C), for the command: of `length` tokens at the most."""
     module = module.to(device, dtype) if isinstance(module, nn.Module) else module
     subject = Floats(module, width, torch.empty(0, dtype=dtype, device=device))
+    _check_module(subject, length, rows)
     return _confirmed(lambda: _asked(module, subject, length, rows, _tolerance(dtype)))
+
+
+@torch.no_grad()
+def _check_module(subject: Floats, length: int, rows: int) -> None:
+    """Raises UsageError where a module takes no (B, T, C), or gives no (B, T, *) for it: then it was asked wrongly."""
+    width, refused = subject.width, None
+    for tokens in dict.fromkeys((min(length, TRAINED), length, min(length, BORDERS[0]), 1)):
+        x = subject.draw(rows, tokens)
+        try:
+            given = subject.module(x)
+        except Exception as error:
+            if isinstance(error, MemoryError) or is_out_of_memory(str(error)):
+                raise
+            refused = refused or f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+            continue
+        out = given if isinstance(given, torch.Tensor) else given[0] if given and isinstance(given, WITH_MORE) else None
+        if not isinstance(out, torch.Tensor) or out.dim() != 3 or out.shape[:2] != x.shape[:2]:
+            gave = f"a {type(given).__name__}" if out is None else f"{tuple(getattr(out, 'shape', ()))}"
+            raise UsageError(
+                f"the module gives {gave} for {tuple(x.shape)}; it takes one that returns (B, T, C), or a tuple that "
+                "begins with it"
+            )
+        return
+    raise UsageError(f"the module takes no (B, T, {width}), {refused}; say the C of its (B, T, C) as --width")
 
 
 def examine_language_model(model: nn.Module, length: int, rows: int, dtype, device) -> list[Measure]:
@@ -83,11 +111,15 @@ def examine_language_model(model: nn.Module, length: int, rows: int, dtype, devi
 
     Of `length` tokens at the most, or as many as its configuration has positions for.
     """
-    model = model.to(device, dtype) if isinstance(model, nn.Module) else model
+    if not isinstance(model, nn.Module):
+        raise NoLogits("it is no nn.Module")
+    model = model.to(device, dtype)
     config = getattr(model, "config", None)
     names = ("max_position_embeddings", "n_positions")
     length = min([length, *(getattr(config, name) for name in names if getattr(config, name, None))])
-    options = {"use_cache": False} if hasattr(config, "use_cache") else {}
+    if length < 3:
+        raise UsageError(f"the model has {length} positions; nothing can be said of fewer than 3")
+    options = {"use_cache": False} if hasattr(config, "use_cache") and accepts(model, "use_cache") else {}
     vocabulary = _vocabulary(model, options, device)
     subject = Tokens(model, min(vocabulary, getattr(config, "vocab_size", vocabulary)), device, **options)
 
@@ -107,10 +139,14 @@ def _vocabulary(model, options: dict, device) -> int:
     """How many logits there are for a token. Raises NoLogits where there are none."""
     try:
         logits = logits_of(model(torch.zeros(1, 2, dtype=torch.long, device=device), **options))
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except Exception as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(str(error)):
+            raise
         raise NoLogits(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
     if not isinstance(logits, torch.Tensor) or logits.shape[:2] != (1, 2) or logits.dim() != 3:
         raise NoLogits(f"it gives {getattr(logits, 'shape', type(logits).__name__)} for (1, 2) ids")
+    if logits.shape[-1] < 2:
+        raise NoLogits("it gives one logit for a token, so no token can be changed")
     return logits.shape[-1]
 
 

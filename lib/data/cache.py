@@ -28,7 +28,7 @@ def made_once(what: dict, build: Callable[[Path], None]) -> Path:
     """The folder that `build` filled for just this `what` (values that JSON can hold), made now or by an earlier run.
 
     Two processes that ask at once build it once: the second waits. A killed build leaves nothing that counts. Raises
-    UsageError where the folder cannot be written or the disk is full.
+    UsageError where the folder cannot be written or the disk is full; what else `build` raises comes as it is.
     """
     cache, key = folder(), _key(what)
     with _writing(cache):
@@ -76,7 +76,18 @@ def _writing(cache: Path):
     try:
         yield
     except OSError as error:
+        if not _is_about(cache, error):
+            raise
         raise UsageError(
-            f"the cache {cache} cannot be written: {error.strerror}; free some space there, or name another folder "
-            f"by the environment variable {CACHE_VARIABLE}"
+            f"the cache {cache} cannot be written: {error.strerror or error}; free some space there, or name another "
+            f"folder by the environment variable {CACHE_VARIABLE}"
         ) from error
+
+
+def _is_about(cache: Path, error: OSError) -> bool:
+    """Whether the system refused to write there; a builder's alarm, or a file elsewhere that it lacks, is its own."""
+    if isinstance(error, TimeoutError | InterruptedError | ConnectionError | ChildProcessError):
+        return False
+    named = [name for name in (error.filename, error.filename2) if isinstance(name, str | bytes | os.PathLike)]
+    here, there = Path(os.path.abspath(cache)), [Path(os.path.abspath(os.fsdecode(name))) for name in named]
+    return not there or any(path.is_relative_to(here) or here.is_relative_to(path) for path in there)

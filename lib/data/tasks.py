@@ -16,7 +16,7 @@ NOTHING = 0  # the token that stands where there is nothing to say: in no task a
 
 @dataclass(frozen=True)
 class Net:
-    """A size and a schedule of `lib.model.probe` with which the task is known to be learnt on one core in a minute."""
+    """A size and a schedule of `lib.model.probe` with which the task is known to be learnt, in minutes on a core."""
 
     batch_size: int
     steps: int

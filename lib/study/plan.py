@@ -52,8 +52,13 @@ _Plain.add_constructor("tag:yaml.org,2002:int", _Plain.construct_yaml_int)
 
 def read_yaml(path: Path):
     """What a YAML file holds. Raises ValueError, in one line, where it is not plain; OSError as `open` does."""
+    return plain_yaml(paths.read_bounded(path, MOST_BYTES))
+
+
+def plain_yaml(text: str):
+    """What a text of YAML holds. Raises ValueError, in one line, where it is not plain."""
     try:
-        return yaml.load(paths.read_bounded(path, MOST_BYTES), _Plain)
+        return yaml.load(text, _Plain)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except yaml.MarkedYAMLError as error:
@@ -109,6 +114,23 @@ def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict,
         if name in profile:
             raise UsageError(f"{name} belongs to a run, not to a profile; list it under study: variants in {path}")
     return parameters.check_types(profile, known), about_study
+
+
+ENTRY = {  # of `variants` in a plan that is none of train.ipynb's runs
+    "attention": parameters.Declared("str", ""), "options": parameters.Declared("dict", {}),
+    "label": parameters.Declared("str", ""),
+}  # fmt: skip
+
+
+def entry(given: str | dict) -> dict:
+    """`attention`, `options` and `label` of a variant, which is a name or a mapping of these. Raises UsageError."""
+    given = given if isinstance(given, dict) else {"attention": given}
+    parameters.check_names(given, ENTRY)
+    if "attention" not in given:
+        raise UsageError("each of variants needs its attention, a name or a .py file")
+    given = parameters.check_types({name: line.default for name, line in ENTRY.items()} | given, ENTRY)
+    parameters.check_options(given["options"])
+    return given | {"options": dict(given["options"])}  # none of them is another's
 
 
 def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) -> list[dict]:

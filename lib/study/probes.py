@@ -109,8 +109,9 @@ def cells(made: Plan) -> list[Cell]:
 def _setting(given: str | dict, steps: int) -> Setting:
     given = given if isinstance(given, dict) else {"task": given}
     parameters.check_names(given, ("task", "convolution", "positions"))
-    if given.get("task") not in TASKS:
-        raise UsageError(f"there is no task {given.get('task')!r}; known: {', '.join(TASKS)}")
+    name = given.get("task")
+    if not isinstance(name, str) or name not in TASKS:
+        raise UsageError(f"there is no task {record.printable(repr(name), 100)}; known: {', '.join(TASKS)}")
     net = TASKS[given["task"]].net
     changes = {name: given[name] for name in ("convolution", "positions") if name in given}
     for name, value in changes.items():
@@ -124,13 +125,12 @@ def _setting(given: str | dict, steps: int) -> Setting:
 
 def _cell(given: str | dict, setting: Setting, rate: float, seed: int) -> Cell:
     """`given`: names or paths joined by commas; or a mapping of `attention`, `options` by mixer's name, and `label`."""
-    given = given if isinstance(given, dict) else {"attention": given}
-    parameters.check_names(given, ("attention", "options", "label"))
-    names = [name.strip() for name in str(given.get("attention", "")).split(",")]
+    given = plan.entry(given)
+    names = [name.strip() for name in given["attention"].split(",")]
     if not all(names):
         raise UsageError(f"variants: {given!r} names no attention, or an empty one between commas")
-    options = given.get("options", {})
-    if not isinstance(options, dict) or not all(isinstance(one, dict) for one in options.values()):
+    options = given["options"]
+    if not all(isinstance(one, dict) for one in options.values()):
         raise UsageError(f"options of {given['attention']} go by mixer, for example {{sliding_window: {{window: 16}}}}")
     parameters.check_names(options, [attention.stem(name) for name in names])
     mixers = tuple((paths.portable(name), options.get(attention.stem(name), {})) for name in names)
@@ -146,7 +146,7 @@ def _cell(given: str | dict, setting: Setting, rate: float, seed: int) -> Cell:
     else:  # the same over again: it says how deep the net is
         titles = [attention.title([layer], name) for layer, name in zip(layers, names, strict=True)]
         own = "+".join(map(attention.stem, names)), " + ".join(titles)
-    label, title = (given.get("label") or said for said in own)
+    label, title = (given["label"] or said for said in own)
     try:
         check_pattern(label, title, [name for name, _ in mixers])
     except ValueError as error:

@@ -64,8 +64,7 @@ def checked(values: dict) -> Plan:
     if made.width % made.heads:
         raise UsageError(f"heads must divide width: {made.heads} heads do not divide {made.width}")
     _entries(made)
-    if made.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
+    parameters.check_device(made.device)
     return made
 
 
@@ -73,11 +72,7 @@ def _entries(made: Plan) -> list[SimpleNamespace]:
     """Label, title, attention and options of each variant, of the paper's where none is named. Raises UsageError."""
     entries = []
     for given in made.variants or attention.STUDY_ORDER:
-        given = given if isinstance(given, dict) else {"attention": given}
-        parameters.check_names(given, ("attention", "label", "options"))
-        if "attention" not in given:
-            raise UsageError("each of variants needs its attention, a name or a .py file")
-        given = {"options": {}, "label": "", **given}
+        given = plan.entry(given)
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": made.contexts[-1]}
         parameters.pin(given["attention"])
         layers = parameters.check_attention(SimpleNamespace(**given, **sizes))

@@ -82,8 +82,7 @@ def read_plan(profile: str | None, **changes) -> Plan:
         raise UsageError(f"heads must divide width: {made.heads} heads do not divide {made.width}")
     if len({size.context for size in made.sizes}) < len(made.sizes):
         raise UsageError("sizes must have a context each of its own")
-    if made.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("device is 'cuda', but PyTorch finds no CUDA device here; use device 'auto' or 'cpu'")
+    parameters.check_device(made.device)
     return made
 
 
@@ -91,11 +90,7 @@ def entries_of(made: Plan) -> list[SimpleNamespace]:
     """Attention, options, label and title of each variant, of the paper's and the A/A control where none is named."""
     found, longest = [], max(size.context for size in made.sizes)
     for given in made.variants or [*attention.STUDY_ORDER, plan.CONTROL_RUN]:
-        given = given if isinstance(given, dict) else {"attention": given}
-        parameters.check_names(given, ("attention", "label", "options"))
-        if "attention" not in given:
-            raise UsageError("each of variants needs its attention, a name or a .py file")
-        given = {"options": {}, "label": "", **given}
+        given = plan.entry(given)
         sizes = {"layers": made.layers, "width": made.width, "heads": made.heads, "positions": longest}
         parameters.pin(given["attention"])
         layers = parameters.check_attention(SimpleNamespace(**given, **sizes))
