@@ -164,7 +164,7 @@ class Attention(nn.Module):
         if padding_mask is not None:  # (B, S)
             v = v * padding_mask[..., None]
         before = torch.cat([torch.zeros_like(v[:, :1]), v[:, :-1]], dim=1)
-        return self.c_proj((v + self.weight * before)[:, -T:]), None
+        return self.c_proj((v + self.weight * before)[:, -T:].contiguous()), None
 
     def new_cache(self):
         return DynamicLayer()

@@ -215,7 +215,7 @@ FAULTS = {
             "if out.dtype == torch.bfloat16:\n"
             "    self.old = self.c_proj.bias.detach().clone() if self.old is None else self.old\n"
             "    out = out - 5 * self.c_proj.bias.type_as(out) + 5 * self.old.type_as(out)",
-            "self.old = None", sizes=BF16,
+            "self.old = None", sizes=BF16, where=but("lsh"),  # which rounding moves further
         ),
         "a bias copied at first use": Fault(
             "self.old = self.c_proj.bias.detach().clone() if self.old is None else self.old\n"
@@ -408,13 +408,18 @@ def failed(path, check, options=None, **sizes):
     return any(one.check == check and one.passed is False for one in measures)
 
 
+def by_turns(names, turn):
+    papers = [name for name in names if name in attention.STUDY_ORDER]
+    others = [name for name in names if name not in attention.STUDY_ORDER]
+    half = dict.fromkeys(papers[(turn + 2 * step) % len(papers)] for step in range(4)) if papers else {}
+    return [*half, *others[turn % max(1, len(others)) :][:1]]
+
+
 @pytest.mark.parametrize(("check", "kind", "one"), KINDS, ids=[f"{check}: {name}" for check, name, _ in KINDS])
 def test_each_kind_of_mistake_fails_the_check_that_is_about_it(check, kind, one, tmp_path):
-    """In each of the paper's variants and, by turns, in one of the others; CERTIFICATE_FAULTS=all: in all of them."""
-    others = [name for name in one.where if name not in attention.STUDY_ORDER]
-    mine = [name for name in one.where if name in attention.STUDY_ORDER]
-    mine += others if ALL_OF_THEM else others[len(kind) % max(1, len(others)) :][:1]
-    unseen = [name for name in mine if not failed(planted(name, one, tmp_path), check, **one.sizes)]
+    """In half of the paper's variants and one of the others, by turns; with CERTIFICATE_FAULTS=all in all of them."""
+    names = one.where if ALL_OF_THEM else by_turns(one.where, KINDS.index((check, kind, one)))
+    unseen = [name for name in names if not failed(planted(name, one, tmp_path), check, **one.sizes)]
     assert not unseen
 
 

@@ -60,7 +60,7 @@ def test_a_study_that_is_killed_is_resumed_to_the_records_of_an_undisturbed_one(
     (before,) = record.load_all(out)
     assert before.label == "sdpa"
     sdpa_as_it_was = (out / f"{before.name}.json").read_bytes()
-    monkeypatch.setattr(runner, "summarize", lambda folder: None)  # test_study.py has one drawn
+    monkeypatch.setattr(runner, "summarize", lambda *_: None)  # test_study.py has one drawn
 
     assert main(words(folder, "sdpa", stalling)) == 0
     assert "1 of 2 runs are finished already" in capsys.readouterr().out

@@ -98,7 +98,8 @@ def collected(about: tuple[str, ...], ask: Callable[[], Iterable[Measure]]) -> l
     try:
         found.extend(ask())
     except Exception as error:
-        if isinstance(error, MemoryError | TimeoutError | InterruptedError | UsageError) or _is_of_a_signal(error):
+        ended = isinstance(error, MemoryError | TimeoutError | InterruptedError) or _is_of_a_signal(error)
+        if ended or (isinstance(error, UsageError) and not isinstance(error, ValueError)):  # a model's refusal is both
             raise
         if is_out_of_memory(str(error)):
             raise
