@@ -283,8 +283,8 @@ FAULTS = {
             members=formula("core_flops", "super().core_flops(context, True)"),
             where=but("linear", "gated_deltanet", "retention"),
         ),
-        "two thirds of them": Fault(
-            members=formula("core_flops", "2 * super().core_flops(context, dense) // 3"),
+        "six of ten": Fault(
+            members=formula("core_flops", "6 * super().core_flops(context, dense) // 10"),
             where=("baseline", "sdpa", "gqa", "mla", "flash", "gated", "linear"),
         ),
         "full ones ten times as many": Fault(
