@@ -171,9 +171,13 @@ def test_a_variant_that_lacks_a_member_is_refused_beforehand(member, tmp_path):
 @pytest.mark.parametrize(
     ("was", "then", "said"),
     [
-        ("[:, -T:]), None", "[:, -T:])", r"must return \(\(B, T, C\), None\), not Tensor: `return output, None`"),
-        ("[:, -T:]), None", "[:, -T:]), None, None", "not a tuple of 3"),
-        ("[:, -T:]), None", "[:, :1]), None", r"not \(1, 1, 128\) for \(1, 8, 128\)"),
+        (
+            "[:, -T:].contiguous()), None",
+            "[:, -T:].contiguous())",
+            r"must return \(\(B, T, C\), None\), not Tensor: `return output, None`",
+        ),
+        ("[:, -T:].contiguous()), None", "[:, -T:].contiguous()), None, None", "not a tuple of 3"),
+        ("[:, -T:].contiguous()), None", "[:, :1]), None", r"not \(1, 1, 128\) for \(1, 8, 128\)"),
         ("past_key_values=None, padding_mask=None, **_)", "past_key_values=None)", "cannot be called as `forward"),
         ("core_flops(self, context, dense=False)", "core_flops(self, context)", "cannot be called as `core_flops"),
         ("return 2 * self.c_attn.nf * context\n", "return self.nothing\n", "core_flops.* raises AttributeError"),
