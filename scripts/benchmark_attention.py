@@ -323,7 +323,7 @@ def bound_memory():
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("layer", "step"))
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="by default all eight, for `step` sdpa")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="by default all, for `step` sdpa")
     parser.add_argument("--lengths", nargs="+", type=int, metavar="T", help="512 2048 8192, for `step` 512")
     parser.add_argument("--batch", type=int, default=1, metavar="B", help="sequences at once (1)")
     parser.add_argument("--compile", action="store_true", help="for `step`: every model through torch.compile")

@@ -50,6 +50,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import itertools
+import os
 import sys
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -73,6 +74,8 @@ def variants() -> tuple[str, ...]:
 def parts(name: str) -> tuple[str, ...]:
     """The variants of a pattern, layer by layer until it repeats; of a variant, itself. Raises ValueError for an empty
     one, and for two files of one name."""
+    if "," not in name or any(map(os.path.isfile, (name, ROOT / name))):  # a folder's name may have one
+        return (name.strip(),)
     found = [one.strip() for one in name.split(",")]
     if not all(found):
         raise ValueError(f"attention {name!r} has an empty name beside a comma; join names by single commas")

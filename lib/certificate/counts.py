@@ -29,7 +29,7 @@ def tensors_of(thing, name: str = ""):
 
 def formula_bytes(layers, cache, tokens: int) -> float:
     """Bytes of a cache of one sequence of so many tokens by its layers' formulas, each at the precision of its own."""
-    sizes = [max(tensor.element_size() for _, tensor in tensors_of(held)) for held in cache.layers]
+    sizes = [max((tensor.element_size() for _, tensor in tensors_of(held)), default=1) for held in cache.layers]
     return sum(layer.cache_bytes(tokens, size) for layer, size in zip(layers, sizes, strict=True))
 
 

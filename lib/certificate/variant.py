@@ -98,7 +98,7 @@ def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
     if setting is None:
         return _certificate(name, options, SMALL)
     what = {
-        "certificate": _digest([*sorted(Path(__file__).parent.glob("*.py")), Path(inspect.getfile(meta_model))]),
+        "certificate": _digest([*_files_beside(__file__), *_files_beside(inspect.getfile(meta_model))]),
         "variant": attention.source_sha256(name),
         "inherited": [_digest(_inherited_files(variant)) for variant, _ in attention.by_part(name, options).values()],
         "options": options,
@@ -119,6 +119,10 @@ def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
 
 
 KEPT_AS = "certificate.json"
+
+
+def _files_beside(file: str) -> list[Path]:
+    return sorted(Path(file).parent.glob("*.py"))
 
 
 def _digest(files: list[Path]) -> str:

@@ -313,7 +313,7 @@ def on_paper(choice: Choice, size: str) -> list:
     """Attention core per token, and the cache, by context; the choice is drawn broad."""
     style.use_style()
     costs = by_context(choice, size)
-    figure, all_axes = plt.subplots(1, 2, figsize=(10.5, 4.4))
+    figure, all_axes = plt.subplots(1, 2, figsize=(10.5, 6.2))
     panels = (
         ("core_flops_per_token", 1e6, "Attention core, per token", "causal MFLOPs, forward, all layers"),
         ("cache_bytes", style.MIB, "Cache of one sequence", "MiB in bf16, all layers"),
@@ -338,7 +338,7 @@ def _lines(axes, costs: pd.DataFrame, cost: str, scale: float, chosen: str) -> N
         drawn = look[own["name"].iloc[0]] | {"markersize": 4}
         drawn |= {"linewidth": 4, "alpha": 0.9} if name == chosen else {"linewidth": 1.2}
         axes.plot(own["context"], own[cost] / scale, label="\n= ".join(label for label, _ in same), **drawn)
-    axes.legend(fontsize=8, loc="upper left")
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=2, frameon=False)
 
 
 def _log_log(axes, contexts) -> None:
@@ -399,7 +399,7 @@ def _forward_backward_s(layers: list, hidden: torch.Tensor) -> float:
 
 def measured_page(costs: pd.DataFrame, choice: Choice) -> list:
     style.use_style()
-    figure, all_axes = plt.subplots(1, 2, figsize=(10.5, 4))
+    figure, all_axes = plt.subplots(1, 2, figsize=(10.5, 4.6))
     panels = (
         ("time_s", 1e-3, "Time of one layer", "ms, forward and backward"),
         ("activation_bytes", style.MIB, "Kept for the backward pass", "MiB of one layer"),
