@@ -46,6 +46,7 @@ WITHOUT_WEIGHTS = {  # not one per head
     "gated",  # a gate stands behind, another for each channel
     "retention",  # a norm stands behind
     "mamba2",  # a gate and a norm over all heads stand behind
+    "kda",  # as gated_deltanet
     "gated_deltanet",  # what it writes for a token depends on the others' keys, and a norm stands behind
 }
 

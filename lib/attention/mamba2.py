@@ -148,9 +148,10 @@ class Attention(nn.Module):
         out = (((q @ k.mT)[:, :, None] * decay) @ v.transpose(2, 3)).transpose(2, 3)
         written = k.mT @ (v * until[..., None]).flatten(3)  # (B, n, N, C)
         last, before = last.repeat_interleave(D, dim=-1), []  # (B, n, 1, C)
-        for i in range(n):
+        # Unbound at once: the backward pass of x[:, i] writes a tensor of the size of x, for each of the n chunks.
+        for new, kept in zip(written.unbind(1), last.unbind(1), strict=True):
             before.append(state)
-            state = torch.addcmul(written[:, i], state, last[:, i])
+            state = torch.addcmul(new, state, kept)
         out = torch.addcmul(out, (q @ torch.stack(before, dim=1)).unflatten(-1, (-1, D)), since[..., None])
         return out.flatten(1, 2)[:, :T], state
 
