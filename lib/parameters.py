@@ -179,6 +179,8 @@ def check_values(values: dict) -> None:
         raise UsageError(
             f"rotary positions turn pairs: {p.heads} heads of {p.width // p.heads} numbers must be of even width"
         )
+    if p.convolution == 1:
+        raise UsageError("convolution must be 0, or at least 2: of 1 token it mixes none; 4 is usual")
     if p.context > p.positions:
         raise UsageError(f"context {p.context} is longer than the model's {p.positions} positions; raise positions too")
     if len(p.inference_contexts) > MOST_CONTEXTS:

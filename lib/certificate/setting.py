@@ -28,6 +28,7 @@ class Setting:
     new_tokens: int = 1
     position_embedding: str = "learned"
     architecture: str = "gpt2"
+    convolution: int = 0
 
     @classmethod
     def of(cls, p) -> "Setting":
@@ -44,7 +45,8 @@ class Setting:
     def config(self, vocabulary: int, dropout: float = 0.0):
         """The configuration of the run's model."""
         sizes = (self.layers, self.width, self.heads, self.positions, vocabulary, dropout)
-        return gpt2_config(*sizes, position_embedding=self.position_embedding, architecture=self.architecture)
+        layers = {"position_embedding": self.position_embedding, "architecture": self.architecture}
+        return gpt2_config(*sizes, **layers, convolution=self.convolution)
 
     @property
     def rows(self) -> int:

@@ -28,10 +28,11 @@ def build_model(name: str, config: GPT2Config, seed: int = 0, **options) -> "GPT
 
 def gpt2_config(
     layers: int, width: int, heads: int, positions: int, vocabulary: int, dropout: float = 0.0,
-    position_embedding: str = "learned", architecture: str = "gpt2",
+    position_embedding: str = "learned", architecture: str = "gpt2", convolution: int = 0,
 ):  # fmt: skip
     """The `GPT2Config` of a size: `layers` blocks of `width` = heads x head width, `positions` learned positions, or as
-    many without an embedding ("none"), for a variant that brings its own. `architecture`: gpt2, or llama."""
+    many without an embedding ("none"), for a variant that brings its own. `architecture`: gpt2, or llama.
+    `convolution`: how many tokens a short convolution before each attention sees, 0 for none (4 is usual)."""
     config = GPT2Config(
         n_layer=layers, n_embd=width, n_head=heads, n_positions=positions, vocab_size=vocabulary,
         attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout, bos_token_id=None, eos_token_id=None,
@@ -41,6 +42,8 @@ def gpt2_config(
         config.position_embedding = position_embedding
     if architecture != "gpt2":
         config.architecture = architecture
+    if convolution:
+        config.convolution = convolution
     return config
 
 
@@ -53,7 +56,7 @@ def llama_config(layers: int, width: int, heads: int, positions: int, vocabulary
 def config_of(values: dict, vocabulary: int, dropout: float = 0.0) -> GPT2Config:
     """The config of the model that a run with these parameters (of train.ipynb) trains."""
     sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
-    layers = {name: values[name] for name in ("position_embedding", "architecture") if name in values}
+    layers = {name: values[name] for name in ("position_embedding", "architecture", "convolution") if name in values}
     return gpt2_config(*sizes, vocabulary, dropout, **layers)
 
 
