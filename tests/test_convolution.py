@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lib import attention, parameters
-from lib.certificate import Setting, variant
+from lib.certificate import Setting, show, variant
+from lib.certificate.twins import Twins
 from lib.errors import UsageError
 from lib.measure import assemble, flops, inference
 from lib.model import GPT2, build_model, config_of, convolution, gpt2_config, meta_model
@@ -57,14 +58,16 @@ def test_decoded_and_padded_and_packed_it_is_one_pass(name):
     cache.batch_select_indices(torch.tensor([1, 4]))
     for kept, rows in ((cache, [2, 0]), (branch, [2, 0, 0])):
         near(model(IDS[rows, 50:53].contiguous(), past_key_values=kept).logits, expected[rows, 50:53])
-    mask = torch.ones(3, 90, dtype=torch.long)
-    mask[1, :7] = mask[2, :60] = 0
-    padded = model(IDS, attention_mask=mask, use_cache=True)
-    more = torch.cat([mask, torch.ones_like(mask[:, :2])], dim=1)
-    new = model(IDS[:, :2].contiguous(), attention_mask=more, past_key_values=padded.past_key_values).logits
-    for row, begin in enumerate((0, 7, 60)):
-        alone = model(torch.cat([IDS[row, begin:], IDS[row, :2]])[None]).logits[0]
-        near(torch.cat([padded.logits[row, begin:], new[row]]), alone)
+    left, right, within = (torch.ones(3, 90, dtype=torch.long) for _ in range(3))
+    left[1, :7] = left[2, :60] = right[1, 83:] = right[2, 1:] = within[1, 4:30] = 0
+    within[2, ::2] = 0
+    for mask in (left, right, within):
+        padded = model(IDS, attention_mask=mask, use_cache=True)
+        more = torch.cat([mask, torch.ones_like(mask[:, :2])], dim=1)
+        new = model(IDS[:, :2].contiguous(), attention_mask=more, past_key_values=padded.past_key_values).logits
+        for row, real in enumerate(mask.bool()):
+            alone = model(torch.cat([IDS[row, real], IDS[row, :2]])[None]).logits[0]
+            near(torch.cat([padded.logits[row, real], new[row]]), alone)
     if model.keeps_documents:
         borders = torch.tensor([0, 1, 2, 30, 64, 90])
         of = torch.repeat_interleave(torch.arange(5), borders.diff())[None]
@@ -126,12 +129,12 @@ def test_a_saved_model_has_it_again(name, tmp_path):
 
 
 PLANTED = {  # what is written instead of what, and the check that is about it
-    "it sees the next token": ("kept[:, K - 1 - i :", "kept.roll(-1, 1)[:, K - 1 - i :", "causal"),
+    "it sees the next token": ("kept[:, first :", "kept.roll(-1, 1)[:, first :", "causal"),
     "it forgets its past": ("before = kept.new_zeros(B, K - 1, C) if before is None else before",
                             "before = kept.new_zeros(B, K - 1, C)", "cached_equal"),
-    "padding is read": ("kept = kept * padding_mask[:, -T:, None]", "pass", "padding_equal"),
+    "padding is read": ("if padding_mask is not None:", "if False:", "padding_equal"),
     "documents run into each other": ("if seq_idx is not None and i:", "if False:", "documents_equal"),
-    "the prompt is kept": (".clone()  #", "  #", "cache_bytes"),
+    "the prompt is kept": (".clone() if", " if", "cache_bytes"),
     "in decoding its taps are turned round": ("enumerate(self.short_convolution)",
         "enumerate(self.short_convolution if T > 1 else self.short_convolution.flip(0))", "cached_equal"),
 }  # fmt: skip
@@ -150,8 +153,9 @@ def test_a_mistake_in_it_is_found_by_the_certificate(fault, monkeypatch):
 
 
 def test_the_certificate_says_that_it_was_there():
-    said = variant.certify("sdpa", {}, Setting(architecture="llama", convolution=4, context=20, positions=30))
-    assert "with 4 heads, as Llama's, behind a convolution over 4 tokens, fp32" in said["scope"][0]
+    setting = Setting(architecture="llama", convolution=4)
+    said = show.scope({"tested": setting.values() | Twins("sdpa", {}, setting, 0).where()})
+    assert "with 4 heads, as Llama's, behind a convolution over 4 tokens, fp32" in said[0]
 
 
 def test_runs_with_it_are_apart_and_those_without_keep_their_names():

@@ -109,8 +109,8 @@ def scope(said: dict) -> list[str]:
     around = ", as Llama's" if at.get("architecture") == "llama" else ""
     around += f", behind a convolution over {at['convolution']} tokens" if at.get("convolution") else ""
     return [
-        f"Examined: {at['layers']} layers of width {at['width']} with {at['heads']} heads{around}, {at['precision']} on "
-        f"{at['device']}, in training and evaluation; {kept}, rows up to {at['longest']:,} tokens, decoding up to "
+        f"Examined: {at['layers']} layers of width {at['width']} with {at['heads']} heads{around}, "
+        f"{at['precision']} on {at['device']}, in training and evaluation; {kept}, rows up to {at['longest']:,} tokens, decoding up to "
         f"{at['decoded']:,}.",
         f"Beside its reference in float64 on {at['exact_device']}: outputs of {at['reference_length']:,} tokens, "
         f"gradients of {at['gradient_length']:,}.",

@@ -47,19 +47,22 @@ def _behind(variant: type) -> type:
         def _convolved(self, x, cache, padding_mask, seq_idx):
             (B, T, C), K = x.shape, len(self.short_convolution)
             kept = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-            if padding_mask is not None:  # as if nothing stood there
-                kept = kept * padding_mask[:, -T:, None]
+            place = end = None
+            if padding_mask is not None:  # is passed over: what stood before it comes next
+                kept, place, end = _without_padding(kept, padding_mask[:, -T:])
             before = getattr(cache, "convolution_tail", None)
             before = kept.new_zeros(B, K - 1, C) if before is None else before
             kept = torch.cat([before, kept], dim=1)  # (B, K - 1 + T, C)
             for i, weight in enumerate(self.short_convolution):
-                earlier = kept[:, K - 1 - i : K - 1 - i + T]
-                if seq_idx is not None and i:
+                first = K - 1 - i
+                earlier = kept[:, first : first + T] if place is None else _rows(kept, place + first)
+                if seq_idx is not None and i:  # a packed row has no padding, and no cache
                     same = seq_idx[:, i:] == seq_idx[:, :-i]
                     earlier = earlier * nn.functional.pad(same, (min(i, T), 0))[..., None]
                 x = torch.addcmul(x, earlier, weight)
-            if cache is not None:
-                cache.convolution_tail = kept[:, T:].clone()  # or it would keep the whole prompt
+            if cache is not None:  # a copy, or it would keep the whole prompt
+                last = torch.arange(K - 1, device=x.device)
+                cache.convolution_tail = kept[:, T:].clone() if end is None else _rows(kept, end + last)
             return x
 
         def new_cache(self):
@@ -91,6 +94,19 @@ def _behind(variant: type) -> type:
         inspect.getdoc(variant),
     )
     return Behind
+
+
+def _without_padding(x, real):
+    """(B, T, C), of which `real` (B, T) is no padding -> that moved to the front, zeros behind it; where each token stands
+    then (B, T), a padded one where the last real one before it does; and how many there are (B, 1)."""
+    order = real.logical_not().byte().argsort(dim=1, stable=True)
+    place = real.cumsum(dim=1)
+    return _rows(x * real[..., None], order), place - 1, place[:, -1:]
+
+
+def _rows(x, index):
+    """Tokens of (B, N, C) by their place, (B, T): (B, T, C)."""
+    return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def remembering(layer):
