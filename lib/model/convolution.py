@@ -97,8 +97,8 @@ def _behind(variant: type) -> type:
 
 
 def _without_padding(x, real):
-    """(B, T, C), of which `real` (B, T) is no padding -> that moved to the front, zeros behind it; where each token stands
-    then (B, T), a padded one where the last real one before it does; and how many there are (B, 1)."""
+    """(B, T, C), of which `real` (B, T) is no padding -> that moved to the front, zeros behind it; where each token
+    stands then, a padded one where the last real one before it does, (B, T); and how many are real, (B, 1)."""
     order = real.logical_not().byte().argsort(dim=1, stable=True)
     place = real.cumsum(dim=1)
     return _rows(x * real[..., None], order), place - 1, place[:, -1:]
