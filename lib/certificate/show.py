@@ -110,8 +110,8 @@ def scope(said: dict) -> list[str]:
     around += f", behind a convolution over {at['convolution']} tokens" if at.get("convolution") else ""
     return [
         f"Examined: {at['layers']} layers of width {at['width']} with {at['heads']} heads{around}, "
-        f"{at['precision']} on {at['device']}, in training and evaluation; {kept}, rows up to {at['longest']:,} tokens, "
-        f"decoding up to {at['decoded']:,}.",
+        f"{at['precision']} on {at['device']}, in training and evaluation; {kept}, rows up to {at['longest']:,} "
+        f"tokens, decoding up to {at['decoded']:,}.",
         f"Beside its reference in float64 on {at['exact_device']}: outputs of {at['reference_length']:,} tokens, "
         f"gradients of {at['gradient_length']:,}.",
         *CANNOT,
