@@ -155,7 +155,7 @@ def test_what_it_costs_on_paper_stands_beside_llama_s_own():
     p = SimpleNamespace(context=64, attention="gqa", label="", options={})
     table = assemble.costs(build_model("gqa", CONFIG), p)
     own = sum(weight.numel() for weight in build_model("baseline", CONFIG).parameters())
-    assert list(table) == ["gqa", "Llama's own"] and table.loc["parameters", "Llama's own"] == f"{own:,}"
+    assert list(table) == ["gqa", "Llama's own", "ratio"] and table.loc["parameters", "Llama's own"] == f"{own:,}"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from lib.model.gpt2 import GPT2, VariantConfig
 from lib.model.initial import initialise
+from lib.model.matching import mlp_width
 
 __all__ = ["GPT2", "VariantConfig", "build_model", "config_of", "gpt2_config", "llama_config", "meta_model"]
 
@@ -54,10 +55,14 @@ def llama_config(layers: int, width: int, heads: int, positions: int, vocabulary
 
 
 def config_of(values: dict, vocabulary: int, dropout: float = 0.0) -> GPT2Config:
-    """The config of the model that a run with these parameters (of train.ipynb) trains."""
+    """The config of the model that a run with these parameters (of train.ipynb) trains. Raises ValueError where `match`
+    cannot be had."""
     sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
     layers = {name: values[name] for name in ("position_embedding", "architecture", "convolution") if name in values}
-    return gpt2_config(*sizes, vocabulary, dropout, **layers)
+    config = gpt2_config(*sizes, vocabulary, dropout, **layers)
+    if values.get("match") == "parameters":
+        config.n_inner = mlp_width(config, values["attention"], values["options"])
+    return config
 
 
 def meta_model(name: str, config: GPT2Config, **options) -> GPT2:

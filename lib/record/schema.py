@@ -18,6 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 POSITION_EMBEDDINGS = ("learned", "none")
 ARCHITECTURES = ("gpt2", "llama")
+MATCHES = ("none", "parameters", "state")
 
 REASONS = {
     "no_gpu": "the run used no GPU",
@@ -185,6 +186,7 @@ class Parameters(TypedDict, total=False):
     position_embedding: Literal[POSITION_EMBEDDINGS]
     architecture: Literal[ARCHITECTURES]
     convolution: _limited("convolution")
+    match: Literal[MATCHES]
     save_model: Text
     inference_contexts: Annotated[list[Annotated[int, Field(ge=1, le=2**27)]], Field(max_length=MOST_CONTEXTS)]
 
