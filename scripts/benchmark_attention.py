@@ -2,9 +2,9 @@
 """Ours against what a user would pick otherwise: forward and backward, interleaved in one process.
 
 `layer` times one attention layer of width 256 (4 heads, B = 1) by context length, each variant beside reference
-implementations, with random weights; `step` a whole training step of GPT-2 124M, or of as large a Llama. All take turns,
-in another order each round, so that a busy machine is busy for all, and each variant takes a second turn, as its A/A
-control. A ratio is ours over the best of theirs, of medians and of minima: above 1, ours is slower. One that is not
+implementations, with random weights; `step` a whole training step of GPT-2 124M, or of as large a Llama. All take
+turns, in another order each round, so that a busy machine is busy for all, and each variant takes a second turn, as its
+A/A control. A ratio is ours over the best of theirs, of medians and of minima: above 1, ours is slower. One that is not
 installed is named as absent, one that runs out of memory too. fp32 on a CPU, bf16 on CUDA.
 
 Implementations beyond the project's own pins, of which none is a dependency: local-attention, reformer-pytorch and
