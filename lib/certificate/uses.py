@@ -295,12 +295,14 @@ def _one_dropout(twins: Twins, kind: str, what: str):
             acts.append(relative(drawn, plain) > 1e-3)
             by_row.append(relative(drawn[0], drawn[1]) > 1e-3)
             off = max(off, abs(((drawn * plain).sum() / plain.square().sum()).item() - 1))
-    if kind == "attn_pdrop" and not any(acts) and not any(hasattr(one, "as_gpt2") for one, _ in twins.parts.values()):
+    has_weights = [hasattr(one, "as_gpt2") for one, _ in twins.parts.values()]  # of a query, which sum up linearly
+    if kind == "attn_pdrop" and not any(acts) and not any(has_weights):
         yield fact("training_equal", what, None, "it acts on nothing: there may be no weights of a query")
         return
     if kind == "resid_pdrop" or all(acts):
         yield fact("training_equal", f"{what} acts, in each row by itself", all(acts) and all(by_row))
-        yield within("training_equal", f"{what}, on average off what is without", off, 0.7 * p)
+        if kind == "resid_pdrop" or all(has_weights):  # behind a norm an average is not what is without
+            yield within("training_equal", f"{what}, on average off what is without", off, 0.7 * p)
     else:
         yield fact("training_equal", f"{what} acts in some layers only", len(twins.parts) > 1)
 
