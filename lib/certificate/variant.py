@@ -35,6 +35,7 @@ EXAMINATIONS = {  # and the checks that each has a say in
     uses.with_documents: ("documents_equal",),
     uses.with_dropout: ("training_equal",),
     uses.of_state: ("repeatable",),
+    uses.of_positions: ("reference",),
     examinations.against_reference: ("reference",),
     examinations.of_the_reference: ("reach", "reference_causal", "gpt2_equal"),
     examinations.of_gradients: ("gradients",),
