@@ -233,7 +233,9 @@ def test_no_scores_or_mask_reach_memory_but_baseline_s(name):
     assert square == (name in MATERIALISES_SCORES)
 
 
-WITHOUT_WEIGHTS = {"linear", "gated_deltanet", "retention"}  # sums over keys, in which no single weight can be dropped
+WITHOUT_WEIGHTS = {  # sums over keys, in which no single weight can be dropped: their cache is a state
+    name for name in attention.variants() if not attention.load(name)(tiny_config(), 0).new_cache().is_croppable
+}
 NORMED = {"differential"}  # behind the weights, so that what dropout leaves is scaled anew
 REFUSES_DROPOUT = {"flash"}  # on a CPU; with attention's own alone
 

@@ -131,11 +131,12 @@ class Attention(nn.Module):
         scores = (q @ k.mT) * decay
         q, k = q * since, (k * until).mT  # k: (B, H, N, D, c)
 
-        out = []
-        for n in range(N):
-            new = u[:, :, n] - w[:, :, n] @ state  # (B, H, c, D): what each token writes
-            out.append(q[:, :, n] @ state + scores[:, :, n] @ new)
-            state = state * last[:, :, n] + k[:, :, n] @ new
+        # Unbound at once: the backward pass of x[:, :, n] writes a tensor of the size of x, for each of the N chunks.
+        out, chunks = [], (x.unbind(2) for x in (q, k, u, w, scores, last))
+        for queries, keys, own, erased, weights, kept in zip(*chunks, strict=True):
+            new = own - erased @ state  # (B, H, c, D): what each token writes
+            out.append(queries @ state + weights @ new)
+            state = state * kept + keys @ new
         return torch.cat(out, dim=2)[:, :, :T], state
 
     @staticmethod

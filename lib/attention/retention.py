@@ -100,10 +100,10 @@ class Attention(nn.Module):
             same, begins, ends, goes_through = documents(seq_idx, N, c)
             decay, since, until, last = decay * same, since * begins, until * ends, last * goes_through
         written = (k * until).mT @ v  # (B, H, N, D, D)
-        before = []
-        for n in range(N):
+        before = []  # unbound at once: the backward pass of x[:, :, n] writes a tensor of the size of x, for each n
+        for new, kept in zip(written.unbind(2), last.unbind(2), strict=True):
             before.append(state)
-            state = torch.addcmul(written[:, :, n], state, last[:, :, n])
+            state = torch.addcmul(new, state, kept)
         out = ((q @ k.mT) * decay) @ v + (q * since) @ torch.stack(before, dim=2)
         return out.flatten(2, 3)[:, :, :T], state
 
