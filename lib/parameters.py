@@ -4,6 +4,7 @@ This module reads that cell, checks what a person gave against it, and says in o
 """
 
 import ast
+import functools
 import inspect
 import json
 import math
@@ -26,7 +27,16 @@ from lib.record.names import (
     setting,
 )  # fmt: skip
 from lib.record.names import file_stem as file_name
-from lib.record.schema import ARCHITECTURES, DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, POSITION_EMBEDDINGS, PRECISIONS
+from lib.record.schema import (
+    ARCHITECTURES,
+    DEVICES,
+    LIMITS,
+    MATCHES,
+    MOST_CONTEXTS,
+    MOST_STEPS,
+    POSITION_EMBEDDINGS,
+    PRECISIONS,
+)
 
 # Names of records, which hold the parameters, and so are made there.
 __all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
@@ -42,6 +52,7 @@ CHOICES = {
     "packing": (False, True, "documents"),
     "position_embedding": POSITION_EMBEDDINGS,
     "architecture": ARCHITECTURES,
+    "match": MATCHES,
 }
 
 
@@ -179,6 +190,8 @@ def check_values(values: dict) -> None:
         raise UsageError(
             f"rotary positions turn pairs: {p.heads} heads of {p.width // p.heads} numbers must be of even width"
         )
+    if p.convolution == 1:
+        raise UsageError("convolution must be 0, or at least 2: of 1 token it mixes none; 4 is usual")
     if p.context > p.positions:
         raise UsageError(f"context {p.context} is longer than the model's {p.positions} positions; raise positions too")
     if len(p.inference_contexts) > MOST_CONTEXTS:
@@ -192,8 +205,33 @@ def check_values(values: dict) -> None:
     check_options(p.options)
     pin(p.attention)
     named(values, check_attention(p))
+    if p.match == "parameters":
+        _config(values)
     if p.save_model:
         check_folder(p.save_model, run_name(portable(values)))
+
+
+def matched(values: dict) -> dict:
+    """The values with the options that `match: state` chooses; others are left as they are. Raises UsageError."""
+    if values["match"] != "state":
+        return values
+    check_values(values)
+    config = _config(values)
+    from lib.model.matching import options_of_state
+
+    try:
+        return values | {"options": options_of_state(config, values["context"], values["attention"], values["options"])}
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _config(values: dict):
+    from lib.model import config_of
+
+    try:
+        return config_of(values, 2)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_device(name: str) -> None:
@@ -287,7 +325,11 @@ def _checked_layer(name: str, given: dict, p):
         )
     try:
         with torch.device("meta"):
-            layer = variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **given)
+            config = gpt2_config(
+                p.layers, p.width, p.heads, p.positions, 2, architecture=getattr(p, "architecture", "gpt2")
+            )
+            layer = variant(config, 0, **given)
+        build = functools.partial(variant, config, 0, **given)
     except ValueError:
         raise
     except (Exception, SystemExit) as error:
@@ -295,7 +337,7 @@ def _checked_layer(name: str, given: dict, p):
             raise
         said = error if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
         raise UsageError(printable(f"{name} cannot be built with the options {given}: {said}", 300)) from None
-    check_contract(name, layer, p.width, getattr(p, "context", p.positions))
+    check_contract(name, layer, p.width, getattr(p, "context", p.positions), build)
     return layer
 
 
@@ -306,12 +348,13 @@ MEMBERS = {  # of the contract in lib/attention/__init__.py, and how each is cal
     "cache_bytes": "cache_bytes(context, element_bytes)",
     "reference": "reference(hidden_states)",
 }
+MOST_BUILT = 10**7  # weights of a layer that is built only to look at what it returns
 CONTRACT = "lib/attention/__init__.py lists what a variant has, and sdpa.py shows it"
 
 
-def check_contract(name: str, layer, width: int, context: int) -> None:
+def check_contract(name: str, layer, width: int, context: int, build) -> None:
     """Raises UsageError where a `layer` of the variant `name`, built without memory, lacks a member of the contract, or
-    has one that takes or gives something else."""
+    has one that takes or gives something else. `build` makes it in memory, for what cannot be run without."""
     import torch
 
     if not isinstance(getattr(layer, "paper", None), str):
@@ -339,12 +382,19 @@ def check_contract(name: str, layer, width: int, context: int) -> None:
         _check_number(name, member, layer, *given[member])
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = layer(*given["forward"][0], **given["forward"][1])
-    except Exception:  # not every operator runs without memory: what is wrong with it is said by the run
+            try:
+                found = layer(hidden, **given["forward"][1])
+            except Exception:  # not every operator runs without memory
+                if sum(weight.numel() for weight in layer.parameters()) > MOST_BUILT:
+                    return
+                found = build()(torch.zeros(hidden.shape), **given["forward"][1])
+    except Exception:  # what is wrong with it is said by the run
         return
     is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], torch.Tensor)
     if not is_pair or found[0].shape != hidden.shape:
-        gave = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        gave = type(found).__name__
+        if isinstance(found, tuple):
+            gave = f"a tuple of {len(found)}: {', '.join(type(one).__name__ for one in found[:3])}"
         gave = f"{tuple(found[0].shape)} for {tuple(hidden.shape)}" if is_pair else gave
         raise UsageError(
             f"{name}'s forward must return ((B, T, C), None), not {gave}: `return output, None`; {CONTRACT}"
@@ -380,7 +430,7 @@ def resolve(history: list[str], namespace: dict, name: str = "p") -> SimpleNames
     the cells below all the same, and they would train what the page no longer says.
     """
     try:
-        values = checked(history, namespace)
+        values = matched(checked(history, namespace))
         check_values(values)
     except UsageError as error:
         namespace[name] = Refused(error)

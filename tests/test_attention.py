@@ -123,6 +123,33 @@ def test_a_sequence_fed_in_pieces_gives_what_one_pass_gives(name, pieces):
 
 
 @every_variant
+@pytest.mark.parametrize(("heads", "head_width"), [(2, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # with it the kernel is another, and its output otherwise in memory
+def test_heads_may_be_as_narrow_or_as_few_as_can_be(name, heads, head_width, dropout):
+    if (name in IN_PAIRS and heads % 2) or (name == "flash" and dropout):
+        return  # refused
+    width = heads * head_width
+    torch.manual_seed(0)
+    layer = attention.load(name)(gpt2_config(2, width, heads, 64, 2, dropout), 0)
+    real = torch.arange(20) >= torch.tensor([[0], [5]])  # (B, T)
+    for low in (False, True):
+        for padding_mask in (None, real):
+            x = torch.randn(2, 20, width, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                layer.train()(x, padding_mask=padding_mask)[0].float().square().sum().backward()
+            assert x.grad.isfinite().all()
+            cache, past = Cache(layers=[layer.eval().new_cache()]), 0
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+                for piece in x.split([7, 1, 1, 5, 6], dim=1):
+                    past += piece.shape[1]
+                    mask = None if padding_mask is None else padding_mask[:, :past]
+                    layer(piece.contiguous(), past_key_values=cache, padding_mask=mask)
+    layer = layer.double()
+    x = x.detach().double()
+    torch.testing.assert_close(layer(x)[0], layer.reference(x), rtol=1e-9, atol=1e-9)
+
+
+@every_variant
 def test_left_padding_changes_nothing(name):
     model = lively_model(name)
     short, long = torch.randint(1, 50, (1, 5)), torch.randint(1, 50, (1, 9))
@@ -284,6 +311,33 @@ def test_an_unknown_variant_is_said_in_one_sentence(name, said):
     with pytest.raises(ValueError, match="there is no attention") as error:
         attention.load(name)
     assert said in str(error.value)
+
+
+def test_a_class_that_is_no_module_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("class Attention:\n    paper = 'mine'\n")
+    with pytest.raises(ValueError, match=r"mine.py's class `Attention` is no torch.nn.Module: .*sdpa.py"):
+        attention.load(str(file))
+
+
+ODD = ("a", "", 1.5, 4.0, None, [2], [], True, False, {}, -1, 1)
+
+
+@every_variant
+def test_an_option_of_another_kind_is_refused_by_its_name_or_stands_for_what_it_is(name):
+    """By the constructor, so that a study, the certificate and a notebook say the same."""
+    variant = attention.load(name)
+    for option, default in attention.defaults(variant).items():
+        for value in ODD:
+            try:
+                with torch.device("meta"):
+                    variant(gpt2_config(2, 32, 4, 64, 2), 0, **{option: value})
+            except ValueError as error:
+                assert str(error).startswith(f"{option} must ") and "\n" not in str(error)
+                assert repr(value) in str(error), "says what was given"
+            else:
+                kind = int if default is None else type(default)
+                assert type(value) is kind or value is default, (option, value)
 
 
 def test_a_file_without_the_class_is_refused(tmp_path):

@@ -14,7 +14,7 @@ from lib.certificate import Setting, variant
 from lib.errors import UsageError
 from lib.measure import assemble, flops
 from lib.model import GPT2, build_model, config_of, gpt2_config, llama_config, meta_model
-from lib.model.llama import swiglu_width
+from lib.model.llama import rotary, swiglu_width
 from lib.study import plan
 
 CONFIG = llama_config(layers=2, width=32, heads=4, positions=128, vocabulary=50)
@@ -106,8 +106,9 @@ CHECKS = ("causal", "prefix_equal", "rows_independent", "reference", "cached_equ
 
 
 @pytest.mark.parametrize("name", [*attention.variants(), "sliding_window,linear"])
-def test_every_variant_keeps_its_promises_in_llama_s_layers(name):
-    found = variant.examined(name, {}, Setting(architecture="llama", context=70, positions=140), checks=CHECKS)
+def test_every_variant_keeps_its_promises_in_llama_s_layers_behind_a_convolution(name):
+    setting = Setting(architecture="llama", convolution=4, context=70, positions=140)
+    found = variant.examined(name, {}, setting, checks=CHECKS)
     assert not [one for one in found if one.passed is False]
     assert {one.check for one in found if one.passed} >= set(CHECKS)
 
@@ -139,6 +140,18 @@ def test_a_layer_has_gpt2_s_weights_within_a_percent(width):
     assert swiglu_width(768) == 2048 and swiglu_width(576) == 1536
 
 
+@pytest.mark.parametrize(("width", "heads"), [(48, 4), (40, 2), (20, 5), (2, 1)])
+def test_any_width_that_its_heads_divide_builds(width, heads):
+    model = build_model(
+        "baseline", llama_config(layers=1, width=width, heads=heads, positions=16, vocabulary=50), seed=0
+    )
+    x = torch.randn(1, 8, width)
+    angles = rotary(torch.arange(8)[None], width // heads, x)
+    layer = model.transformer.h[0].attn.eval()
+    near(layer(x, position_embeddings=angles)[0], layer.reference(x, position_embeddings=angles), 1e-5)
+    assert model(IDS[:, :8]).logits.isfinite().all()
+
+
 def test_it_has_no_biases_begins_as_gpt2_does_and_its_flops_are_its_weights():
     model = build_model("mla", llama_config(2, 64, 4, 128, 50))
     assert not [name for name, _ in model.named_parameters() if name.endswith("bias")]
@@ -154,7 +167,7 @@ def test_what_it_costs_on_paper_stands_beside_llama_s_own():
     p = SimpleNamespace(context=64, attention="gqa", label="", options={})
     table = assemble.costs(build_model("gqa", CONFIG), p)
     own = sum(weight.numel() for weight in build_model("baseline", CONFIG).parameters())
-    assert list(table) == ["gqa", "Llama's own"] and table.loc["parameters", "Llama's own"] == f"{own:,}"
+    assert list(table) == ["gqa", "Llama's own", "ratio"] and table.loc["parameters", "Llama's own"] == f"{own:,}"
 
 
 @pytest.mark.parametrize(

@@ -25,23 +25,26 @@ class Attention(nn.Module):
     )
     needs_no_positions = True  # a state knows what came last
 
-    def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64):
+    def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64, heads=0):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if not isinstance(chunk, int) or chunk < 1:
+        if type(heads) is not int or heads < 0:
+            raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
+        heads = heads or config.n_head
+        if config.n_embd % heads:
+            raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
+        if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
-        if beta_max not in (1, 2):
+        if type(beta_max) is not int or beta_max not in (1, 2):
             raise ValueError(
-                f"beta_max must be 1, or 2 for negative eigenvalues (more lets states grow), not {beta_max}"
+                f"beta_max must be 1, or 2 for negative eigenvalues (more lets states grow), not {beta_max!r}"
             )
         if not isinstance(gate, bool):
             raise ValueError(f"gate must be true (states decay) or false (DeltaNet), not {gate!r}")
         self.layer_idx = layer_idx
         self.gate, self.beta_max, self.chunk = gate, beta_max, chunk  # chunk: c
-        self.heads = config.n_head  # H
+        self.heads = heads  # H
         self.width = config.n_embd  # C
-        self.head_width = config.n_embd // config.n_head  # D
+        self.head_width = config.n_embd // heads  # D
         self.c_attn = Conv1D(4 * self.width, self.width)  # query, key, value, output gate
         self.c_rates = Conv1D((1 + gate) * self.heads, self.width)  # of writing, and of decay
         self.c_proj = Conv1D(self.width, self.width)
@@ -81,7 +84,7 @@ class Attention(nn.Module):
             if layer is not None:
                 layer.update(state, tokens=T)
             out = out * (out.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * self.norm  # (B, H, T, D)
-        out = out.transpose(1, 2).reshape(B, T, C).to(z.dtype) * F.silu(z)
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous().to(z.dtype) * F.silu(z)
         return self.residual_dropout(self.c_proj(out)), None
 
     def _rates(self, rates):
@@ -136,6 +139,12 @@ class Attention(nn.Module):
             state = state * kept + keys @ new
         return torch.cat(out, dim=2)[:, :, :T], state
 
+    @staticmethod
+    def sized(config, context, numbers):
+        """Fewer heads are wider, and a state has a number per pair of a head's channels."""
+        fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
+        return {"heads": min(fits, key=lambda heads: abs(config.n_embd**2 / heads - numbers))}
+
     def new_cache(self):
         return StateLayer()
 
@@ -172,7 +181,7 @@ class Attention(nn.Module):
             rows.append(torch.einsum("bhvd,bhd->bhv", state, q[:, t]) / math.sqrt(D))
         out = torch.stack(rows, dim=1)  # (B, T, H, D)
         out = self.norm * out / ((out**2).mean(-1, keepdim=True) + EPSILON).sqrt() * z * z.sigmoid()
-        return self.c_proj(out.flatten(2))
+        return self.c_proj(out.flatten(2).contiguous())
 
 
 def documents(seq_idx, N, c):

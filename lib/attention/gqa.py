@@ -23,8 +23,8 @@ class Attention(nn.Module):
             raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
         if kv_heads is None:  # a quarter of the heads, or the nearest smaller number that divides them
             kv_heads = max(g for g in range(1, max(1, heads // 4) + 1) if heads % g == 0)
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads must divide heads: {kv_heads} key/value heads do not divide {heads}")
+        if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads: {kv_heads!r} key/value heads do not divide {heads}")
         self.layer_idx = layer_idx
         self.heads, self.kv_heads = heads, kv_heads  # H, G
         self.width = config.n_embd  # C
@@ -55,7 +55,7 @@ class Attention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             enable_gqa=self.kv_heads < self.heads,
         )  # fmt: skip
-        out = out.transpose(1, 2).reshape(B, T, C)
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _heads(self, hidden_states, position_embeddings=None):
@@ -70,6 +70,12 @@ class Attention(nn.Module):
     @staticmethod
     def as_gpt2(config):
         return {"kv_heads": config.n_head}
+
+    @staticmethod
+    def sized(config, context, numbers):
+        fits = [heads for heads in range(1, config.n_head + 1) if config.n_head % heads == 0]
+        per_head = 2 * context * config.n_embd / config.n_head
+        return {"kv_heads": min(fits, key=lambda heads: abs(heads * per_head - numbers))}
 
     def new_cache(self):
         return DynamicLayer()

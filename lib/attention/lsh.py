@@ -33,16 +33,17 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if n_hashes < 1:
-            raise ValueError(f"n_hashes must be at least 1, not {n_hashes}")
-        if chunk_length < 2:
+        if type(n_hashes) is not int or n_hashes < 1:
+            raise ValueError(f"n_hashes must be at least 1 and whole, not {n_hashes!r}")
+        if type(chunk_length) is not int or chunk_length < 2:
             raise ValueError(
-                f"chunk_length must be at least 2 (a query counts itself among its keys), not {chunk_length}"
+                f"chunk_length must be at least 2 and whole (a query counts itself among its keys), not "
+                f"{chunk_length!r}"
             )
         if buckets is None:  # from the positions: a number taken from the length at hand would leak it
             buckets = 2 * max(1, config.n_positions // (2 * chunk_length))
-        if buckets % 2 or not 2 <= buckets < 2**15:
-            raise ValueError(f"buckets must be even (directions and their opposites) and 2 to 32766, not {buckets}")
+        if type(buckets) is not int or buckets % 2 or not 2 <= buckets < 2**15:
+            raise ValueError(f"buckets must be even (directions and their opposites) and 2 to 32766, not {buckets!r}")
         if chunk_boundaries not in ("causal", "reformer"):
             raise ValueError(
                 f"chunk_boundaries must be 'causal' or 'reformer' (the paper's, which leaks), not {chunk_boundaries!r}"
@@ -89,7 +90,7 @@ class Attention(nn.Module):
             heads = 1 if v.device.type == "cpu" else self.heads
             parts = zip(qk.split(heads, 1), v.split(heads, 1), buckets.split(heads, 1), strict=True)
             out = torch.cat([self._sorted(*part, span) for part in parts], dim=1)[:, :, -T:]
-        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     @torch.no_grad()
@@ -199,7 +200,7 @@ class Attention(nn.Module):
         length = (qk.square().sum(-1, keepdim=True) + 1e-6 * qk.shape[-1]).sqrt()
         scores = torch.einsum("bthd,bshd->bhts", qk, qk / length)
         scores = torch.where(torch.eye(T, dtype=torch.bool, device=qk.device), ALONE, scores) + met.type_as(qk).log()
-        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2).contiguous())
 
 
 def unit(x):

@@ -24,17 +24,22 @@ class Attention(nn.Module):
         "MiniMax-01, section 2.2 (arXiv 2501.08313)"
     )
 
-    def __init__(self, config, layer_idx, chunk=64):
+    def __init__(self, config, layer_idx, chunk=64, heads=0):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if not isinstance(chunk, int) or chunk < 1:
+        if type(heads) is not int or heads < 0:
+            raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
+        heads = heads or config.n_head
+        if config.n_embd % heads:
+            raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
+        if heads != config.n_head and getattr(config, "architecture", "gpt2") == "llama":
+            raise ValueError("heads of its own are not as wide as Llama's rotary positions; leave heads out")
+        if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
         self.layer_idx = layer_idx
         self.chunk = chunk  # c
-        self.heads = config.n_head  # H
+        self.heads = heads  # H
         self.width = config.n_embd  # C
-        self.head_width = config.n_embd // config.n_head  # D
+        self.head_width = config.n_embd // heads  # D
         self.c_attn = Conv1D(4 * self.width, self.width)  # query, key, value, output gate
         self.c_proj = Conv1D(self.width, self.width)
         self.norm = nn.Parameter(torch.ones(self.head_width))
@@ -67,7 +72,7 @@ class Attention(nn.Module):
             if layer is not None:
                 layer.update(state, tokens=T)
             out = out * (out.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * self.norm  # (B, H, T, D)
-        out = out.transpose(1, 2).reshape(B, T, C).to(z.dtype) * F.silu(z)
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous().to(z.dtype) * F.silu(z)
         return self.residual_dropout(self.c_proj(out)), None
 
     def _log_decay(self, q, real=None):
@@ -102,6 +107,14 @@ class Attention(nn.Module):
         out = ((q @ k.mT) * decay) @ v + (q * since) @ torch.stack(before, dim=2)
         return out.flatten(2, 3)[:, :, :T], state
 
+    @staticmethod
+    def sized(config, context, numbers):
+        """Fewer heads are wider, and a state has a number per pair of a head's channels."""
+        if getattr(config, "architecture", "gpt2") == "llama":
+            return {}  # its rotary positions are as wide as its own heads
+        fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
+        return {"heads": min(fits, key=lambda heads: abs(config.n_embd**2 / heads - numbers))}
+
     def new_cache(self):
         return StateLayer()
 
@@ -128,7 +141,7 @@ class Attention(nn.Module):
         weights = torch.einsum("bthd,bshd->bhts", q, k) * kept / self.head_width**0.5
         out = torch.einsum("bhts,bshd->bthd", weights, v)
         out = self.norm * out / ((out**2).mean(-1, keepdim=True) + EPSILON).sqrt() * z * z.sigmoid()
-        return self.c_proj(out.flatten(2))
+        return self.c_proj(out.flatten(2).contiguous())
 
 
 def documents(seq_idx, N, c):

@@ -19,8 +19,10 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1 (a query sees itself), not {window}")
+        if type(window) is not int or window < 2:
+            raise ValueError(
+                f"window must be a whole number of keys, at least 2 (a window of 1 sees itself alone), not {window!r}"
+            )
         self.layer_idx = layer_idx
         self.window = window  # W
         self.heads = config.n_head  # H
@@ -56,7 +58,7 @@ class Attention(nn.Module):
                 out = self._blocks(*(in_order(x, order) for x in (q, k, v)), real.gather(1, order), seq_idx)
                 out = in_order(out, order.argsort(1))
             out = out[:, :, S - T :]
-        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _attend(self, q, k, v, **options):
@@ -123,7 +125,7 @@ class Attention(nn.Module):
         scores = torch.einsum("bthd,bshd->bhts", q, k) / (C // self.heads) ** 0.5
         distance = torch.arange(T)[:, None] - torch.arange(T)
         scores = scores.masked_fill(((distance < 0) | (distance >= self.window)).to(q.device), -torch.inf)
-        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2).contiguous())
 
 
 def in_order(x, order):
