@@ -2,8 +2,10 @@
 
 import re
 
+import cache_table
 import pytest
 
+from lib import attention
 from lib.paths import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,3 +84,13 @@ def test_what_is_shown_from_python_runs(monkeypatch):
     found = {}
     exec(compile(shown, "docs/python.md", "exec"), found)
     assert len(found["runs"]) == len(list((ROOT / "records" / "quick-cpu").glob("*.json")))
+
+
+def test_the_table_of_caches_says_what_the_layers_keep():
+    """Keys and values of all tokens; a state of 64 x 64 numbers a head in fp32; a pattern's layers added up."""
+    assert cache_table.documented() == cache_table.table(), "python tests/cache_table.py --write"
+    rows = dict(re.findall(r"^\| ([^|]+) \| [^|]+ \| ([\d,.]+) \|", cache_table.documented(), re.M))
+    keys, state = 12 * 2 * 768 * 32_768 * 2 / cache_table.MIB, 12 * 12 * 64 * 64 * 4 / cache_table.MIB
+    assert rows["SDPA"] == f"{keys:,.0f}" and rows["Gated DeltaNet"] == f"{state:.1f}"
+    assert rows["3 × Gated DeltaNet + Gated SDPA"] == f"{keys / 4 + 3 * state / 4:,.0f}"
+    assert len(rows) == len(attention.variants()) + len(cache_table.PATTERNS)
