@@ -12,9 +12,11 @@ import tomllib
 
 import pytest
 import yaml
+from make import write_blocks
 from packaging.requirements import Requirement
 
-from lib import extras, paths
+from lib import extras, paths, record
+from lib.analysis import figures, ngrams, tables
 from lib.study import cluster, plan
 from lib.study.__main__ import main
 
@@ -215,3 +217,14 @@ def test_without_extras_a_model_runs_and_each_other_room_says_in_a_sentence_whic
             rf"lib\.{room.split('.')[0]}[.\w]* needs {package}, which is not installed: "
             rf"pip install 'attention-study\[{extra}\]'", wanting[room],
         ), wanting[room]  # fmt: skip
+
+
+def test_without_the_project_s_records_one_s_own_are_ranked_and_what_is_published_is_named(tmp_path, monkeypatch):
+    for module, name in ((ngrams, "COUNTED_LATER"), (figures, "PUBLISHED")):
+        monkeypatch.setattr(module, name, tmp_path / getattr(module, name).name)
+    ngrams._counted_later.cache_clear()
+    write_blocks(tmp_path, ("sdpa", "gqa"))
+    runs = record.read(tmp_path)
+    assert len(tables.ranking(runs)) == 2 and ngrams.above_bigram(runs).isna().all()
+    assert "published_figures.csv of the project's clone" in figures.published_beside_ours(runs)
+    ngrams._counted_later.cache_clear()
