@@ -26,7 +26,16 @@ from lib.record.names import (
     setting,
 )  # fmt: skip
 from lib.record.names import file_stem as file_name
-from lib.record.schema import ARCHITECTURES, DEVICES, LIMITS, MOST_CONTEXTS, MOST_STEPS, POSITION_EMBEDDINGS, PRECISIONS
+from lib.record.schema import (
+    ARCHITECTURES,
+    DEVICES,
+    LIMITS,
+    MATCHES,
+    MOST_CONTEXTS,
+    MOST_STEPS,
+    POSITION_EMBEDDINGS,
+    PRECISIONS,
+)
 
 # Names of records, which hold the parameters, and so are made there.
 __all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
@@ -42,6 +51,7 @@ CHOICES = {
     "packing": (False, True, "documents"),
     "position_embedding": POSITION_EMBEDDINGS,
     "architecture": ARCHITECTURES,
+    "match": MATCHES,
 }
 
 
@@ -179,6 +189,8 @@ def check_values(values: dict) -> None:
         raise UsageError(
             f"rotary positions turn pairs: {p.heads} heads of {p.width // p.heads} numbers must be of even width"
         )
+    if p.convolution == 1:
+        raise UsageError("convolution must be 0, or at least 2: of 1 token it mixes none; 4 is usual")
     if p.context > p.positions:
         raise UsageError(f"context {p.context} is longer than the model's {p.positions} positions; raise positions too")
     if len(p.inference_contexts) > MOST_CONTEXTS:
@@ -192,8 +204,33 @@ def check_values(values: dict) -> None:
     check_options(p.options)
     pin(p.attention)
     named(values, check_attention(p))
+    if p.match == "parameters":
+        _config(values)
     if p.save_model:
         check_folder(p.save_model, run_name(portable(values)))
+
+
+def matched(values: dict) -> dict:
+    """The values with the options that `match: state` chooses; others are left as they are. Raises UsageError."""
+    if values["match"] != "state":
+        return values
+    check_values(values)
+    config = _config(values)
+    from lib.model.matching import options_of_state
+
+    try:
+        return values | {"options": options_of_state(config, values["context"], values["attention"], values["options"])}
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _config(values: dict):
+    from lib.model import config_of
+
+    try:
+        return config_of(values, 2)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def check_device(name: str) -> None:
@@ -287,7 +324,10 @@ def _checked_layer(name: str, given: dict, p):
         )
     try:
         with torch.device("meta"):
-            layer = variant(gpt2_config(p.layers, p.width, p.heads, p.positions, 2), 0, **given)
+            config = gpt2_config(
+                p.layers, p.width, p.heads, p.positions, 2, architecture=getattr(p, "architecture", "gpt2")
+            )
+            layer = variant(config, 0, **given)
     except ValueError:
         raise
     except (Exception, SystemExit) as error:
@@ -380,7 +420,7 @@ def resolve(history: list[str], namespace: dict, name: str = "p") -> SimpleNames
     the cells below all the same, and they would train what the page no longer says.
     """
     try:
-        values = checked(history, namespace)
+        values = matched(checked(history, namespace))
         check_values(values)
     except UsageError as error:
         namespace[name] = Refused(error)

@@ -2,10 +2,10 @@
 """Ours against what a user would pick otherwise: forward and backward, interleaved in one process.
 
 `layer` times one attention layer of width 256 (4 heads, B = 1) by context length, each variant beside reference
-implementations, with random weights; `step` a whole training step of GPT-2 124M. All take turns, in another order each
-round, so that a busy machine is busy for all, and each variant takes a second turn, as its A/A control. A ratio is ours
-over the best of theirs, of medians and of minima: above 1, ours is slower. One that is not installed is named as
-absent, one that runs out of memory too. fp32 on a CPU, bf16 on CUDA.
+implementations, with random weights; `step` a whole training step of GPT-2 124M, or of as large a Llama. All take
+turns, in another order each round, so that a busy machine is busy for all, and each variant takes a second turn, as its
+A/A control. A ratio is ours over the best of theirs, of medians and of minima: above 1, ours is slower. One that is not
+installed is named as absent, one that runs out of memory too. fp32 on a CPU, bf16 on CUDA.
 
 Implementations beyond the project's own pins, of which none is a dependency: local-attention, reformer-pytorch and
 pytorch-fast-transformers, on CUDA also fla-core and FlexAttention; for `step` nanoGPT's model.py, by its path.
@@ -27,7 +27,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import DeepseekV2Config, GPT2LMHeadModel, LlamaConfig, ReformerConfig
+from transformers import DeepseekV2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ReformerConfig
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
@@ -37,6 +37,7 @@ from lib import attention, errors, record
 from lib.analysis import benchmarks
 from lib.measure import environment
 from lib.model import build_model, devices, gpt2_config
+from lib.model.llama import swiglu_width
 from lib.record.benchmark import AGAIN
 
 WIDTH, HEADS, WINDOW, ROUNDS, CHUNK, LATENT, ROPE = 256, 4, 128, 4, 64, 256, 32  # the variants' own defaults
@@ -212,15 +213,17 @@ def layer_turn(layer, T, device, batch=1):
     return turn
 
 
-def step_turns(names, T, device, nanogpt=None, batch=1, compiled=False, vocabulary=50257) -> tuple[dict, dict]:
-    """A turn per training step of GPT-2 124M with these variants, of transformers' and of nanoGPT's model."""
-    config = gpt2_config(*SIZE, max(T, 1024), vocabulary)
-    theirs = copy.copy(config)
-    theirs.activation_function = "gelu_new"  # as GPT-2's checkpoints have it
+def step_turns(
+    names, T, device, nanogpt=None, batch=1, compiled=False, vocabulary=50257, architecture="gpt2"
+) -> tuple[dict, dict]:
+    """A turn per training step of GPT-2 124M, or of as large a Llama, with these variants or patterns, of transformers'
+    model and, of GPT-2, of nanoGPT's."""
+    config = gpt2_config(*SIZE, max(T, 1024), vocabulary, architecture=architecture)
+    kind, theirs, called = transformers_s(config)
     makers = {name: (lambda name=name: build_model(name, config), transformers_loss, fused_adamw) for name in names}
     for kernel in ("eager", "sdpa"):
-        make = partial(GPT2LMHeadModel._from_config, theirs, attn_implementation=kernel)
-        makers[f"transformers' GPT-2 {kernel}"] = make, transformers_loss, fused_adamw
+        make = partial(kind._from_config, theirs, attn_implementation=kernel)
+        makers[f"transformers' {called} {kernel}"] = make, transformers_loss, fused_adamw
     if nanogpt is not None:
         makers["nanoGPT"] = partial(nanogpt_model, nanogpt, config), nanogpt_loss, nanogpt_optimizer
     turns = {}
@@ -230,7 +233,21 @@ def step_turns(names, T, device, nanogpt=None, batch=1, compiled=False, vocabula
         if compiled:
             model = torch.compile(model)
         turns[name] = step_turn(model, loss_of, optimizer, (batch, T), vocabulary, device)
-    return turns, {} if nanogpt is not None else {"nanoGPT": "no --nanogpt"}
+    return turns, {"nanoGPT": "no --nanogpt"} if nanogpt is None and called == "GPT-2" else {}
+
+
+def transformers_s(config):
+    """transformers' class for a config of ours, its config of the same sizes, and its name."""
+    if getattr(config, "architecture", "gpt2") == "gpt2":
+        theirs = copy.copy(config)
+        theirs.activation_function = "gelu_new"  # as GPT-2's checkpoints have it
+        return GPT2LMHeadModel, theirs, "GPT-2"
+    theirs = LlamaConfig(
+        vocab_size=config.vocab_size, hidden_size=config.n_embd, intermediate_size=swiglu_width(config.n_embd),
+        num_hidden_layers=config.n_layer, num_attention_heads=config.n_head, rms_norm_eps=config.layer_norm_epsilon,
+        max_position_embeddings=config.n_positions, tie_word_embeddings=True,
+    )  # fmt: skip
+    return LlamaForCausalLM, theirs, "Llama"
 
 
 def load_nanogpt(path):
@@ -332,11 +349,16 @@ def main(words: list[str] | None = None) -> int:
         "--rounds", type=int, default=7, metavar="N", help="turns at the longest length (7), up to 8 N below"
     )
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="of a CPU (2)")
+    parser.add_argument(
+        "--architecture", choices=("gpt2", "llama"), default="gpt2", help="for `step`: whose layers (gpt2)"
+    )
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout, for `step`")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the record goes, see lib/record/benchmark.py")
     options = parser.parse_args(words)
     if min(options.rounds, options.threads, options.batch, options.vocabulary, *(options.lengths or [1])) < 1:
         parser.error("--rounds, --threads, --batch, --vocabulary and --lengths want 1 or more")
+    if options.nanogpt and options.architecture == "llama":
+        parser.error("nanoGPT's model has GPT-2's layers; leave --nanogpt out beside --architecture llama")
     try:
         nanogpt = load_nanogpt(options.nanogpt) if options.nanogpt else None
     except Exception as error:  # it is another's code: whatever it does, its name is what can be put right
@@ -364,7 +386,7 @@ def main(words: list[str] | None = None) -> int:
         if options.what == "layer":
             turns, absent = layer_turns(names, T, device, options.batch)
         else:
-            words = nanogpt, options.batch, options.compile, options.vocabulary
+            words = nanogpt, options.batch, options.compile, options.vocabulary, options.architecture
             turns, absent = step_turns(names, T, device, *words)
             others = {name: [turn for turn in turns if turn not in names] for name in names}
         turns |= {f"{name}{AGAIN}": turns[name] for name in names if name in turns}
@@ -376,6 +398,7 @@ def main(words: list[str] | None = None) -> int:
         what=options.what,
         batch=options.batch,
         compiled=options.compile,
+        architecture=options.architecture,
         vocabulary=options.vocabulary,
         threads=options.threads,
         environment=environment.describe(device),

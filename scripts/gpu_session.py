@@ -113,6 +113,11 @@ BENCHMARKS = (
     beside_others("layer_long", "layer --lengths 8192 32768 65536", 240),
     training_step("step_512", "--lengths 512 --batch 16"),
     training_step("step_4096", "--lengths 4096 --batch 2"),
+    beside_others(
+        "step_llama",
+        "step --compile --vocabulary 50304 --architecture llama --variants sdpa linear,sdpa --batch 16",
+        240,
+    ),
 )
 
 RESERVE_S = 20.0  # kept for packing

@@ -132,6 +132,20 @@ def test_the_cache_is_what_the_variants_themselves_count_for_the_whole_model():
     assert "SLIDING_WINDOW" not in said  # smaller, and forgets
 
 
+def test_a_pattern_stands_in_sentences_table_and_picture_like_a_variant():
+    text = made_steps({"linear": 0.5}).model_dump_json().replace('"label":"linear"', '"label":"linear+sdpa"')
+    text = text.replace('"attention":"linear"', '"attention":"linear,sdpa"').replace('"LINEAR"', '"Linear + SDPA"')
+    made = steps.Steps.model_validate_json(text.replace('"layers":1', '"layers":2'))
+    found = evidence.Evidence(made, made_cells(**{"linear+sdpa": 1.0}))
+    said = " ".join(answer.sentences(found))
+    assert re.search(r"At 512 tokens take Linear \+ SDPA\*\*, training time ÷ 2\.\d+ \[", said)
+    assert answer.limits(found)["pick"].str.contains("Linear + SDPA", regex=False).any()
+    each = [2 * 16 * 32_768 * 2, (16 * 8 + 16) * 4]  # keys and values; a state of two heads and its normalizer
+    assert found.cache["linear+sdpa"] == sum(each) and found.recalls("linear+sdpa")
+    figure = answer_figure.picture(found)
+    assert "Linear + SDPA" in [tick.get_text() for tick in figure.axes[0].get_yticklabels()]
+
+
 def test_of_few_rounds_and_beside_an_sdpa_without_a_certificate_nothing_is_told():
     made = made_steps({"gqa": 0.5})
     few = made.model_copy(update={"rounds": made.rounds[:4]})

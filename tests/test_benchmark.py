@@ -9,6 +9,7 @@ import torch
 from lib import attention, paths, record
 from lib.analysis import benchmarks
 from lib.errors import OutOfMemory, UsageError
+from lib.model import build_model, gpt2_config
 from lib.record.benchmark import Benchmark
 
 
@@ -183,6 +184,23 @@ def test_a_training_step_takes_turns_with_the_peers_steps(script, tmp_path, monk
     times_ms, failed = script.interleave(turns, 1, torch.device("cpu"))
     assert failed == {} and all(len(ms) == 1 for ms in times_ms.values())
     assert script.step_turns([], 16, torch.device("cpu"), vocabulary=64)[1] == {"nanoGPT": "no --nanogpt"}
+
+
+def test_a_step_of_llama_or_a_pattern_takes_turns_with_transformers_s_of_as_many_weights(script, monkeypatch):
+    monkeypatch.setattr(script, "SIZE", (2, 32, 2))
+    turns, absent = script.step_turns(["sdpa", "linear,sdpa"], 16, torch.device("cpu"), architecture="llama")
+    assert absent == {}
+    assert list(turns) == ["sdpa", "linear,sdpa", "transformers' Llama eager", "transformers' Llama sdpa"]
+    times_ms, failed = script.interleave(turns, 1, torch.device("cpu"))
+    assert failed == {} and all(len(ms) == 1 for ms in times_ms.values())
+    for architecture in ("gpt2", "llama"):
+        config = gpt2_config(2, 32, 2, 64, 50, architecture=architecture)
+        kind, theirs, _ = script.transformers_s(config)
+        counted = [sum(p.numel() for p in model.parameters() if p.dim() > 1) for model in
+                   (kind(theirs), build_model("sdpa", config))]  # fmt: skip
+        assert counted[0] - counted[1] == 0
+    with pytest.raises(SystemExit):
+        script.main(["step", "--architecture", "llama", "--nanogpt", "model.py"])
 
 
 @pytest.mark.parametrize(("what", "variants"), [("layer", attention.STUDY_ORDER), ("step", ["sdpa"])])

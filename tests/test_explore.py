@@ -523,6 +523,6 @@ def test_a_pattern_stands_in_every_screen():
     assert one.label in set(first[-1]["variant"])
     picker = Picker("sdpa")
     picker.path.value = "sliding_window,linear"
-    assert {option.description for option in picker.options.children} == {"window", "chunk"}
+    assert {option.description for option in picker.options.children} == {"window", "chunk", "heads"}
     picker.path.value = "sliding_window,linea"
     assert "Did you mean" in picker.message.value and picker.choice.attention == "sliding_window,linear"

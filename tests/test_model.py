@@ -16,8 +16,9 @@ def test_gpt2_small_has_the_published_number_of_parameters():
         assert sum(p.numel() for p in meta_model(name, config).parameters()) == 124_439_808
 
 
-def test_a_seed_gives_every_variant_the_same_shared_weights():
-    config = gpt2_config(2, 32, 4, 64, 50)
+@pytest.mark.parametrize("more", [{}, {"architecture": "llama"}, {"convolution": 4}], ids=str)
+def test_a_seed_gives_every_variant_the_same_shared_weights(more):
+    config = gpt2_config(2, 32, 4, 64, 50, **more)
     models = {name: dict(build_model(name, config, seed=7).named_parameters()) for name in attention.variants()}
     for name, parameters in models.items():
         for key, value in parameters.items():

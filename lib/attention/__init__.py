@@ -38,6 +38,8 @@ the three |
 | `own_initialisation` | True: all weights stay as the constructor leaves them |
 | `as_gpt2(config)` | a static method: options with which it is GPT-2's own attention, with weights of the same names, \
 so that the certificate can hold `reference` against that |
+| `sized(config, context, numbers)` | a static method: options with which the cache of a sequence of `context` tokens \
+holds about so many numbers; `match: state` asks it for SDPA's |
 | `projection_flops(context)` | FLOPs of the weights in one forward, where they are not two per token and weight of \
 every matrix |
 

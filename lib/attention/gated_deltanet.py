@@ -25,10 +25,11 @@ class Attention(nn.Module):
     )
     needs_no_positions = True  # a state knows what came last
 
-    def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64):
+    def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64, heads=0):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
+        heads = heads or config.n_head
+        if not isinstance(heads, int) or heads < 1 or config.n_embd % heads:
+            raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
         if not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
         if beta_max not in (1, 2):
@@ -39,9 +40,9 @@ class Attention(nn.Module):
             raise ValueError(f"gate must be true (states decay) or false (DeltaNet), not {gate!r}")
         self.layer_idx = layer_idx
         self.gate, self.beta_max, self.chunk = gate, beta_max, chunk  # chunk: c
-        self.heads = config.n_head  # H
+        self.heads = heads  # H
         self.width = config.n_embd  # C
-        self.head_width = config.n_embd // config.n_head  # D
+        self.head_width = config.n_embd // heads  # D
         self.c_attn = Conv1D(4 * self.width, self.width)  # query, key, value, output gate
         self.c_rates = Conv1D((1 + gate) * self.heads, self.width)  # of writing, and of decay
         self.c_proj = Conv1D(self.width, self.width)
@@ -134,6 +135,12 @@ class Attention(nn.Module):
             out.append(q[:, :, n] @ state + scores[:, :, n] @ new)
             state = state * last[:, :, n] + k[:, :, n] @ new
         return torch.cat(out, dim=2)[:, :, :T], state
+
+    @staticmethod
+    def sized(config, context, numbers):
+        """Fewer heads are wider, and a state has a number per pair of a head's channels."""
+        fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
+        return {"heads": min(fits, key=lambda heads: abs(config.n_embd**2 / heads - numbers))}
 
     def new_cache(self):
         return StateLayer()

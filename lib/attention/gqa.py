@@ -71,6 +71,12 @@ class Attention(nn.Module):
     def as_gpt2(config):
         return {"kv_heads": config.n_head}
 
+    @staticmethod
+    def sized(config, context, numbers):
+        fits = [heads for heads in range(1, config.n_head + 1) if config.n_head % heads == 0]
+        per_head = 2 * context * config.n_embd / config.n_head
+        return {"kv_heads": min(fits, key=lambda heads: abs(heads * per_head - numbers))}
+
     def new_cache(self):
         return DynamicLayer()
 

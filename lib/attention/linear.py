@@ -17,17 +17,20 @@ class Attention(nn.Module):
     title = "Linear (elu+1)"
     paper = "Katharopoulos et al. 2020, Transformers are RNNs, sections 3.2 to 3.4 (arXiv 2006.16236)"
 
-    def __init__(self, config, layer_idx, chunk=64):
+    def __init__(self, config, layer_idx, chunk=64, heads=0):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
+        heads = heads or config.n_head
+        if not isinstance(heads, int) or heads < 1 or config.n_embd % heads:
+            raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
+        if heads != config.n_head and getattr(config, "architecture", "gpt2") == "llama":
+            raise ValueError("heads of its own are not as wide as Llama's rotary positions; leave heads out")
         if not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
         self.layer_idx = layer_idx
         self.chunk = chunk  # c
-        self.heads = config.n_head  # H
+        self.heads = heads  # H
         self.width = config.n_embd  # C
-        self.head_width = config.n_embd // config.n_head  # D
+        self.head_width = config.n_embd // heads  # D
         self.c_attn = Conv1D(3 * self.width, self.width)
         self.c_proj = Conv1D(self.width, self.width)
         # `attn_pdrop` has nothing to act on: the weights of a query never exist, only their sums do.
@@ -102,6 +105,14 @@ class Attention(nn.Module):
         out = divide(scores @ v + tq @ states[:-1], mass + q @ normalizers[:-1, ..., None])  # (N, B, H, c, D)
         out = out.permute(1, 0, 3, 2, 4).reshape(B, N * c, H, D)[:, :T]
         return out, states[-1], normalizers[-1]
+
+    @staticmethod
+    def sized(config, context, numbers):
+        """Fewer heads are wider, and a state has a number per pair of a head's channels."""
+        if getattr(config, "architecture", "gpt2") == "llama":
+            return {}  # its rotary positions are as wide as its own heads
+        fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
+        return {"heads": min(fits, key=lambda heads: abs(config.n_embd**2 / heads - numbers))}
 
     def new_cache(self):
         return StateLayer()

@@ -142,6 +142,11 @@ class Attention(nn.Module):
         mixed = F.dropout(weights, self.attention_dropout, self.training) @ latent  # (B, H, L)
         return torch.einsum("bhl,hdl->bhd", mixed, w_uv).unsqueeze(1)
 
+    @staticmethod
+    def sized(config, context, numbers):
+        rotary = config.n_embd // config.n_head // 2
+        return {"kv_lora_rank": max(1, round(numbers / context) - rotary), "qk_rope_head_dim": rotary}
+
     def new_cache(self):
         return DynamicLayer()  # its keys are our latents, its values our shared rotary keys
 

@@ -24,17 +24,20 @@ class Attention(nn.Module):
         "MiniMax-01, section 2.2 (arXiv 2501.08313)"
     )
 
-    def __init__(self, config, layer_idx, chunk=64):
+    def __init__(self, config, layer_idx, chunk=64, heads=0):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
+        heads = heads or config.n_head
+        if not isinstance(heads, int) or heads < 1 or config.n_embd % heads:
+            raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
+        if heads != config.n_head and getattr(config, "architecture", "gpt2") == "llama":
+            raise ValueError("heads of its own are not as wide as Llama's rotary positions; leave heads out")
         if not isinstance(chunk, int) or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
         self.layer_idx = layer_idx
         self.chunk = chunk  # c
-        self.heads = config.n_head  # H
+        self.heads = heads  # H
         self.width = config.n_embd  # C
-        self.head_width = config.n_embd // config.n_head  # D
+        self.head_width = config.n_embd // heads  # D
         self.c_attn = Conv1D(4 * self.width, self.width)  # query, key, value, output gate
         self.c_proj = Conv1D(self.width, self.width)
         self.norm = nn.Parameter(torch.ones(self.head_width))
@@ -101,6 +104,14 @@ class Attention(nn.Module):
             state = torch.addcmul(written[:, :, n], state, last[:, :, n])
         out = ((q @ k.mT) * decay) @ v + (q * since) @ torch.stack(before, dim=2)
         return out.flatten(2, 3)[:, :, :T], state
+
+    @staticmethod
+    def sized(config, context, numbers):
+        """Fewer heads are wider, and a state has a number per pair of a head's channels."""
+        if getattr(config, "architecture", "gpt2") == "llama":
+            return {}  # its rotary positions are as wide as its own heads
+        fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
+        return {"heads": min(fits, key=lambda heads: abs(config.n_embd**2 / heads - numbers))}
 
     def new_cache(self):
         return StateLayer()

@@ -30,6 +30,7 @@ from lib.certificate.probes import (
 )
 from lib.certificate.twins import Twins, as_reference, attentions, cache_of, loud
 from lib.errors import is_out_of_memory
+from lib.model import convolution
 
 FLOOR = {"fp32": 1e-5, "bf16": 0.03}  # root mean square that rounding alone may cost a layer, relative
 WORSE = 4.0  # how much further than its reference of rounded weights a layer may be, which rounds on the way as well
@@ -673,7 +674,7 @@ def of_core_flops(twins: Twins):
         yield within("core_flops", what, abs(by_formula[name] - counted[name]), GROWTH_APART)
     few = sorted({1, 2, 3, 50, twins.setting.gradient_length, twins.setting.context})
     for index, layer in twins.of_each_kind(attentions(twins.exact)).items():
-        yield from _seen_and_counted(twins, layer, f"layer {index}")
+        yield from _seen_and_counted(twins, convolution.bare(layer), f"layer {index}")
         found = [layer.core_flops(n) - layer.core_flops(n - 1) for n in few if n > 1] + [layer.core_flops(1)]
         found += [layer.core_flops(n, dense=True) - layer.core_flops(n) for n in few]
         yield fact("core_flops", f"layer {index}: a token more costs more, full no less than causal", min(found) >= 0)

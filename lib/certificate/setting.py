@@ -4,7 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
-from lib.model import devices, gpt2_config
+from lib.model import config_of, devices, gpt2_config
 
 REFERENCE_COST = {"cpu": 2e9, "cuda": 2e10}  # layers x width x T² that references may cost: seconds on either
 LONGEST_REFERENCE = 1024  # some hold T x T numbers per head and round
@@ -28,12 +28,16 @@ class Setting:
     new_tokens: int = 1
     position_embedding: str = "learned"
     architecture: str = "gpt2"
+    convolution: int = 0
+    mlp_width: int | None = None  # None: the architecture's own
 
     @classmethod
     def of(cls, p) -> "Setting":
         """That of a run with the parameters `p` (`lib.parameters.resolve`), with what `auto` means here."""
         device = devices.choose(p.device)
         given = {field.name: getattr(p, field.name, field.default) for field in dataclasses.fields(cls)}
+        if getattr(p, "match", "none") == "parameters":
+            given["mlp_width"] = config_of(vars(p), 2).n_inner
         given |= {"device": device.type, "precision": devices.resolve_precision(p.precision, device)}
         return cls(**given | {"inference_contexts": tuple(p.inference_contexts)})
 
@@ -44,7 +48,10 @@ class Setting:
     def config(self, vocabulary: int, dropout: float = 0.0):
         """The configuration of the run's model."""
         sizes = (self.layers, self.width, self.heads, self.positions, vocabulary, dropout)
-        return gpt2_config(*sizes, position_embedding=self.position_embedding, architecture=self.architecture)
+        layers = {"position_embedding": self.position_embedding, "architecture": self.architecture}
+        config = gpt2_config(*sizes, **layers, convolution=self.convolution)
+        config.n_inner = self.mlp_width
+        return config
 
     @property
     def rows(self) -> int:

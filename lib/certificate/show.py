@@ -113,10 +113,12 @@ def scope(said: dict) -> list[str]:
     """What a certificate was examined at and what it cannot say, in sentences."""
     at = said["tested"]
     kept = f"{at['rows']} rows of {at['length']:,} tokens"
+    around = ", as Llama's" if at.get("architecture") == "llama" else ""
+    around += f", behind a convolution over {at['convolution']} tokens" if at.get("convolution") else ""
     return [
-        f"Examined: {at['layers']} layers of width {at['width']} with {at['heads']} heads, {at['precision']} on "
-        f"{at['device']}, in training and evaluation; {kept}, rows up to {at['longest']:,} tokens, decoding up to "
-        f"{at['decoded']:,}.",
+        f"Examined: {at['layers']} layers of width {at['width']} with {at['heads']} heads{around}, "
+        f"{at['precision']} on {at['device']}, in training and evaluation; {kept}, rows up to {at['longest']:,} "
+        f"tokens, decoding up to {at['decoded']:,}.",
         f"Beside its reference in float64 on {at['exact_device']}: outputs of {at['reference_length']:,} tokens, "
         f"gradients of {at['gradient_length']:,}.",
         *CANNOT,

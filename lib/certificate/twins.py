@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from lib import attention
 from lib.certificate.probes import Tokens
 from lib.certificate.setting import Setting
-from lib.model import build_model, devices, gpt2_config
+from lib.model import build_model, convolution, devices, gpt2_config
 
 VOCABULARY = 61  # as many tokens as tell rows apart: the head is the same for every variant
 GAIN = 1.5  # of matrices, over the root of their width: scores of a few units, attention far from uniform
@@ -108,8 +108,11 @@ class Twins:
     def layers_for(self, positions: int, width: int | None = None) -> dict[str, torch.nn.Module]:
         """One layer of each variant on the CPU, for counting: of as many positions as it is given tokens."""
         s = self.setting
-        config = gpt2_config(1, width or s.width, s.heads, positions, VOCABULARY)
-        return {name: variant(config, 0, **own).float().eval() for name, (variant, own) in self.parts.items()}
+        config = gpt2_config(1, width or s.width, s.heads, positions, VOCABULARY, convolution=s.convolution)
+        return {
+            name: convolution.add(variant(config, 0, **own), config).float().eval()
+            for name, (variant, own) in self.parts.items()
+        }
 
     def of_each_kind(self, layers: list) -> dict[int, torch.nn.Module]:
         """The first and the last layer of each variant, by their place."""

@@ -1,5 +1,6 @@
 """One run's measurements put together: the table of what an attention costs, and the record."""
 
+import copy
 import statistics
 import tempfile
 from pathlib import Path
@@ -16,25 +17,51 @@ from lib.model import meta_model
 __all__ = ["costs", "inference_table", "make_record", "measured", "save_model", "self_check"]
 
 
+ALIKE = 0.01  # relative; what is no further apart is matched
+
+
 def costs(model, p) -> pd.DataFrame:
-    """What the model's attention costs on paper, beside GPT-2's own, or Llama's in its layers: a row per quantity, one
-    sequence of `context`."""
-    baseline = meta_model("baseline", model.config)
-    own = "Llama's own" if model.config.architecture == "llama" else "GPT-2's own"
-    columns = {}
-    for name, subject in ((parameters.display_name(vars(p)), model), (own, baseline)):
-        counted = flops.analytic(subject, p.context)
-        attention_weights = sum(w.numel() for block in subject.transformer.h for w in block.attn.parameters())
-        cache = sum(block.attn.cache_bytes(p.context, 2) for block in subject.transformer.h)
-        columns[name] = {
-            "parameters": f"{sum(w.numel() for w in subject.parameters()):,}",
-            "of these in attention": f"{attention_weights:,}",
-            "forward GFLOPs, causal": f"{counted['forward_flops_causal'] / 1e9:,.3f}",
-            "forward GFLOPs, full T x T": f"{counted['forward_flops_full'] / 1e9:,.3f}",
-            "share of attention core": f"{counted['attention_core_share']:.1%}",
-            "cache in bf16, KiB": f"{cache / 1024:,.0f}",
+    """What the model's attention costs on paper, a row per quantity for one sequence of `context`, beside GPT-2's own,
+    or Llama's in its layers; both compute what SDPA does. The last row says in what the two are matched."""
+    config = copy.deepcopy(model.config)
+    config.n_inner = None  # its own MLP, whatever `match` makes of the run's
+    baseline = meta_model("baseline", config)
+    name, own = parameters.display_name(vars(p)), "Llama's own" if config.architecture == "llama" else "GPT-2's own"
+    mine, its = (_on_paper(subject, p.context) for subject in (model, baseline))
+    ratios = {what: mine[what] / its[what] for what in mine}
+    table = pd.DataFrame(
+        {
+            name: {what: form(mine[what]) for what, form in ON_PAPER.items()},
+            own: {what: form(its[what]) for what, form in ON_PAPER.items()},
+            "ratio": {what: f"{ratio:.3f}" for what, ratio in ratios.items()},
         }
-    return pd.DataFrame(columns)
+    )
+    alike = [short for short, what in MATCHABLE.items() if abs(ratios[what] - 1) <= ALIKE]
+    table.loc["matched, within 1 %"] = [", ".join(alike) or "nothing", "", ""]
+    return table
+
+
+MATCHABLE = {"parameters": "parameters", "cache": "cache in bf16, KiB", "FLOPs": "forward GFLOPs, causal"}
+ON_PAPER = {
+    "parameters": "{:,}".format,
+    "of these in attention": "{:,}".format,
+    "forward GFLOPs, causal": "{:,.3f}".format,
+    "forward GFLOPs, full T x T": "{:,.3f}".format,
+    "share of attention core": "{:.1%}".format,
+    "cache in bf16, KiB": "{:,.0f}".format,
+}
+
+
+def _on_paper(subject, context: int) -> dict[str, float]:
+    counted, blocks = flops.analytic(subject, context), subject.transformer.h
+    return {
+        "parameters": sum(weight.numel() for weight in subject.parameters()),
+        "of these in attention": sum(weight.numel() for block in blocks for weight in block.attn.parameters()),
+        "forward GFLOPs, causal": counted["forward_flops_causal"] / 1e9,
+        "forward GFLOPs, full T x T": counted["forward_flops_full"] / 1e9,
+        "share of attention core": counted["attention_core_share"],
+        "cache in bf16, KiB": sum(block.attn.cache_bytes(context, 2) for block in blocks) / 1024,
+    }
 
 
 @one_sentence_when_out_of_memory()

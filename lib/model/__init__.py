@@ -6,6 +6,7 @@ from transformers.utils import logging
 
 from lib.model.gpt2 import GPT2, VariantConfig
 from lib.model.initial import initialise
+from lib.model.matching import mlp_width
 
 __all__ = ["GPT2", "VariantConfig", "build_model", "config_of", "gpt2_config", "llama_config", "meta_model"]
 
@@ -28,10 +29,11 @@ def build_model(name: str, config: GPT2Config, seed: int = 0, **options) -> "GPT
 
 def gpt2_config(
     layers: int, width: int, heads: int, positions: int, vocabulary: int, dropout: float = 0.0,
-    position_embedding: str = "learned", architecture: str = "gpt2",
+    position_embedding: str = "learned", architecture: str = "gpt2", convolution: int = 0,
 ):  # fmt: skip
     """The `GPT2Config` of a size: `layers` blocks of `width` = heads x head width, `positions` learned positions, or as
-    many without an embedding ("none"), for a variant that brings its own. `architecture`: gpt2, or llama."""
+    many without an embedding ("none"), for a variant that brings its own. `architecture`: gpt2, or llama.
+    `convolution`: how many tokens a short convolution before each attention sees, 0 for none (4 is usual)."""
     config = GPT2Config(
         n_layer=layers, n_embd=width, n_head=heads, n_positions=positions, vocab_size=vocabulary,
         attn_pdrop=dropout, resid_pdrop=dropout, embd_pdrop=dropout, bos_token_id=None, eos_token_id=None,
@@ -41,6 +43,8 @@ def gpt2_config(
         config.position_embedding = position_embedding
     if architecture != "gpt2":
         config.architecture = architecture
+    if convolution:
+        config.convolution = convolution
     return config
 
 
@@ -51,10 +55,14 @@ def llama_config(layers: int, width: int, heads: int, positions: int, vocabulary
 
 
 def config_of(values: dict, vocabulary: int, dropout: float = 0.0) -> GPT2Config:
-    """The config of the model that a run with these parameters (of train.ipynb) trains."""
+    """The config of the model that a run with these parameters (of train.ipynb) trains. Raises ValueError where `match`
+    cannot be had."""
     sizes = (values[name] for name in ("layers", "width", "heads", "positions"))
-    layers = {name: values[name] for name in ("position_embedding", "architecture") if name in values}
-    return gpt2_config(*sizes, vocabulary, dropout, **layers)
+    layers = {name: values[name] for name in ("position_embedding", "architecture", "convolution") if name in values}
+    config = gpt2_config(*sizes, vocabulary, dropout, **layers)
+    if values.get("match") == "parameters":
+        config.n_inner = mlp_width(config, values["attention"], values["options"])
+    return config
 
 
 def meta_model(name: str, config: GPT2Config, **options) -> GPT2:

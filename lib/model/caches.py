@@ -6,6 +6,7 @@ import copy
 import torch
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from lib.model import convolution
 from lib.model.arguments import Unsupported
 
 MADE_HERE = (None, "dynamic", "dynamic_full", "offloaded")  # of transformers' `cache_implementation`
@@ -84,7 +85,7 @@ def own(cache, kinds, new_layers):
     if type(cache) is DynamicCache and cache.get_seq_length() == 0:
         cache.__class__, cache.layers, cache.layer_class_to_replicate = VariantCache, new_layers(), None
         return cache
-    given = [getattr(layer, "stands_for", type(layer).__name__) for layer in cache.layers]
+    given = list(map(kind, cache.layers))
     if given != kinds:
         held, wanted = (f"{len(names)} x {' and '.join(sorted(set(names)))}" for names in (given, kinds))
         raise Unsupported(
@@ -93,9 +94,15 @@ def own(cache, kinds, new_layers):
     return cache
 
 
+def kind(layer) -> str:
+    """What a layer of a cache keeps: the name of its class, or of that which it stands for."""
+    return getattr(layer, "stands_for", type(layer).__name__)
+
+
 def keeps_every_key(layer) -> bool:
     """Whether a cached token can still be hidden by the mask of a later call; a window or a state has let it go."""
-    return isinstance(layer, DynamicLayer) and not layer.is_sliding
+    lets_go = layer.is_sliding or convolution.remembers(layer)
+    return isinstance(layer, DynamicLayer) and not lets_go
 
 
 @contextlib.contextmanager
@@ -118,8 +125,9 @@ def roomy_cache(model, tokens: int) -> Cache:
     room, a variant's own after `reserve`, and those that do not grow as they are."""
     cache = model.new_cache()
     for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[place] = Roomy(tokens)
+        behind = convolution.remembers(layer)
+        if type(layer).__mro__[behind] is DynamicLayer:
+            cache.layers[place] = convolution.remembering(Roomy(tokens)) if behind else Roomy(tokens)
         elif hasattr(layer, "reserve"):
             layer.reserve(tokens)
     return cache

@@ -8,7 +8,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import is_tracing
 
 from lib import attention
-from lib.model import caches, llama
+from lib.model import caches, convolution, llama
 from lib.model.arguments import Unsupported, read, refuse_unknown
 from lib.model.initial import initialise
 
@@ -31,6 +31,7 @@ class VariantConfig(GPT2Config):
     attention_options: dict | None = None
     position_embedding: str = "learned"
     architecture: str = "gpt2"
+    convolution: int = 0
 
     @classmethod
     def get_config_dict(cls, *args, **kwargs):
@@ -95,6 +96,8 @@ class GPT2(GPT2LMHeadModel):
         super().__init__(config)
         if config.position_embedding not in ("learned", "none"):
             raise Unsupported(f"position_embedding must be learned or none, not {config.position_embedding!r}")
+        if not (config.convolution == 0 or config.convolution >= 2):
+            raise Unsupported(f"convolution must be 0, or at least 2 tokens, not {config.convolution!r}")
         if config.architecture not in ("gpt2", "llama"):
             raise Unsupported(f"architecture must be gpt2 or llama, not {config.architecture!r}")
         self._rotates = config.architecture == "llama" and config.position_embedding == "learned"
@@ -103,15 +106,17 @@ class GPT2(GPT2LMHeadModel):
         if config.architecture == "llama" or config.position_embedding == "none":
             self.transformer.wpe = NoPositions()
         self.loss_function = mean_loss
-        variant = attention.load(name)
-        for layer, block in enumerate(self.transformer.h):
-            block.attn = variant(config, layer, **config.attention_options)
         if config.architecture == "llama":
             llama.exchange(self.transformer, config)
             for block in self.transformer.h:
-                block.mlp.apply(self._init_weights)
+                block.mlp.apply(self._init_weights)  # before a variant draws: then every variant has the same
+        variant = attention.load(name)
+        for layer, block in enumerate(self.transformer.h):
+            block.attn = convolution.add(variant(config, layer, **config.attention_options), config)
+            if config.architecture == "llama":
+                llama.without_biases(block.attn)
         layers = self._new_layers()
-        self._layer_kinds = [type(layer).__name__ for layer in layers]
+        self._layer_kinds = list(map(caches.kind, layers))
         self._is_stateful = not all(layer.is_croppable for layer in layers)  # transformers then refuses to draft
         self._keeps_every_key = all(map(caches.keeps_every_key, layers))
         self._sees_no_later_token = all(getattr(block.attn, "causal", True) for block in self.transformer.h)
@@ -155,6 +160,7 @@ class GPT2(GPT2LMHeadModel):
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             if own:
                 new = attention.load(self.config.attention)(self.config, layer, **self.config.attention_options)
+                new = convolution.add(new, self.config)
                 initialise(new, layer, self.config, torch.initial_seed())
                 for name in own:
                     _weight(block.attn, name).copy_(_weight(new, name))

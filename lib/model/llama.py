@@ -12,18 +12,22 @@ THETA = 10_000.0  # of the rotary positions
 
 
 def exchange(transformer, config) -> None:
-    """Puts Llama's parts in the place of GPT-2's, all but the attention, whose biases go."""
+    """Puts Llama's parts in the place of GPT-2's, all but the attention."""
     width = config.n_embd
     transformer.ln_f = nn.RMSNorm(width, eps=config.layer_norm_epsilon)
     llama = LlamaConfig(hidden_size=width, intermediate_size=config.n_inner or swiglu_width(width))
     for block in transformer.h:
         block.ln_1, block.ln_2 = (nn.RMSNorm(width, eps=config.layer_norm_epsilon) for _ in range(2))
         block.mlp = LlamaMLP(llama)
-        for module in block.attn.modules():
-            if isinstance(getattr(module, "bias", None), nn.Parameter):  # added by its own forward: now it is always 0
-                bias = torch.zeros_like(module.bias, requires_grad=False)
-                del module.bias
-                module.register_buffer("bias", bias, persistent=False)
+
+
+def without_biases(attention) -> None:
+    """Takes an attention's biases away, as Llama has none."""
+    for module in attention.modules():
+        if isinstance(getattr(module, "bias", None), nn.Parameter):  # added by its own forward: now it is always 0
+            bias = torch.zeros_like(module.bias, requires_grad=False)
+            del module.bias
+            module.register_buffer("bias", bias, persistent=False)
 
 
 def swiglu_width(width: int) -> int:

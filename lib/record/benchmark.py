@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lib.record.schema import Count, Environment, Moment, Strict, Text
+from lib.record.schema import ARCHITECTURES, Count, Environment, Moment, Strict, Text
 
 AGAIN = ", again (A/A)"  # behind a variant's name: its turn taken a second time in each round
 
@@ -21,6 +21,7 @@ class Benchmark(Strict):
     what: Literal["layer", "step"]
     batch: Count
     compiled: bool
+    architecture: Literal[ARCHITECTURES] = "gpt2"  # of `step`
     vocabulary: Count
     threads: Count
     environment: Environment

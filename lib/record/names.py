@@ -16,7 +16,7 @@ LONGEST_TEXT = 10_000  # characters of any other text
 WHO = ("attention", "options", "label", "seed")  # what differs within a study; all else is its setting
 BESIDE = ("save_model",)  # what changes nothing that is measured, so neither names a run nor sets it apart
 # Parameters that came later, and what runs from before them did: with that value a run is the same as theirs.
-LATER = {"position_embedding": "learned", "architecture": "gpt2"}
+LATER = {"position_embedding": "learned", "architecture": "gpt2", "convolution": 0, "match": "none"}
 
 # Letters that are drawn like Latin ones and that Unicode's compatibility forms leave apart, each before the one that it
 # looks like (Unicode TS 39, those of which a name in Latin letters can be made): Cyrillic, Greek, Armenian, Latin.

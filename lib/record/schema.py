@@ -18,6 +18,7 @@ DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 POSITION_EMBEDDINGS = ("learned", "none")
 ARCHITECTURES = ("gpt2", "llama")
+MATCHES = ("none", "parameters", "state")
 
 REASONS = {
     "no_gpu": "the run used no GPU",
@@ -55,6 +56,7 @@ LIMITS = {
     "epochs": (1, 10**5), "warmup_steps": (1, 10**6), "lr_warmup_steps": (0, 10**9), "weight_decay": (0, 1e6),
     "clip_norm": (0, 1e9), "validation_sequences": (1, 10**7), "new_tokens": (1, 2**20),
     "inference_repeats": (1, 10**5), "inference_window_s": (0, 1e5), "phase_steps": (0, 10**6), "idle_s": (0, 1e5),
+    "convolution": (0, 64),
 }  # fmt: skip
 MOST_STEPS = 10**6  # of a run, so points of a series
 MOST_CONTEXTS = 64  # at which a run times inference: each is a tick of an axis
@@ -183,6 +185,8 @@ class Parameters(TypedDict, total=False):
     phase_steps: _limited("phase_steps")
     position_embedding: Literal[POSITION_EMBEDDINGS]
     architecture: Literal[ARCHITECTURES]
+    convolution: _limited("convolution")
+    match: Literal[MATCHES]
     save_model: Text
     inference_contexts: Annotated[list[Annotated[int, Field(ge=1, le=2**27)]], Field(max_length=MOST_CONTEXTS)]
 

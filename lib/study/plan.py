@@ -142,7 +142,7 @@ def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) ->
     if len(variants) > MOST_VARIANTS:
         raise UsageError(f"a study has at most {MOST_VARIANTS} variants, not {len(variants)}")
     entries = [entry if isinstance(entry, dict) else {"attention": str(entry)} for entry in variants]
-    runs = []
+    runs, known_sizes = [], {}
     nulls = [index for index, entry in enumerate(entries) if entry.get("label") == attention.CONTROL]
     others = [index for index in range(len(entries)) if index not in nulls]
     for block, square in enumerate(orders(len(others), blocks)):
@@ -153,7 +153,7 @@ def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) ->
             given = overrides | entries[which] | {"seed": block}
             parameters.check_names(given, known)
             values = parameters.check_types({name: line.default for name, line in known.items()} | given, known)
-            values = parameters.portable(values)
+            values = parameters.portable(_matched(values, known_sizes))
             if values["save_model"]:  # each run's in a folder of its own
                 values["save_model"] += f"/{parameters.run_name(values)}"
             given = {name: values[name] for name in given}
@@ -165,6 +165,14 @@ def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) ->
     if doubled:
         raise UsageError(f"two variants are called {doubled[0]!r}; give one of them another label")
     return runs
+
+
+def _matched(values: dict, found: dict) -> dict:
+    """As `parameters.matched`, looked up in `found` where only seed and label differ."""
+    key = repr({name: value for name, value in values.items() if name not in ("seed", "label")})
+    if key not in found:
+        found[key] = parameters.matched(values)["options"]
+    return values | {"options": found[key]}
 
 
 def chosen(

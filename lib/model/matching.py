@@ -1,0 +1,59 @@
+"""Models of one size: the MLP's width, or an attention's options, by which a variant has SDPA's weights or state.
+
+A comparison at equal layers mixes two questions: what an attention costs, and what fewer weights or a smaller memory
+cost. `match` sets one of them aside: `parameters` gives what attention saves to the MLP, `state` gives each sequence a
+cache of SDPA's size, where the variant's options can.
+"""
+
+import torch
+
+from lib import attention
+from lib.model.llama import swiglu_width
+
+STEP, FROM_WIDTH = 8, 128  # the MLP's width stays a multiple for the kernels, in models where that is under 1 %
+
+
+def mlp_width(config, name: str, options: dict) -> int:
+    """Hidden units of the MLP with which the model has as many weights as with SDPA and its own MLP.
+
+    Raises ValueError where attention alone has more.
+    """
+    width, is_llama = config.n_embd, getattr(config, "architecture", "gpt2") == "llama"
+    own = config.n_inner or (swiglu_width(width) if is_llama else 4 * width)
+    spare = _weights(attention.REFERENCE, config, {}, is_llama) - _weights(name, config, options, is_llama)
+    of_a_unit = 3 * width if is_llama else 2 * width + 1
+    step = STEP if width >= FROM_WIDTH else 1
+    found = own + step * round(spare / config.n_layer / of_a_unit / step)
+    if found < step:
+        more = f"{-spare / config.n_layer:,.0f} weights a layer more than SDPA"
+        raise ValueError(f"match: parameters leaves no MLP, since {name} has {more}; use match none")
+    return found
+
+
+def _weights(name: str, config, options: dict, is_llama: bool) -> int:
+    """Those of all layers' attention; Llama's have no biases."""
+    with torch.device("meta"):
+        layers = attention.layers(name, config, **options)
+    named = (pair for layer in layers for pair in layer.named_parameters())
+    return sum(weight.numel() for of, weight in named if not (is_llama and of.endswith("bias")))
+
+
+def options_of_state(config, context: int, name: str, options: dict) -> dict:
+    """`options` with those added by which a layer's cache of `context` tokens comes nearest to SDPA's.
+
+    A variant says by its `sized` which; one without has no say in it, and stays as it is. Raises ValueError where an
+    option is given that would be chosen.
+    """
+    with torch.device("meta"):
+        numbers = attention.load(attention.REFERENCE)(config, 0).cache_bytes(context, 1)
+    chosen = {}
+    for part, (variant, own) in attention.by_part(name, options).items():
+        found = variant.sized(config, context, numbers) if hasattr(variant, "sized") else {}
+        for option, value in found.items():
+            if own.get(option, value) != value:
+                given = f"{part}'s {option}, and options give {own[option]!r}"
+                raise ValueError(f"match: state would choose {given}; leave one of the two out")
+        chosen[part] = own | found
+    if len(chosen) == 1:
+        return next(iter(chosen.values()))
+    return {attention.stem(part): own for part, own in chosen.items() if own}
