@@ -38,6 +38,18 @@ def held(series: dict, path: Path) -> dict:
     return found
 
 
+class Seen(list):
+    """Numbers of a record that were looked at all together, with the array that they were then."""
+
+    def __init__(self, values: list, array: np.ndarray):
+        super().__init__(values)
+        self.array = array
+
+
+def _array(values: list, kind: type) -> np.ndarray:
+    return values.array if isinstance(values, Seen) else np.asarray(values, dtype=kind)
+
+
 class _Listed(Sequence):
     """What looks like the list that it stands for. Subclasses have `values`, all of it, and `__len__`."""
 
@@ -57,7 +69,7 @@ class Counts(_Listed):
     """Whole numbers that never become fewer, such as the tokens seen after each step."""
 
     def __init__(self, values: list[int]):
-        steps = np.diff(np.asarray(values, dtype=np.int64))
+        steps = np.diff(_array(values, np.int64))
         self.first, self.length = values[0], len(values)
         is_even = len(steps) and (steps == steps[0]).all()
         self.steps = int(steps[0]) if is_even else steps.astype(np.min_scalar_type(int(steps.max(initial=0))))
@@ -109,4 +121,4 @@ def only_grows(values: list[int]) -> bool:
     """Whether no count is below the one before it. They fit 64 bits: the schema bounds each."""
     if len(values) <= SHORT:
         return all(before <= after for before, after in pairwise(values))
-    return bool((np.diff(np.asarray(values, dtype=np.int64)) >= 0).all())
+    return bool((np.diff(_array(values, np.int64)) >= 0).all())
