@@ -51,16 +51,15 @@ def planned(config: dict, check: bool = True, words: Sequence[str] = ()) -> list
     gpus = config.get("gpus", 1)
     if not 1 <= gpus <= MOST_GPUS:
         raise UsageError(f"gpus must be a number from 1 to {MOST_GPUS}, not {gpus!r}")
-    runs, profile = plan.chosen(
-        config.get("profile"), config.get("variants"), config.get("blocks"), check, _of_runs(words)
-    )
+    asked = (config.get(name) for name in ("profile", "variants", "blocks"))
+    runs, profile = plan.chosen(*asked, check, _of_runs(words))
     names = [parameters.run_name(run["values"]) for run in runs]
-    variants = list(dict.fromkeys(parameters.display_name(run["values"]) for run in runs))
+    labels = {number: [parameters.display_name(run["values"]) for run in part] for number, part in blocks(runs).items()}
     return [
         run
         | {
             "name": name,
-            "variants": variants,
+            "variants": labels[run["block"]],
             "before": names[index - 1] if run["position"] else None,
             "profile": profile,
         }

@@ -196,9 +196,8 @@ def chosen(
     if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
         bound = f"at most {MOST_BLOCKS}" if type(blocks) is int and blocks > MOST_BLOCKS else "at least 1"
         raise UsageError(f"blocks must be a whole number, {bound}, not {record.printable(repr(blocks), 40)}")
-    return runs_of(overrides, variants, blocks, check, only), record.printable(
-        Path(path).stem, 100
-    ) if path else "quick"
+    name = record.printable(Path(path).stem, 100) if path else "quick"
+    return runs_of(overrides, variants, blocks, check, only), name
 
 
 def own_metrics(path: str | None) -> dict:
