@@ -326,10 +326,17 @@ def read_each(paths, load_one) -> list:
     for path in paths:
         try:
             found.append(load_one(path))
-        except (UsageError, ValueError, OSError) as error:
-            why = names.printable(error if not isinstance(error, OSError) else error.strerror or error)
-            warnings.warn(f"{names.printable(path.name)} is left out: {why}", stacklevel=3)
+        except REFUSED as error:
+            warnings.warn(f"{names.printable(path.name)} is left out: {why(error)}", stacklevel=3)
     return found
+
+
+REFUSED = (UsageError, ValueError, OSError)
+
+
+def why(error: Exception) -> str:
+    """Why a file was refused, in one line."""
+    return names.printable(error if not isinstance(error, OSError) else error.strerror or error)
 
 
 def failures(folder) -> pd.DataFrame:
@@ -354,8 +361,23 @@ def read(folder) -> pd.DataFrame:
     for (`lib.record.series`). `certificate` holds its checks; `null_reasons` says why a metric is missing. What is the
     same in many runs, such as a certificate, is there once: change none of it in place.
     """
+    from lib.record import parallel  # here, because it is a command too, which imports this
+
     shared: dict[str, object] = {}
-    return pd.DataFrame(read_each(_files(folder), lambda path: _row(path, load(path), shared)))
+    paths = _files(folder)
+    return pd.DataFrame(read_each(paths, parallel.rows(paths, lambda row: _once(row, shared))))
+
+
+def row(path: Path) -> dict:
+    """A record as a row of `read`. Raises ValueError and OSError as `load` does."""
+    return _row(path, load(path))
+
+
+ONCE = ("planned", "certificate", "data", "kernels", "null_reasons", "flags")  # the same in many runs
+
+
+def _once(row: dict, shared: dict[str, object]) -> dict:
+    return row | {name: shared.setdefault(json.dumps(row[name]), row[name]) for name in ONCE}
 
 
 def _dumped(found: Series) -> dict:
@@ -363,10 +385,7 @@ def _dumped(found: Series) -> dict:
     return {name: getattr(found, name) for name in NUMBERS} | found.model_dump(exclude=set(NUMBERS))
 
 
-def _row(path: Path, record: Record, shared: dict[str, object]) -> dict:
-    def once(value):
-        return shared.setdefault(json.dumps(value), value)
-
+def _row(path: Path, record: Record) -> dict:
     return {
         "name": record.name,
         "label": record.label,
@@ -382,18 +401,18 @@ def _row(path: Path, record: Record, shared: dict[str, object]) -> dict:
         "session": record.study.session,
         "block": record.study.block,
         "position": record.study.position,
-        "planned": once(record.study.variants),
+        "planned": record.study.variants,
         "device": record.environment["device"],
         "device_name": record.environment["device_name"],
         "gpu_uuid": gpu_uuid(record.environment),
         "provenance": record.provenance,
         "certified": record.certificate.passed,
-        "certificate": once(record.certificate.model_dump()),
+        "certificate": record.certificate.model_dump(),
         **record.metrics.model_dump(),
         **{f"series_{name}": values for name, values in series.held(_dumped(record.series), path).items()},
         "parameter_values": record.parameters,
-        "data": once(record.data),
-        "kernels": once(record.kernels),
-        "null_reasons": once(record.null_reasons),
-        "flags": once(record.flags),
+        "data": record.data,
+        "kernels": record.kernels,
+        "null_reasons": record.null_reasons,
+        "flags": record.flags,
     }

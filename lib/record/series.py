@@ -4,6 +4,7 @@ A record of 20,000 steps has a megabyte of them, and most pages need none. Of wh
 and of a curve so many points as a figure draws; counts that only grow are kept whole, as narrow differences.
 """
 
+import base64
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -110,6 +111,39 @@ class InFile(_Listed):
         if status is None or (status.st_mtime_ns, status.st_size, status.st_ino) != self.version:
             raise UsageError(f"{self.path.name} has changed or gone since it was read; read the records again")
         return json.loads(text)["series"][self.name]
+
+
+def packed(values) -> object:
+    """What `held` gave, as values that JSON can hold; `unpacked` turns it back."""
+    if isinstance(values, Counts):
+        even = isinstance(values.steps, int)
+        return {"first": values.first, "length": values.length, "steps": values.steps if even else _text(values.steps)}
+    if isinstance(values, InFile):
+        curve = None if values.curve is None else _text(values.curve)
+        return {"version": values.version, "name": values.name, "curve": curve, "length": values.length}
+    return values
+
+
+def unpacked(found, path: Path):
+    """Of what `packed` gave, what it was made of; `path`: of the record."""
+    if not isinstance(found, dict) or "length" not in found:
+        return found
+    if "steps" in found:
+        counts = object.__new__(Counts)
+        counts.first, counts.length, steps = found["first"], found["length"], found["steps"]
+        counts.steps = steps if isinstance(steps, int) else _of_text(steps)
+        return counts
+    series = InFile(path, tuple(found["version"]), found["name"], None, found["length"])
+    series.curve = None if found["curve"] is None else _of_text(found["curve"])
+    return series
+
+
+def _text(array: np.ndarray) -> list[str]:
+    return [array.dtype.str, base64.b64encode(array.tobytes()).decode()]
+
+
+def _of_text(found: list[str]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(found[1]), dtype=found[0])
 
 
 def as_array(counts: Sequence) -> np.ndarray:
