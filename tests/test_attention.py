@@ -123,6 +123,33 @@ def test_a_sequence_fed_in_pieces_gives_what_one_pass_gives(name, pieces):
 
 
 @every_variant
+@pytest.mark.parametrize(("heads", "head_width"), [(2, 1), (2, 3), (1, 2)])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])  # with it the kernel is another, and its output otherwise in memory
+def test_heads_may_be_as_narrow_or_as_few_as_can_be(name, heads, head_width, dropout):
+    if (name in IN_PAIRS and heads % 2) or (name == "flash" and dropout):
+        return  # refused
+    width = heads * head_width
+    torch.manual_seed(0)
+    layer = attention.load(name)(gpt2_config(2, width, heads, 64, 2, dropout), 0)
+    real = torch.arange(20) >= torch.tensor([[0], [5]])  # (B, T)
+    for low in (False, True):
+        for padding_mask in (None, real):
+            x = torch.randn(2, 20, width, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                layer.train()(x, padding_mask=padding_mask)[0].float().square().sum().backward()
+            assert x.grad.isfinite().all()
+            cache, past = Cache(layers=[layer.eval().new_cache()]), 0
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+                for piece in x.split([7, 1, 1, 5, 6], dim=1):
+                    past += piece.shape[1]
+                    mask = None if padding_mask is None else padding_mask[:, :past]
+                    layer(piece.contiguous(), past_key_values=cache, padding_mask=mask)
+    layer = layer.double()
+    x = x.detach().double()
+    torch.testing.assert_close(layer(x)[0], layer.reference(x), rtol=1e-9, atol=1e-9)
+
+
+@every_variant
 def test_left_padding_changes_nothing(name):
     model = lively_model(name)
     short, long = torch.randint(1, 50, (1, 5)), torch.randint(1, 50, (1, 9))

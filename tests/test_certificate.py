@@ -187,6 +187,35 @@ def test_a_certificate_is_made_once_for_the_same_file_options_and_setting(made, 
     assert len(made) == 5
 
 
+def test_what_a_file_imports_of_one_s_own_is_of_its_definition(made, tmp_path, monkeypatch):
+    """Of its certificate, of the record's fingerprint, and of what a run is pinned to."""
+    monkeypatch.syspath_prepend(tmp_path)
+    mine, kernel, deep = tmp_path / "mine.py", tmp_path / "kernel_of_mine.py", tmp_path / "deep_of_mine" / "paper.py"
+    deep.parent.mkdir()
+    (deep.parent / "__init__.py").write_text("from .paper import paper\n")
+    sdpa = attention.find("sdpa").read_text()
+    mine.write_text(f"{sdpa}\n\nfrom kernel_of_mine import name\n\nAttention.paper = name()\n")
+    kernel.write_text("def name():\n    from deep_of_mine import paper\n    return paper\n")
+    seen = []
+    for year in (2017, 2018, 2019):
+        deep.write_text(f"paper = '{year}'\n")
+        assert year == 2017 or attention.load(str(mine)).paper == str(year - 1), "what is pinned stays"
+        attention.pin(str(mine))
+        certificate.certify(str(mine), {}, Setting(layers=3))
+        seen.append((attention.load(str(mine)).paper, attention.source_sha256(str(mine))))
+    assert len(made) == len({sha256 for _, sha256 in seen}) == 3 and [year for year, _ in seen] == [
+        "2017",
+        "2018",
+        "2019",
+    ]
+    monkeypatch.setattr(attention, "_pinned", {})
+    assert attention.source_sha256(str(mine)) == seen[-1][1]
+    kernel.write_text(kernel.read_text() + "\n")
+    assert attention.source_sha256(str(mine)) != seen[-1][1]
+    mine.write_text(sdpa)
+    assert attention.source_sha256(str(mine)) == attention.source_sha256("sdpa"), "imports nothing of one's own"
+
+
 def test_a_damaged_certificate_is_made_anew(made, tmp_path):
     certificate.certify("sdpa", {}, Setting(layers=3))
     (kept,) = (tmp_path / "cache").glob("*/certificate.json")

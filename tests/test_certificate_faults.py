@@ -16,6 +16,7 @@ SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows,
 }  # fmt: skip
 BF16 = {"precision": "bf16"}
 ALL = attention.variants()
+ROTATING = tuple(name for name in ALL if attention.rotates(attention.load(name)))
 FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh", "sinks"))  # those that see all of a row
 SLEEPING = "0.01 * x.flip(1)"  # the last token at the first, and so on
 IN_HALF = """
@@ -28,14 +29,15 @@ class Half(torch.autograd.Function):
 @dataclass(frozen=True)
 class Fault:
     """What follows the right forward (`code` knows x, out, B, T, C, past, cached and seen), what the constructor
-    (`init`), what the class holds beside or instead (`members`), and what stands in the place of the padding mask and
-    of the documents."""
+    (`init`), what the class holds beside or instead (`members`), and what stands in the place of the padding mask, of
+    the documents and of the rotary positions."""
 
     code: str = ""
     init: str = ""
     members: str = ""
     padding: str = "padding_mask"
     documents: str = "seq_idx"
+    turned: str = "position_embeddings"
     where: tuple = ALL
     sizes: dict = field(default_factory=dict)
 
@@ -53,8 +55,8 @@ def handled(change):
     return f"def new_cache(self):\n    made = super().new_cache()\n    {change}\n    return made"
 
 
-def slow(returns):
-    return f"def reference(self, x):\n    return {returns}"
+def slow(returns, takes="x"):
+    return f"def reference(self, {takes}):\n    return {returns}"
 
 
 DROPS = "self.p = config.attn_pdrop"
@@ -124,8 +126,30 @@ FAULTS = {
             "if self.training and self.p: out = 0.9 * out", DROPS, **DROPOUT
         ),
         "no dropout": Fault("", "without_dropout(self)", **DROPOUT),
+        "no dropout behind the projection": Fault("", "without_dropout(self, nn.Dropout)", **DROPOUT),
+        "no dropout of attention's weights": Fault(
+            "", "without_dropout(self, float)", sizes={"dropout": 0.1},
+            where=("sdpa", "gqa", "sliding_window"),
+        ),
+        "dropout that does not scale what is left": Fault(
+            "if self.training and self.p: out = out * (1 - self.p)", DROPS, **DROPOUT
+        ),
+        "dropout of the same for all rows": Fault(
+            "if self.training and self.p: out = out * F.dropout(torch.ones_like(out[:1]), self.p)",
+            DROPS + "; without_dropout(self)", **DROPOUT
+        ),
     },
     "precision": {
+        "beyond the context, where it decodes": Fault(
+            "if T > 150 and x.dtype == torch.float32: out = torch.cat([out[:, :150], 0.99 * out[:, 150:]], 1)",
+            sizes={"inference_contexts": (280,)},
+        ),
+        "rotary positions in bfloat16": Fault(
+            "if more.get('position_embeddings') and x.dtype == torch.float32:\n"
+            "    more['position_embeddings'] = tuple(one.bfloat16().float() for one in more['position_embeddings'])\n"
+            "    out = super().forward(hidden_states, past, padding_mask, seq_idx=seq_idx, **more)[0]",
+            sizes={"architecture": "llama"}, where=ROTATING,
+        ),
         "a gradient a tenth short in bfloat16": Fault(
             "if out.dtype == torch.bfloat16: out = 0.9 * out + 0.1 * out.detach()", sizes=BF16
         ),
@@ -147,6 +171,15 @@ FAULTS = {
             members=handled("crop = made.crop; made.crop = lambda n: crop(n - 1)"),
             where=but("linear", "gated_deltanet", "retention"),
         ),
+        "padding that is not reordered with its rows": Fault(
+            members=handled("right = made.reorder_cache; made.reorder_cache = lambda rows: keep(made, right, rows)"),
+            where=("sliding_window", "sinks"),
+        ),
+        "what was there before it was emptied": Fault(
+            members=handled("made.reset = lambda: None"),
+            where=("linear", "gated_deltanet", "retention"),  # transformers' own layers are emptied by the model
+        ),
+        "exponents without their maximum behind a cache": Fault("if seen: out = out * (1 + 0 * (12 * x).exp())"),
         "nothing that comes back from the host": Fault(
             members=handled("made.prefetch = lambda: [x.zero_() for _, x in tensors(made)]")
         ),
@@ -161,6 +194,7 @@ FAULTS = {
     "prefill_equal": {
         "the cache of a prefill": Fault("if past is not None and T > 1: spoil(cached)"),
         "the cache of a prefill beyond 128 tokens": Fault("if past is not None and T > 128: spoil(cached)"),
+        "a piece of more than 100 tokens behind a cache": Fault("if seen and T > 100: out = 0.99 * out"),
         "a leak where there is a cache": Fault(f"if past is not None: out = out + {SLEEPING}"),
         "a leak among several tokens behind a cache": Fault(f"if T > 1 and seen: out = out + {SLEEPING}"),
         "several tokens behind a cache forget it": Fault("if T > 1 and seen: out = super().forward(x)[0]"),
@@ -182,6 +216,12 @@ FAULTS = {
             padding="padding_mask if padding_mask is None else self.known.setdefault(tuple(padding_mask.shape),"
             " padding_mask)",
         ),
+        "only where a row is whole": Fault(
+            padding="padding_mask if padding_mask is None or padding_mask.all(1).any() else None"
+        ),
+        "no gradient by what stands before padded rows": Fault(
+            "if padding_mask is not None: out = Half.apply(out)"
+        ),
         "a gradient that is not finite": Fault("if padding_mask is not None: out = out + (0 * out).abs().sqrt()"),
         "not looked at in decoding": Fault(
             padding="None if seen and hidden_states.shape[1] == 1 else padding_mask",
@@ -194,6 +234,15 @@ FAULTS = {
         "the first row's for all": Fault(documents="seq_idx if seq_idx is None else seq_idx[:1].expand_as(seq_idx)"),
         "a border a token late": Fault(
             documents="seq_idx if seq_idx is None else torch.cat([seq_idx[:, :1], seq_idx[:, :-1]], 1)"
+        ),
+        "not looked at beyond 260 tokens": Fault(documents="seq_idx if hidden_states.shape[1] <= 260 else None"),
+        "the first that came, for all of its shape": Fault(
+            "", "self.known = {}",
+            documents="seq_idx if seq_idx is None else self.known.setdefault(tuple(seq_idx.shape), seq_idx)",
+        ),
+        "half a gradient": Fault("if seq_idx is not None: out = Half.apply(out)"),
+        "not under autocast": Fault(
+            documents="None if torch.is_autocast_enabled('cpu') else seq_idx", sizes=BF16
         ),
         "only the first border": Fault(documents="seq_idx if seq_idx is None else seq_idx.clamp(max=2)"),
     },
@@ -232,6 +281,15 @@ FAULTS = {
         "cut in form and reference": Fault("", "self.c_proj.register_forward_pre_hook(cut_half)"),
     },
     "reference": {
+        "rotary positions that nobody hears": Fault(
+            members=slow("super().reference(x)", "x, position_embeddings=None"),
+            turned="None", sizes={"architecture": "llama"}, where=ROTATING,
+        ),
+        "rotary positions of another token": Fault(
+            members=slow("super().reference(x, position_embeddings=late(position_embeddings))",
+                         "x, position_embeddings=None"),
+            turned="late(position_embeddings)", sizes={"architecture": "llama"}, where=ROTATING,
+        ),
         "a gradient halved": Fault("out = Half.apply(out)"),
         "another scale above the first layer": Fault("if self.layer_idx > 0: out = 0.9 * out"),
         "another scale where a head is not 8 wide": Fault(
@@ -350,12 +408,23 @@ def hide_one(mask):
     return mask if mask is None else mask & (torch.arange(mask.shape[1]) != mask.shape[1] - 2)
 
 
-def without_dropout(layer):
-    if isinstance(getattr(layer, "attention_dropout", None), float):
+def without_dropout(layer, *kinds):
+    if isinstance(getattr(layer, "attention_dropout", None), float) and (not kinds or float in kinds):
         layer.attention_dropout = 0.0
-    for module in layer.modules():
-        if isinstance(module, nn.Dropout):
+    for name, module in layer.named_modules():
+        if isinstance(module, nn.Dropout) and (not kinds or (float if "attention" in name else nn.Dropout) in kinds):
             module.p = 0.0
+
+
+def keep(cached, change, rows):
+    before = cached.real
+    change(rows)
+    cached.real = before
+
+
+def late(turned):
+    # every second token at the place of the one before it
+    return turned and tuple(one[:, (torch.arange(one.shape[1]) // 2) * 2] for one in turned)
 
 
 def drop_half(_, given):
@@ -374,11 +443,12 @@ class Attention(Right):
         super().__init__(config, layer_idx, **options)
 {init}
 
-    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **more):
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None{takes}, **more):
         x, past = hidden_states, past_key_values
         cached = None if past is None else past.layers[self.layer_idx]
         seen = 0 if past is None else past.get_seq_length(self.layer_idx)
         padding_mask, seq_idx = {padding}, {documents}
+{turns}
         out = super().forward(hidden_states, past, padding_mask, seq_idx=seq_idx, **more)[0]
         B, T, C = x.shape
 {code}
@@ -394,6 +464,9 @@ def planted(name, one, folder):
         "documents": one.documents,
         "members": textwrap.indent(one.members or "pass", " " * 4),
     }
+    rotates = name in ROTATING
+    parts["takes"] = ", position_embeddings=None" if rotates else ""
+    parts["turns"] = f"        more['position_embeddings'] = {one.turned}" if rotates else ""
     parts |= {part: textwrap.indent(getattr(one, part) or "pass", " " * 8) for part in ("init", "code")}
     path = folder / "planted.py"
     path.write_text(attention.find(name).read_text() + FILE.format(**parts))

@@ -47,13 +47,16 @@ Wherever a variant is named, a pattern may be: names or paths joined by commas, 
 the model (`Pattern`). `linear,linear,linear,sdpa` is three layers of one to one of the other.
 """
 
+import ast
 import hashlib
+import importlib
 import importlib.machinery
 import importlib.util
 import inspect
 import itertools
 import os
 import sys
+import sysconfig
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -108,7 +111,8 @@ def find(name: str) -> Path:
 
 @dataclass(frozen=True)
 class _Definition:
-    """A variant's file as it was read: the module that was made of these very bytes, and their fingerprint."""
+    """A variant's file as it was read: the module that was made of these very bytes, and the fingerprint of them and of
+    what they import of one's own."""
 
     sha256: str
     module: ModuleType
@@ -132,10 +136,87 @@ class _Read(importlib.machinery.SourceFileLoader):
 def _read(name: str) -> _Definition:
     path = find(name).resolve()
     source = path.read_bytes()
-    sha256 = hashlib.sha256(source).hexdigest()
+    beside = _imported(path, source)
+    sha256 = _sha256(source, beside)
     if (path, sha256) not in _made:
+        _forget_older(beside)
         _made[path, sha256] = _Definition(sha256, _module(path, source, sha256))
     return _made[path, sha256]
+
+
+def _sha256(source: bytes, beside: dict[Path, bytes]) -> str:
+    """Of a file, and of what it imports of one's own; of a file that imports none, its own bytes' alone."""
+    digests = [hashlib.sha256(text).hexdigest() for text in (source, *beside.values())]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _imported(path: Path, source: bytes) -> dict[Path, bytes]:
+    """Files that a variant's file imports, and those that they import, with their bytes and in one order: but for
+    installed packages, which versions name, and the standard library. Nothing is run to know them."""
+    if path.parent == HERE:
+        return {}
+    found, todo = {path: source}, [(source, "")]
+    while todo:
+        for name in _names_imported(*todo.pop()):
+            for file, package in _files_of(name):
+                if file not in found:
+                    found[file] = file.read_bytes()
+                    todo += [(found[file], package)] if file.suffix == ".py" else []
+    return {file: found[file] for file in sorted(found) if file != path}
+
+
+def _names_imported(source: bytes, package: str) -> set[str]:
+    """Full names of what a text of `package` imports, wherever in it; what is imported from a module may be one."""
+    try:
+        lines = list(ast.walk(ast.parse(source)))
+    except (SyntaxError, ValueError):  # said when it is run
+        return set()
+    found = {one.name for line in lines if isinstance(line, ast.Import) for one in line.names}
+    for line in lines:
+        if isinstance(line, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - line.level] if line.level else []
+            base = ".".join([*above, *([line.module] if line.module else [])])
+            found |= {base, *(f"{base}.{one.name}" for one in line.names)}
+    return found - {""}
+
+
+NAMED_BY_VERSION = {"torch", "transformers"} | sys.stdlib_module_names
+INSTALLED = tuple(Path(sysconfig.get_path(kind)).resolve() for kind in ("stdlib", "platstdlib"))
+
+
+def _files_of(name: str):
+    """The files of one's own of a module and the packages around it, of lib the module's alone, each with the package
+    that its relative imports begin at."""
+    parts, search = name.split("."), None
+    if parts[0] in NAMED_BY_VERSION:
+        return
+    for count in range(1, len(parts) + 1):
+        full = ".".join(parts[:count])
+        spec = getattr(sys.modules.get(full), "__spec__", None)
+        spec = spec or importlib.machinery.PathFinder.find_spec(full, search)
+        if spec is None or (count > 1 and search is None):
+            return
+        search = spec.submodule_search_locations
+        file = Path(spec.origin or "").resolve()
+        installed = {"site-packages", "dist-packages"} & {*file.parts} or any(map(file.is_relative_to, INSTALLED))
+        if installed:
+            return
+        if file.is_file() and (parts[0] != "lib" or count == len(parts)):
+            yield file, full if search is not None else full.rpartition(".")[0]
+
+
+_ran: dict[Path, bytes] = {}  # what a variant's file imported of one's own, as it was then
+
+
+def _forget_older(beside: dict[Path, bytes]) -> None:
+    """Python imports a module once; where the text of one has changed, all of them are imported anew."""
+    mine = {file: text for file, text in beside.items() if not file.is_relative_to(HERE.parent)}
+    if any(_ran.get(file) != text for file, text in mine.items()):
+        for name, module in list(sys.modules.items()):
+            if Path(getattr(module, "__file__", None) or "").resolve() in mine:
+                del sys.modules[name]
+        importlib.invalidate_caches()
+        _ran.update(mine)
 
 
 def _module(path: Path, source: bytes, sha256: str) -> ModuleType:
@@ -145,10 +226,13 @@ def _module(path: Path, source: bytes, sha256: str) -> ModuleType:
         return sys.modules[name]  # another file has imported it as a part of its own
     spec = importlib.util.spec_from_loader(name, _Read(name, path, source))
     module = importlib.util.module_from_spec(spec)
+    writes_none, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # an edit within a second would not show
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
         raise ValueError(f"{path.name} cannot be loaded: {type(error).__name__}: {error}") from error
+    finally:
+        sys.dont_write_bytecode = writes_none
     if is_ours:
         sys.modules[name] = module
         setattr(sys.modules[__name__], path.stem, module)
@@ -284,14 +368,17 @@ def knows_order_in_llama(layer) -> bool:
 
 
 def source_sha256(name: str) -> str:
-    """Fingerprint of a variant's file, so that a record says which definition it measured: the pinned one, if any. Of a
-    pattern, that of its variants' fingerprints."""
+    """Fingerprint of a variant's file and of what it imports of one's own, so that a record says which definition it
+    measured: the pinned one, if any. Of a pattern, that of its variants' fingerprints."""
     names = parts(name)
     if len(names) > 1:
         return hashlib.sha256("".join(map(source_sha256, names)).encode()).hexdigest()
     (name,) = names
-    pinned = _pinned.get(find(name).resolve())
-    return pinned.sha256 if pinned else hashlib.sha256(find(name).read_bytes()).hexdigest()
+    path = find(name).resolve()
+    if path in _pinned:
+        return _pinned[path].sha256
+    source = path.read_bytes()
+    return _sha256(source, _imported(path, source))
 
 
 def title(layers, attention: str) -> str:

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         lowest = torch.finfo(scores.dtype).min
         scores = scores.add_(torch.zeros_like(visible, dtype=scores.dtype).masked_fill_(~visible, lowest))
         weights = self.attention_dropout(scores.softmax(-1).type(v.dtype))
-        out = (weights @ v).transpose(1, 2).reshape(B, T, C)
+        out = (weights @ v).transpose(1, 2).reshape(B, T, C).contiguous()  # Conv1D views it
         return self.residual_dropout(self.c_proj(out)), None
 
     def new_cache(self):

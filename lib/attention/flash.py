@@ -54,7 +54,7 @@ class Attention(nn.Module):
                 is_causal=T > 1 and mask is None,  # in this order: a bool under torch.compile too
                 dropout_p=self.attention_dropout if self.training else 0.0,
             )  # fmt: skip
-        out = out.transpose(1, 2).reshape(B, T, C)
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _heads(self, hidden_states, position_embeddings=None):

@@ -67,7 +67,7 @@ class Attention(nn.Module):
             is_causal=T > 1 and mask is None,  # in this order: a bool under torch.compile too
             dropout_p=self.attention_dropout if self.training else 0.0,
         )  # fmt: skip
-        out = out.transpose(1, 2).reshape(B, T, C) * gate.sigmoid()
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous() * gate.sigmoid()  # Conv1D views it
         return self.residual_dropout(self.c_proj(out)), None
 
     def new_cache(self):

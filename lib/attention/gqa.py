@@ -55,7 +55,7 @@ class Attention(nn.Module):
             dropout_p=self.attention_dropout if self.training else 0.0,
             enable_gqa=self.kv_heads < self.heads,
         )  # fmt: skip
-        out = out.transpose(1, 2).reshape(B, T, C)
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _heads(self, hidden_states, position_embeddings=None):

@@ -89,7 +89,7 @@ class Attention(nn.Module):
             heads = 1 if v.device.type == "cpu" else self.heads
             parts = zip(qk.split(heads, 1), v.split(heads, 1), buckets.split(heads, 1), strict=True)
             out = torch.cat([self._sorted(*part, span) for part in parts], dim=1)[:, :, -T:]
-        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     @torch.no_grad()
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         length = (qk.square().sum(-1, keepdim=True) + 1e-6 * qk.shape[-1]).sqrt()
         scores = torch.einsum("bthd,bshd->bhts", qk, qk / length)
         scores = torch.where(torch.eye(T, dtype=torch.bool, device=qk.device), ALONE, scores) + met.type_as(qk).log()
-        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2).contiguous())
 
 
 def unit(x):

@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.width = config.n_embd  # C
         self.head_width = D = config.n_embd // config.n_head
         self.kv_lora_rank = 4 * D if kv_lora_rank is None else kv_lora_rank  # L
-        self.qk_rope_head_dim = D // 2 if qk_rope_head_dim is None else qk_rope_head_dim  # R
+        self.qk_rope_head_dim = half_and_even(D) if qk_rope_head_dim is None else qk_rope_head_dim  # R
         if not isinstance(self.kv_lora_rank, int) or self.kv_lora_rank < 1:
             raise ValueError(
                 f"kv_lora_rank must be a whole number from 1 up, not {kv_lora_rank!r}; leave it out for 4 D = {4 * D}"
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         if padding_mask is not None or seq_idx is not None:
             mask = visible_keys(T, S, padding_mask, seq_idx, latent.device)
         attend = self._decode if T == 1 < S else self._rebuild
-        out = attend(q, latent, shared_key, mask).reshape(B, T, C)
+        out = attend(q, latent, shared_key, mask).reshape(B, T, C).contiguous()  # Conv1D views it
         return self.residual_dropout(self.c_proj(out)), None
 
     @staticmethod
@@ -144,7 +144,7 @@ class Attention(nn.Module):
 
     @staticmethod
     def sized(config, context, numbers):
-        rotary = config.n_embd // config.n_head // 2
+        rotary = half_and_even(config.n_embd // config.n_head)
         return {"kv_lora_rank": max(1, round(numbers / context) - rotary), "qk_rope_head_dim": rotary}
 
     def new_cache(self):
@@ -185,6 +185,12 @@ class Attention(nn.Module):
             weights = (scores / (D + R) ** 0.5).softmax(-1)  # (B, H, t+1)
             rows.append(torch.einsum("bhs,bshd->bhd", weights, kv[:, : t + 1, :, D:]).flatten(1))  # (B, C)
         return self.c_proj(torch.stack(rows, dim=1))
+
+
+def half_and_even(head_width):
+    """Half of D, or one more where that is odd: rotation turns pairs."""
+    half = head_width // 2
+    return half + half % 2
 
 
 def visible_keys(T, S, padding_mask, seq_idx, device):

@@ -70,7 +70,7 @@ class Attention(nn.Module):
             if layer is not None:
                 layer.update(state, tokens=T)
             out = out * (out.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * self.norm  # (B, H, T, D)
-        out = out.transpose(1, 2).reshape(B, T, C).to(z.dtype) * F.silu(z)
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous().to(z.dtype) * F.silu(z)
         return self.residual_dropout(self.c_proj(out)), None
 
     def _log_decay(self, q, real=None):
@@ -139,7 +139,7 @@ class Attention(nn.Module):
         weights = torch.einsum("bthd,bshd->bhts", q, k) * kept / self.head_width**0.5
         out = torch.einsum("bhts,bshd->bthd", weights, v)
         out = self.norm * out / ((out**2).mean(-1, keepdim=True) + EPSILON).sqrt() * z * z.sigmoid()
-        return self.c_proj(out.flatten(2))
+        return self.c_proj(out.flatten(2).contiguous())
 
 
 def documents(seq_idx, N, c):

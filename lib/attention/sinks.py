@@ -74,7 +74,7 @@ class Attention(nn.Module):
                 out = self._blocks(*(in_order(x, order) for x in (q, k, v)), real.gather(1, order), seq_idx)
                 out = in_order(out, order.argsort(1))
             out = out[:, :, S - T :]
-        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _token(self, q, k, v, real=None):
@@ -173,7 +173,7 @@ class Attention(nn.Module):
         scores = scores.masked_fill(unseen.to(q.device), -torch.inf)
         left = (scores.logsumexp(-1) - self.sinks[:, None]).sigmoid()  # (B, H, T)
         weights = scores.softmax(-1) * left[..., None]
-        return self.c_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2).contiguous())
 
 
 def at_least_fp32(x):

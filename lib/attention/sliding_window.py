@@ -56,7 +56,7 @@ class Attention(nn.Module):
                 out = self._blocks(*(in_order(x, order) for x in (q, k, v)), real.gather(1, order), seq_idx)
                 out = in_order(out, order.argsort(1))
             out = out[:, :, S - T :]
-        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of narrow heads a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _attend(self, q, k, v, **options):
@@ -123,7 +123,7 @@ class Attention(nn.Module):
         scores = torch.einsum("bthd,bshd->bhts", q, k) / (C // self.heads) ** 0.5
         distance = torch.arange(T)[:, None] - torch.arange(T)
         scores = scores.masked_fill(((distance < 0) | (distance >= self.window)).to(q.device), -torch.inf)
-        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2).contiguous())
 
 
 def in_order(x, order):

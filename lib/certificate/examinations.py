@@ -50,9 +50,10 @@ SHARES_APART = 1.1  # between the formula's share of scores and that seen
 ROUNDS, SCATTERED = 4.5, 8.0  # and by content, above and below: a pair may be met in several rounds, buckets be uneven
 USEFUL_OVER_COUNTED = 1.05
 GROWTH_APART = 0.4  # between the exponents of T, of the formula and of what is counted
+LOUD = 90  # tokens whose cache is tried with scores of hundreds
 DECODED = 256  # tokens that are decoded one by one in a low precision
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
-BYTES = 0.01  # relative; what the formula for the cache may be off
+BYTES, KEPT = 1e-3, 0.01  # relative; what the formula for the cache may be off, and be kept alive beside it
 MOVED = 0.9  # share of a weight's numbers with a gradient that a step has to move
 COUNTED_AT = 1024  # tokens, where what does not grow with T no longer counts
 SMALL_AT = 16  # and where little else does
@@ -160,14 +161,15 @@ def by_layer(twins: Twins):
 def _of_layer(twins: Twins, layer, twin):
     """(check, what, found, allowed) of one layer."""
     s = twins.setting
-    length = min(s.context, twins.reference_length)
+    length = min(max(s.context, s.decoded), twins.reference_length)
     hidden = twins.hidden(1, length, twins.device, torch.float32)
     exact = hidden.to(twins.exact_device, torch.float64)
-    subject = Floats(layer, s.width, hidden, twins.autocast)
+    layer_s, twin_s = twins.placed(layer), twins.placed(twin)
+    subject = Floats(layer_s, s.width, hidden, twins.autocast)
     first, middle, last = (t + 1 for t in places(length, 3))
     with torch.no_grad():
-        expected = twin(exact)[0].to(twins.device)
-        allowed = _allowed(twin, exact, s.precision)
+        expected = twin_s(exact)[0].to(twins.device)
+        allowed = _allowed(twins, twin, exact)
         out = subject(hidden)
         yield "precision", "output, evaluation", deviation(out, expected), allowed
         fresh = torch.cat([hidden[:, :middle], subject.draw(1, length - middle)], dim=1)
@@ -177,7 +179,7 @@ def _of_layer(twins: Twins, layer, twin):
             yield "prefix_equal", "alone", deviation(subject(hidden[:, :n]), out[:, :n]), allowed
         cache, pieces = cache_of(attentions(twins.plain)), _prefill_and_tokens(hidden, 4)
         with twins.autocast():
-            prefill, *tokens = [layer(piece, past_key_values=cache)[0] for piece in pieces]
+            prefill, *tokens = twins.decoded(layer, pieces, cache)
         ends = expected.split([prefill.shape[1], length - prefill.shape[1]], dim=1)
         yield "prefill_equal", "alone", deviation(prefill, ends[0]), allowed
         yield (
@@ -189,7 +191,7 @@ def _of_layer(twins: Twins, layer, twin):
         if s.precision != "fp32":  # where what is added up, rounded and kept would drift
             n, cache = min(length, DECODED), cache_of(attentions(twins.plain))
             with twins.autocast():
-                tokens = [layer(token.contiguous(), past_key_values=cache)[0] for token in hidden[:, :n].split(1, 1)]
+                tokens = twins.decoded(layer, hidden[:, :n].split(1, 1), cache)
             late = slice(3 * n // 4, n)
             off = deviation(torch.cat(tokens, dim=1)[:, late], expected[:, late])
             yield "cached_equal", f"the last of {n} tokens, one by one, alone", off, allowed
@@ -197,33 +199,37 @@ def _of_layer(twins: Twins, layer, twin):
     ours, trained = _gradients(subject, layer, hidden)
     layer.eval()
     yield "training_equal", "alone", deviation(trained, expected), allowed
-    theirs, _ = _gradients(Floats(twin, s.width, exact), twin, exact)
+    theirs, _ = _gradients(Floats(twin_s, s.width, exact), twin, exact)
     is_steady = allowed <= FLOOR[s.precision]  # else rounding alone moves the definition far
     off, allowed = deviation(ours, theirs), GRADIENTS_WORSE * allowed
     if off > allowed and s.precision != "fp32":
-        allowed, is_steady = max(allowed, _allowed_of_gradients(twin, exact)), False
+        allowed, is_steady = max(allowed, _allowed_of_gradients(twins, twin, exact)), False
     yield "precision", "gradients, training", off, allowed
     along = abs((ours @ theirs / (theirs @ theirs)).item() - 1)  # rounding turns them, and leaves their length
     yield "precision", "length of the gradients along float64's, training", along, LENGTH if is_steady else allowed
 
 
-def _allowed(twin, hidden, precision: str) -> float:
+def _allowed(twins: Twins, twin, hidden) -> float:
     """How far a layer may be from float64: rounding's own share, or some times what rounding does to the definition.
 
     A definition by content, such as a hash, answers otherwise where rounding breaks a tie, and one that divides by what
     may be small multiplies it: its reference, given rounded weights and a rounded input, says how much that is.
     """
+    precision = twins.setting.precision
     if precision == "fp32":
         return FLOOR[precision]
     with torch.no_grad():
-        moved = deviation(_rounded(twin).reference(hidden.bfloat16().double()), twin.reference(hidden))
+        moved = deviation(
+            twins.placed(_rounded(twin), "reference")(hidden.bfloat16().double()),
+            twins.placed(twin, "reference")(hidden),
+        )
     return max(FLOOR[precision], WORSE * moved) if math.isfinite(moved) else FLOOR[precision]
 
 
-def _allowed_of_gradients(twin, hidden) -> float:
+def _allowed_of_gradients(twins: Twins, twin, hidden) -> float:
     """The same of gradients, where there is doubt: the reference's backward pass is slow."""
     moved, theirs = (
-        _gradients(Floats(layer.reference, hidden.shape[-1], at), layer, at)[0]
+        _gradients(Floats(twins.placed(layer, "reference"), hidden.shape[-1], at), layer, at)[0]
         for layer, at in ((_rounded(twin), hidden.bfloat16().double()), (twin, hidden))
     )
     off = deviation(moved, theirs)
@@ -282,11 +288,36 @@ def with_cache(twins: Twins):
         feed([1] * (n - max(1, n - 3)), behind, max(1, n - 3))[1] for behind in (cache, feed([max(1, n - 3)])[0])
     )
     yield within("prefill_equal", f"tokens behind {n - 3:,} that came in one, and in pieces", apart, TOLERANCE)
+    pieces = [max(1, n // 9), n - max(1, n // 9)]
+    yield within(
+        "prefill_equal", f"a piece of {pieces[1]:,} behind one of {pieces[0]:,}, float64", feed(pieces)[1], TOLERANCE
+    )
+    few = min(n, LOUD)
+    with loud(model):
+        several = model(ids[:, :few], use_cache=False).logits
+        cache, apart = model.new_cache(), 0.0
+        for piece, expected in zip(*(x.split(_steps(few), dim=1) for x in (ids[:, :few], several)), strict=True):
+            got = model(piece.contiguous(), past_key_values=cache, use_cache=True).logits
+            apart = max(apart, relative(got, expected, largest(several)))
+    for check in ("cached_equal", "prefill_equal"):
+        yield within(check, f"{few} tokens, loud, in pieces and one by one, float64", apart, TOLERANCE)
+    finite, cache = True, twins.plain.new_cache()
+    with loud(twins.plain), twins.autocast():
+        for piece in ids[:, :few].to(twins.device).split(_steps(few), dim=1):
+            logits = twins.plain(piece.contiguous(), past_key_values=cache, use_cache=True).logits
+            finite &= bool(torch.isfinite(logits).all())
+    yield fact("cached_equal", f"{few} tokens, loud, finite in {s.precision}", finite)
     half = n // 2
     cache, _ = feed([half])
     model(tokens.draw(2, half), use_cache=True)  # another text, with a cache of its own
     _, apart = feed([1], cache, half)
     yield within("prefill_equal", "with another text's prefill in between, float64", apart, TOLERANCE)
+
+
+def _steps(n: int) -> list[int]:
+    """A way through n tokens: a prefill, tokens one by one, as many at once."""
+    last = max(0, (n - 2) // 2)
+    return [n - 2 - last if n > 2 else n, *([1, 1] if n > 2 else []), *([last] if last else [])]
 
 
 def against_reference(twins: Twins):
@@ -598,7 +629,7 @@ def _left_behind_timed(twins: Twins) -> tuple[float, float]:
             turned = torch.rand(its.shape, dtype=torch.float64) + 0.5
             its.mul_(turned.to(its))
             mine.copy_(its)
-        given, expected, allowed = both(), twin.reference(exact), _allowed(twin, exact, twins.setting.precision)
+        given, expected, allowed = both(), twin.reference(exact), _allowed(twins, twin, exact)
         for form in given:
             off = deviation(form, expected.to(form.device))
             if not off / allowed <= worst[0] / worst[1]:
@@ -659,7 +690,7 @@ def of_cache_bytes(twins: Twins):
             off = max(off, abs(counts.bytes_of(held) - formula) / max(1, formula))
             kept = max(kept, counts.storage_bytes(held) / max(1, counts.bytes_of(held)) - 1)
     yield within("cache_bytes", "the formula off what the cache holds", off, BYTES)
-    yield within("cache_bytes", "memory kept alive beyond that", kept, BYTES)
+    yield within("cache_bytes", "memory kept alive beyond that", kept, KEPT)
 
 
 def of_core_flops(twins: Twins):
@@ -673,11 +704,33 @@ def of_core_flops(twins: Twins):
         what = twins.about(name, "exponent of the length, formula and counted apart")
         yield within("core_flops", what, abs(by_formula[name] - counted[name]), GROWTH_APART)
     few = sorted({1, 2, 3, 50, twins.setting.gradient_length, twins.setting.context})
-    for index, layer in twins.of_each_kind(attentions(twins.exact)).items():
+    for index, layer in _unlike(twins).items():
         yield from _seen_and_counted(twins, convolution.bare(layer), f"layer {index}")
         found = [layer.core_flops(n) - layer.core_flops(n - 1) for n in few if n > 1] + [layer.core_flops(1)]
         found += [layer.core_flops(n, dense=True) - layer.core_flops(n) for n in few]
         yield fact("core_flops", f"layer {index}: a token more costs more, full no less than causal", min(found) >= 0)
+
+
+def _unlike(twins: Twins) -> dict[int, torch.nn.Module]:
+    """The first and the last layer of each variant, and those between that see another number of tokens than these."""
+    layers, n = attentions(twins.exact), twins.setting.gradient_length
+    found = twins.of_each_kind(layers)
+    if len(found) == len(layers):
+        return found
+    names = attention.parts(twins.name)
+
+    def seen(index):
+        hidden = twins.hidden(1, n, twins.exact_device, torch.float64)
+        out, (leaf,) = Floats(layers[index], twins.setting.width, hidden).traced(hidden)
+        counts = [int((_moved(out, leaf, t) > SEEN).sum()) for t in (n // 2, n - 1)]
+        return index % len(names), *counts
+
+    known = {seen(index) for index in found}
+    for index, layer in enumerate(layers):
+        if index not in found and not getattr(layer, "by_content", False) and seen(index) not in known:
+            known.add(seen(index))
+            found[index] = layer
+    return found
 
 
 def _core_flops(layer, small, width: int):

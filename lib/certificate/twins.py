@@ -11,6 +11,7 @@ from lib import attention
 from lib.certificate.probes import Tokens
 from lib.certificate.setting import Setting
 from lib.model import build_model, convolution, devices, gpt2_config
+from lib.model.llama import rotary
 
 VOCABULARY = 61  # as many tokens as tell rows apart: the head is the same for every variant
 GAIN = 1.5  # of matrices, over the root of their width: scores of a few units, attention far from uniform
@@ -100,6 +101,27 @@ class Twins:
     def _another(self) -> torch.nn.Module:
         return self.build_another()
 
+    def placed(self, layer, form: str = "forward"):
+        """A layer, or its reference, as the model calls it: with rotary positions, of its tokens from `first` on."""
+        call = layer if form == "forward" else getattr(layer, form)
+        if not (self.exact._rotates and attention.rotates(layer)):
+            return lambda x, first=0, **more: call(x, **more)
+        head_width = self.setting.width // self.setting.heads
+
+        def with_positions(x, first=0, **more):
+            places = torch.arange(first, first + x.shape[1], device=x.device)
+            return call(x, position_embeddings=rotary(places[None], head_width, x), **more)
+
+        return with_positions
+
+    def decoded(self, layer, pieces, cache) -> list[torch.Tensor]:
+        """What a layer gives for pieces of a sequence, one behind the other."""
+        first, found = 0, []
+        for piece in pieces:
+            found.append(self.placed(layer)(piece.contiguous(), first=first, past_key_values=cache)[0])
+            first += piece.shape[1]
+        return found
+
     @functools.cached_property
     def parts(self) -> dict[str, tuple]:
         """Each different variant of the model's pattern, by its name: its class and options. Most have one."""
@@ -120,6 +142,12 @@ class Twins:
         last = {names[index % len(names)]: index for index in range(len(layers))}
         first = {names[index % len(names)]: index for index in reversed(range(len(layers)))}
         return {index: layers[index] for index in sorted({*first.values(), *last.values()})}
+
+    @property
+    def longest_option(self) -> int:
+        """The largest number among options: a chunk or a window, perhaps."""
+        given = [option for _, own in self.parts.values() for option in own.values()]
+        return max((value for value in given if type(value) is int), default=0)
 
     def about(self, name: str, what: str) -> str:
         """`what` is measured, with the variant that it is about where there are several."""

@@ -35,6 +35,7 @@ EXAMINATIONS = {  # and the checks that each has a say in
     uses.with_documents: ("documents_equal",),
     uses.with_dropout: ("training_equal",),
     uses.of_state: ("repeatable",),
+    uses.of_positions: ("reference",),
     examinations.against_reference: ("reference",),
     examinations.of_the_reference: ("reach", "reference_causal", "gpt2_equal"),
     examinations.of_gradients: ("gradients",),
@@ -91,9 +92,9 @@ def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
     - `parameters_vs_baseline`: weights of the attention over those of GPT-2's own
     - `memory_growth`, `flops_growth`: exponents of T, of what is kept for the backward pass and of the analytic count
 
-    That of a run is made once and then kept, by content: the variant's file and those it inherits from, options,
-    setting, versions and this code. Raises OutOfMemory where there is too little, UsageError where the cache folder
-    cannot be written.
+    That of a run is made once and then kept, by content: the variant's file, those it imports and inherits from,
+    options, setting, versions and this code. Raises OutOfMemory where there is too little, UsageError where the cache
+    folder cannot be written.
     """
     if setting is None:
         return _certificate(name, options, SMALL)

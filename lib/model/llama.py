@@ -15,7 +15,10 @@ def exchange(transformer, config) -> None:
     """Puts Llama's parts in the place of GPT-2's, all but the attention."""
     width = config.n_embd
     transformer.ln_f = nn.RMSNorm(width, eps=config.layer_norm_epsilon)
-    llama = LlamaConfig(hidden_size=width, intermediate_size=config.n_inner or swiglu_width(width))
+    # Of this the MLP alone is made; the default heads would have to divide the width.
+    llama = LlamaConfig(
+        hidden_size=width, intermediate_size=config.n_inner or swiglu_width(width), num_attention_heads=config.n_head
+    )
     for block in transformer.h:
         block.ln_1, block.ln_2 = (nn.RMSNorm(width, eps=config.layer_norm_epsilon) for _ in range(2))
         block.mlp = LlamaMLP(llama)
