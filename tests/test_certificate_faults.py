@@ -22,7 +22,7 @@ ROTATING = tuple(name for name in ALL if attention.rotates(attention.load(name))
 LAYERS = {name: attention.load(name)(gpt2_config(1, 16, 2, 290, 2), 0) for name in ALL}
 STATES = tuple(name for name, layer in LAYERS.items() if not layer.new_cache().is_croppable)
 FORGET = tuple(name for name, layer in LAYERS.items() if not keeps_every_key(layer.new_cache()))  # a window or a state
-SPARSE = ("sliding_window", "lsh", "sinks")  # do not see all of a row
+SPARSE = ("sliding_window", "lsh", "sinks", "moba")  # do not see all of a row
 FULL = tuple(name for name in ALL if name not in SPARSE)
 SLEEPING = "0.01 * x.flip(1)"  # the last token at the first, and so on
 IN_HALF = """
@@ -519,6 +519,9 @@ MASKS = {  # where a variant hides the future by an added number, or could; the 
     "mla": ("mask = None if T in (1, S) else causal_lower_right(T, S)", "mask = added(q, T, S)"),
     "sliding_window": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
     "sinks": ("_attend(q, k, v, attn_mask=mask)", "_attend(q, k, v, attn_mask=soft(q, mask))"),
+    "moba": (
+        "scores.masked_fill_(later & is_own, torch.finfo(scores.dtype).min)", "scores.masked_fill_(later & is_own, LOW)"
+    ),
     "lsh": (".masked_fill(~visible, torch.finfo(scores.dtype).min)", ".masked_fill(~visible, LOW)"),
 }  # fmt: skip
 ADDED = """
