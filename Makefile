@@ -21,9 +21,9 @@ refresh: $(READY)  ## run the committed notebooks anew; REDRAW=--redraw draws me
 mutants: $(READY)  ## plant mistakes, one at a time: which of them does no test see? MODULE=lib/training those of a module
 	$(BIN)/python scripts/mutants.py $(if $(MODULE),--module $(MODULE)) $(if $(BEFORE),--tests-of $(BEFORE))
 
-$(READY): pyproject.toml
+$(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name it: make PYTHON=/path/to/python3.11 study"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable '.[test]'
 	@touch $@

@@ -7,6 +7,8 @@ import importlib.util
 import os
 import sys
 
+from lib.extras import Finder
+
 # OpenMP's idle threads spin by default; on a busy machine that made training steps 3 to 20 times slower.
 # Read when torch loads, so `lib` is imported first.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -19,6 +21,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 for stream in (sys.stdout, sys.stderr):
     if hasattr(stream, "reconfigure"):  # in a notebook they are of another kind, which takes any sign
         stream.reconfigure(errors="backslashreplace")
+
+
+sys.meta_path.append(Finder)  # the last to be asked, so it hears of what nobody has
 
 
 def __getattr__(name: str):

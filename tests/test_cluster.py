@@ -9,7 +9,7 @@ import sys
 import pytest
 from make import TINY, record_of
 
-from lib import attention, paths, record
+from lib import attention, parameters, paths, record
 from lib.errors import UsageError
 from lib.study import cluster, runner
 
@@ -190,6 +190,20 @@ def test_a_job_of_a_large_plan_has_the_rules_of_its_own_runs_alone():
     words = ["snakemake", "--snakefile", "x", "--allowed-rules", *(run["name"] for run in runs[2:4]), "--cores", "1"]
     assert cluster.of_job(runs, words) == runs[2:4] and cluster.of_job(runs, ["snakemake", "--cores", "1"]) == runs
     assert cluster.of_job(runs, ["snakemake", "--allowed-rules", "summary"]) == []
+
+
+@pytest.mark.parametrize("blocks", [1, 50])
+def test_a_job_plans_no_more_than_its_own_block_and_that_as_the_whole_plan_does(blocks, monkeypatch):
+    config = {"variants": ["sdpa", "gqa", {"attention": "gqa", "label": "gqa-seed9-00000000"}], "blocks": blocks}
+    runs = cluster.planned(config, check=False)
+    made, real = [], parameters.run_name
+    monkeypatch.setattr(parameters, "run_name", lambda values: made.append(values) or real(values))
+    for run in runs[:: 3 * 7]:
+        job = cluster.planned(config, check=False, words=["snakemake", "--allowed-rules", run["name"], "--cores", "1"])
+        assert job == [one for one in runs if one["block"] == run["block"]]
+    assert len(made) == 3 * len(runs[:: 3 * 7])
+    for rules in (["summary"], [runs[0]["name"], "set_aside_block_0"]):
+        assert cluster.planned(config, check=False, words=["--allowed-rules", *rules]) == runs
 
 
 def test_the_threads_of_a_run_are_those_that_snakemake_was_given_not_its_own(monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import sys
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -13,7 +15,7 @@ from make import learning, make_record, write_blocks
 from lib import record
 from lib.analysis import compare, figures, paired, target
 from lib.errors import UsageError
-from lib.record import files, series
+from lib.record import files, parallel, series
 
 STEPS = 20_000
 
@@ -107,6 +109,68 @@ def test_one_digit_that_was_changed_in_a_long_list_is_seen(made, tmp_path):
     long = json.dumps([10.0**300] * 500)
     path.write_text(text.replace('"data": {', f'"data": {{"more": {long}', 1))  # a list that is no series
     assert files._quickly(path.read_text()) is None
+
+
+@pytest.fixture(scope="module")
+def folder(made, tmp_path_factory):
+    """Two long records, two short ones, one that was edited and one that is none."""
+    folder = tmp_path_factory.mktemp("records")
+    edited = record.write(make_record("mla"), folder)
+    edited.write_text(edited.read_text().replace('"time_s": ', '"time_s": 1', 1))
+    (folder / "none.json").write_text("{}")
+    for one in (
+        made,
+        make_record("gqa", block=1, series=made.series.model_dump()),
+        make_record("lsh"),
+        make_record("mqa"),
+    ):
+        record.write(one, folder)
+    return folder
+
+
+def what_is_read(folder):
+    with pytest.warns() as warned:
+        runs = record.read(folder)
+    assert {Path(one.filename).name for one in warned} == {Path(__file__).name}
+    return runs, [str(one.message) for one in warned]
+
+
+def alike(one, other):
+    assert list(one.columns) == list(other.columns) and list(one["name"]) == list(other["name"])
+    for name in one.columns:
+        assert [type(value) for value in one[name]] == [type(value) for value in other[name]], name
+        assert all((a == b) or (a != a and b != b) for a, b in zip(one[name], other[name], strict=True)), name
+    assert [len(found[:: series.every(STEPS)]) for found in one["series_train_loss"]] == [
+        len(found[:: series.every(STEPS)]) for found in other["series_train_loss"]
+    ]
+
+
+def test_several_processes_read_what_one_does_and_refuse_what_it_refuses(folder, monkeypatch):
+    alone, why = what_is_read(folder)
+    monkeypatch.setattr(parallel, "MOST_ALONE", 0)
+    monkeypatch.setattr(parallel, "_cores", lambda: 2)
+    monkeypatch.setattr(files, "row", lambda path: pytest.fail("it is read here"))
+    there, why_there = what_is_read(folder)
+    assert len(alone) == 4 and len(why) == 2 and any("its checksum does not fit" in said for said in why)
+    assert why_there == why
+    alike(there, alone)
+    assert len({id(one) for one in there["certificate"]}) == len({id(one) for one in alone["certificate"]})
+
+
+@pytest.mark.parametrize("command", ["import sys; sys.exit(1)", "print('{'); input()"], ids=["ends", "half an answer"])
+def test_what_another_process_leaves_unanswered_is_read_here(command, folder, monkeypatch):
+    alone, why = what_is_read(folder)
+    monkeypatch.setattr(parallel, "MOST_ALONE", 0)
+    monkeypatch.setattr(parallel, "_cores", lambda: 2)
+    monkeypatch.setattr(parallel, "COMMAND", [sys.executable, "-c", command])
+    there, why_there = what_is_read(folder)
+    alike(there, alone)
+    assert why_there == why
+
+
+def test_a_few_records_start_no_process(folder, monkeypatch):
+    monkeypatch.setattr(parallel, "_ask", lambda *_: pytest.fail("a process is started"))
+    assert len(what_is_read(folder)[0]) == 4
 
 
 @pytest.fixture

@@ -277,8 +277,10 @@ PUBLISHED_BESIDE_OURS = {
 def published_beside_ours(runs):
     """The paper's numbers and ours, each as a ratio to its own `sdpa`: the machines differ, ratios may be read.
 
-    Of the variants that are the paper's; a sentence where none but sdpa is.
+    Of the variants that are the paper's; a sentence where none but sdpa is, or nothing published is at hand.
     """
+    if not PUBLISHED.is_file():
+        return f"The published numbers are in records/{PUBLISHED.name} of the project's clone, which is not here."
     published, called = pd.read_csv(PUBLISHED).set_index("variant"), titles(runs)
     ours = set(runs.loc[runs["attention"] == runs["label"], "label"])  # under its own name, so with its own options
     published = published[[name in ours for name in published.index]]

@@ -17,6 +17,8 @@ TABLES = ("bigram", "unigram")
 
 @cache
 def _counted_later() -> dict:
+    if not COUNTED_LATER.is_file():  # installed without the project's records, which alone it is about
+        return {}
     found = pd.read_csv(COUNTED_LATER, dtype={"setting": str}).set_index(["setting", "seed", "token_sha256"])
     return {key: row.dropna().to_dict() for key, row in found.iterrows()}
 

@@ -1,8 +1,11 @@
 """A certificate as a reader sees it: claims, what was examined, and the numbers behind."""
 
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from lib.certificate.measures import CLAIMS, TOLERANCE
+
+if TYPE_CHECKING:  # a certificate is had without it, its table is not
+    import pandas as pd
 
 CANNOT = (
     "It finds mistakes, not cheats: code that asks whether it is being examined passes.",
@@ -19,11 +22,13 @@ def yes(fact: bool | None) -> str:
     return "–" if fact is None else "yes" if fact else "NO"
 
 
-def table(certificates: dict[str, dict]) -> pd.DataFrame:
+def table(certificates: dict[str, dict]) -> "pd.DataFrame":
     """Certificates as a reader sees them, a column per variant; numbers rounded to what survives another CPU.
 
     A dash where a check could not be had, or was none yet when an older record was made.
     """
+    import pandas as pd
+
     return pd.DataFrame({name: _shown(said) for name, said in certificates.items()})
 
 
@@ -62,7 +67,7 @@ def _power(exponent: float | None) -> str:
     return "–" if exponent is None else f"T^{exponent:.1f}"
 
 
-def numbers(said: dict) -> pd.DataFrame:
+def numbers(said: dict) -> "pd.DataFrame":
     """A row per check: of its measurements the one that failed or came nearest to its limit, and of how many it is."""
     rows = []
     for check in dict.fromkeys(one["check"] for one in said["measures"]):
@@ -78,6 +83,8 @@ def numbers(said: dict) -> pd.DataFrame:
                 "measured, at the worst": worst["what"] + (f": {worst['says']}" if worst["says"] else ""),
             }
         )
+    import pandas as pd
+
     return pd.DataFrame(rows)
 
 
@@ -94,7 +101,7 @@ def _badness(one: dict) -> tuple:
     return one["passed"] is False, one["passed"] is not None, ratio
 
 
-def _left(table: pd.DataFrame) -> str:
+def _left(table: "pd.DataFrame") -> str:
     """pandas aligns text to the right."""
     texts = table.astype(str)
     widths = {name: max(len(name), *texts[name].str.len()) for name in texts}

@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from lib.errors import UsageError
 from lib.paths import out_folder, read_bounded, write_whole
 from lib.record import names, series
-from lib.record.schema import FAILURES, SCHEMA_VERSION, Failure, Record, Strict, StudyPosition
+from lib.record.schema import FAILURES, NUMBERS, SCHEMA_VERSION, Failure, Record, Series, Strict, StudyPosition
 
 POSITION_VARIABLE = "ATTENTION_STUDY_POSITION"  # JSON, set by `lib.study`: profile, session, block, position
 FAILED = "failed.json"  # the end of the name of a failed run's note
@@ -209,47 +210,66 @@ def _canonical(content: dict) -> str:
     return json.dumps({name: value for name, value in content.items() if name != "content_sha256"}, sort_keys=True)
 
 
-LONG_NUMBERS = re.compile(r"\[[-+0-9.eE,\s]{1000,}\]")
+LONG = 1000  # characters of a list, from which on its numbers are looked at all together
+OF_A_NUMBER = b"-+0123456789.eE, \n"  # and what stands between two of them
+CLOSED_UP = bytes.maketrans(b"\n", b" ")  # a number a line, as `_signed` breaks lines: on one line
 
 
 def _quickly(text: str) -> Record | None:
-    """The record of a file with long lists of numbers, in a third of the time; None where it must be looked at closely.
+    """The record of a file with long lists of numbers, in a quarter of the time; None where it must be looked at
+    closely.
 
-    Nothing else comes in this way: the schema sees the whole text, the lists are series, whose numbers are bounded
+    Nothing else comes in this way: the schema sees all but the numbers of series, which are parsed as JSON and bounded
     together, and the checksum is of the lists as they are written: a number that Python would write otherwise fails it.
     """
-    lists: list[str] = []
     sign = secrets.token_hex(16)
-
-    def put_aside(match) -> str:
-        lists.append(match[0])
-        return f'"{sign}{len(lists) - 1}"'
-
-    short = LONG_NUMBERS.sub(put_aside, text)
-    if not lists:
+    aside: dict[str, bytes] = {}
+    for name in NUMBERS:
+        begin = text.find(f'"{name}": [') + len(name) + 4
+        end = text.find("]", begin) + 1
+        if end - begin > LONG and begin > len(name) + 3:
+            aside[name] = text[begin:end].encode()
+            text = f'{text[:begin]}"{sign}{name}"{text[end:]}'
+    if not aside:
         return None
     try:
-        content = json.loads(short, object_pairs_hook=_each_once, parse_constant=_no_number)
+        content = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number)
         _check_bounds(content)
-        found = Record.model_validate_json(text, strict=True)
-    except (ValueError, RecursionError):
+        if any(content["series"][name] != f"{sign}{name}" for name in aside):
+            return None  # one of this name stood elsewhere
+        numbers = {f"{sign}{name}": _numbers(written, NUMBERS[name]) for name, written in aside.items()}
+        found = Record.model_validate_json(text, strict=True, context=numbers)
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    aside = [name for name, values in content["series"].items() if str(values).startswith(sign)]
-    if len(aside) < len(lists) or not all(_is_bounded(getattr(found.series, name)) for name in aside):
-        return None
-
-    def put_back(match) -> str:
-        numbers = lists[int(match[1])][1:-1].replace("\n   ", " ").strip()  # as `_signed` breaks lines
-        return f"[{numbers}]"
-
-    whole = re.sub(f'"{sign}([0-9]+)"', put_back, _canonical(content))
-    return found if found.content_sha256 == hashlib.sha256(whole.encode()).hexdigest() else None
+    digest = hashlib.sha256()
+    for part in re.split(f'("{sign}[a-z_]+")', _canonical(content)):
+        written = aside.get(part[1 + len(sign) : -1]) if part.startswith(f'"{sign}') else None
+        digest.update(part.encode() if written is None else _on_one_line(written))
+    return found if found.content_sha256 == digest.hexdigest() else None
 
 
-def _is_bounded(numbers: list) -> bool:
-    """As `_check_bounds` asks of each, and a little less than it allows."""
-    sizes = np.abs(np.asarray(numbers, dtype=float))
-    return sizes.size <= MOST_ITEMS and bool((sizes <= 2**53).all() and ((sizes == 0) | (sizes >= 1e-100)).all())
+def _numbers(written: bytes, kind: type) -> series.Seen:
+    """A list of JSON, of numbers of a kind. Raises ValueError or TypeError where something else is in it, or a number
+    that `_check_bounds` might refuse."""
+    if written[1:-1].translate(None, OF_A_NUMBER):
+        raise ValueError("there is more than numbers in it")
+    values = from_json(written)
+    found = np.asarray(values)
+    if found.ndim != 1 or found.dtype not in (np.int64, np.float64) or (kind is int and found.dtype != np.int64):
+        raise TypeError("its numbers are of another kind")
+    floats = found.astype(float, copy=False)
+    sizes = np.abs(floats)
+    if not (sizes.size <= MOST_ITEMS and (sizes <= 2**53).all() and ((sizes == 0) | (sizes >= 1e-100)).all()):
+        raise ValueError("one of them is beyond what is measured")
+    if kind is int:
+        return series.Seen(values, found)
+    are_floats = written.count(b".") == len(values)  # a whole number has none
+    return series.Seen(values if are_floats else floats.tolist(), floats)
+
+
+def _on_one_line(written: bytes) -> bytes:
+    """A list of numbers as JSON writes it without an indent."""
+    return b"[" + written[1:-1].translate(CLOSED_UP, b" ").strip() + b"]"
 
 
 def load(path: Path) -> Record:
@@ -306,10 +326,17 @@ def read_each(paths, load_one) -> list:
     for path in paths:
         try:
             found.append(load_one(path))
-        except (UsageError, ValueError, OSError) as error:
-            why = names.printable(error if not isinstance(error, OSError) else error.strerror or error)
-            warnings.warn(f"{names.printable(path.name)} is left out: {why}", stacklevel=3)
+        except REFUSED as error:
+            warnings.warn(f"{names.printable(path.name)} is left out: {why(error)}", stacklevel=3)
     return found
+
+
+REFUSED = (UsageError, ValueError, OSError)
+
+
+def why(error: Exception) -> str:
+    """Why a file was refused, in one line."""
+    return names.printable(error if not isinstance(error, OSError) else error.strerror or error)
 
 
 def failures(folder) -> pd.DataFrame:
@@ -334,14 +361,31 @@ def read(folder) -> pd.DataFrame:
     for (`lib.record.series`). `certificate` holds its checks; `null_reasons` says why a metric is missing. What is the
     same in many runs, such as a certificate, is there once: change none of it in place.
     """
+    from lib.record import parallel  # here, because it is a command too, which imports this
+
     shared: dict[str, object] = {}
-    return pd.DataFrame(read_each(_files(folder), lambda path: _row(path, load(path), shared)))
+    paths = _files(folder)
+    return pd.DataFrame(read_each(paths, parallel.rows(paths, lambda row: _once(row, shared))))
 
 
-def _row(path: Path, record: Record, shared: dict[str, object]) -> dict:
-    def once(value):
-        return shared.setdefault(json.dumps(value), value)
+def row(path: Path) -> dict:
+    """A record as a row of `read`. Raises ValueError and OSError as `load` does."""
+    return _row(path, load(path))
 
+
+ONCE = ("planned", "certificate", "data", "kernels", "null_reasons", "flags")  # the same in many runs
+
+
+def _once(row: dict, shared: dict[str, object]) -> dict:
+    return row | {name: shared.setdefault(json.dumps(row[name]), row[name]) for name in ONCE}
+
+
+def _dumped(found: Series) -> dict:
+    """As `model_dump`, but the long lists are not copied."""
+    return {name: getattr(found, name) for name in NUMBERS} | found.model_dump(exclude=set(NUMBERS))
+
+
+def _row(path: Path, record: Record) -> dict:
     return {
         "name": record.name,
         "label": record.label,
@@ -357,18 +401,18 @@ def _row(path: Path, record: Record, shared: dict[str, object]) -> dict:
         "session": record.study.session,
         "block": record.study.block,
         "position": record.study.position,
-        "planned": once(record.study.variants),
+        "planned": record.study.variants,
         "device": record.environment["device"],
         "device_name": record.environment["device_name"],
         "gpu_uuid": gpu_uuid(record.environment),
         "provenance": record.provenance,
         "certified": record.certificate.passed,
-        "certificate": once(record.certificate.model_dump()),
+        "certificate": record.certificate.model_dump(),
         **record.metrics.model_dump(),
-        **{f"series_{name}": values for name, values in series.held(record.series.model_dump(), path).items()},
+        **{f"series_{name}": values for name, values in series.held(_dumped(record.series), path).items()},
         "parameter_values": record.parameters,
-        "data": once(record.data),
-        "kernels": once(record.kernels),
-        "null_reasons": once(record.null_reasons),
-        "flags": once(record.flags),
+        "data": record.data,
+        "kernels": record.kernels,
+        "null_reasons": record.null_reasons,
+        "flags": record.flags,
     }

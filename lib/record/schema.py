@@ -7,7 +7,7 @@ and setting follow from its parameters. `lib.record.files` bounds all numbers an
 from datetime import UTC, datetime
 from typing import Annotated, Literal, Required
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, WrapValidator, model_validator
 from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 from lib.record import names
@@ -355,9 +355,18 @@ class Idle(Strict):
     temperature_c: int | None
 
 
+def _seen_already(value, validate, info):
+    return info.context[value] if info.context and type(value) is str and value in info.context else validate(value)
+
+
+# With a context a string may stand for numbers that were seen together before (`lib.record.files`).
+SeenTogether = WrapValidator(_seen_already)
+NUMBERS = {"train_loss": float, "non_padding_tokens": int}  # the series of a number a step
+
+
 class Series(Strict):
-    train_loss: list[Number]  # per step, nats per token
-    non_padding_tokens: list[Count]  # seen up to the end of each step
+    train_loss: Annotated[list[Number], SeenTogether]  # per step, nats per token
+    non_padding_tokens: Annotated[list[Count], SeenTogether]  # seen up to the end of each step
     validation: list[Point]
     epoch_time_s: list[Seconds]
     epoch_energy_j: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]  # empty where the run has no energy

@@ -4,6 +4,7 @@ A record of 20,000 steps has a megabyte of them, and most pages need none. Of wh
 and of a curve so many points as a figure draws; counts that only grow are kept whole, as narrow differences.
 """
 
+import base64
 import json
 from collections.abc import Sequence
 from itertools import pairwise
@@ -38,6 +39,18 @@ def held(series: dict, path: Path) -> dict:
     return found
 
 
+class Seen(list):
+    """Numbers of a record that were looked at all together, with the array that they were then."""
+
+    def __init__(self, values: list, array: np.ndarray):
+        super().__init__(values)
+        self.array = array
+
+
+def _array(values: list, kind: type) -> np.ndarray:
+    return values.array if isinstance(values, Seen) else np.asarray(values, dtype=kind)
+
+
 class _Listed(Sequence):
     """What looks like the list that it stands for. Subclasses have `values`, all of it, and `__len__`."""
 
@@ -57,7 +70,7 @@ class Counts(_Listed):
     """Whole numbers that never become fewer, such as the tokens seen after each step."""
 
     def __init__(self, values: list[int]):
-        steps = np.diff(np.asarray(values, dtype=np.int64))
+        steps = np.diff(_array(values, np.int64))
         self.first, self.length = values[0], len(values)
         is_even = len(steps) and (steps == steps[0]).all()
         self.steps = int(steps[0]) if is_even else steps.astype(np.min_scalar_type(int(steps.max(initial=0))))
@@ -100,6 +113,39 @@ class InFile(_Listed):
         return json.loads(text)["series"][self.name]
 
 
+def packed(values) -> object:
+    """What `held` gave, as values that JSON can hold; `unpacked` turns it back."""
+    if isinstance(values, Counts):
+        even = isinstance(values.steps, int)
+        return {"first": values.first, "length": values.length, "steps": values.steps if even else _text(values.steps)}
+    if isinstance(values, InFile):
+        curve = None if values.curve is None else _text(values.curve)
+        return {"version": values.version, "name": values.name, "curve": curve, "length": values.length}
+    return values
+
+
+def unpacked(found, path: Path):
+    """Of what `packed` gave, what it was made of; `path`: of the record."""
+    if not isinstance(found, dict) or "length" not in found:
+        return found
+    if "steps" in found:
+        counts = object.__new__(Counts)
+        counts.first, counts.length, steps = found["first"], found["length"], found["steps"]
+        counts.steps = steps if isinstance(steps, int) else _of_text(steps)
+        return counts
+    series = InFile(path, tuple(found["version"]), found["name"], None, found["length"])
+    series.curve = None if found["curve"] is None else _of_text(found["curve"])
+    return series
+
+
+def _text(array: np.ndarray) -> list[str]:
+    return [array.dtype.str, base64.b64encode(array.tobytes()).decode()]
+
+
+def _of_text(found: list[str]) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(found[1]), dtype=found[0])
+
+
 def as_array(counts: Sequence) -> np.ndarray:
     """Counts of a table, however they are held there."""
     return counts.array() if isinstance(counts, Counts) else np.asarray(counts, dtype=np.int64)
@@ -109,4 +155,4 @@ def only_grows(values: list[int]) -> bool:
     """Whether no count is below the one before it. They fit 64 bits: the schema bounds each."""
     if len(values) <= SHORT:
         return all(before <= after for before, after in pairwise(values))
-    return bool((np.diff(np.asarray(values, dtype=np.int64)) >= 0).all())
+    return bool((np.diff(_array(values, np.int64)) >= 0).all())

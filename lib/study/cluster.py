@@ -10,8 +10,10 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from lib import parameters, paths, record
@@ -34,11 +36,12 @@ def one_sentence():
         sys.exit(f"snakemake: {error}")
 
 
-def planned(config: dict, check: bool = True) -> list[dict]:
+def planned(config: dict, check: bool = True, words: Sequence[str] = ()) -> list[dict]:
     """The runs that `--config` asks for, as `lib.study.plan` orders them, each with all that its own process must know.
 
     `name` of its record, `before` (the run before it in its block, or None), `profile`, and the `gpu` that its block
-    belongs to, None where there is but one. Raises UsageError.
+    belongs to, None where there is but one. Raises UsageError. By the `words` of its command line a job of the workflow
+    plans the blocks of its own runs alone: a plan of a thousand blocks has as many jobs as runs.
     """
     parameters.check_names(config, OPTIONS)
     for name, value in config.items():
@@ -48,14 +51,15 @@ def planned(config: dict, check: bool = True) -> list[dict]:
     gpus = config.get("gpus", 1)
     if not 1 <= gpus <= MOST_GPUS:
         raise UsageError(f"gpus must be a number from 1 to {MOST_GPUS}, not {gpus!r}")
-    runs, profile = plan.chosen(config.get("profile"), config.get("variants"), config.get("blocks"), check)
+    asked = (config.get(name) for name in ("profile", "variants", "blocks"))
+    runs, profile = plan.chosen(*asked, check, _of_runs(words))
     names = [parameters.run_name(run["values"]) for run in runs]
-    variants = list(dict.fromkeys(parameters.display_name(run["values"]) for run in runs))
+    labels = {number: [parameters.display_name(run["values"]) for run in part] for number, part in blocks(runs).items()}
     return [
         run
         | {
             "name": name,
-            "variants": variants,
+            "variants": labels[run["block"]],
             "before": names[index - 1] if run["position"] else None,
             "profile": profile,
         }
@@ -64,14 +68,24 @@ def planned(config: dict, check: bool = True) -> list[dict]:
     ]
 
 
-def of_job(runs: list[dict], words: list[str]) -> list[dict]:
+def of_job(runs: list[dict], words: Sequence[str]) -> list[dict]:
     """The runs whose rules a process of the workflow needs, by its command line: the main one all, a job those that it
-    is allowed. Each rule takes Snakemake some time, and a plan of a thousand blocks has as many jobs as rules."""
+    is allowed. Each rule takes Snakemake some time."""
+    asked = _allowed(words)
+    return runs if asked is None else [run for run in runs if run["name"] in asked]
+
+
+def _allowed(words: Sequence[str]) -> set[str] | None:
     option = "--allowed-rules"
     if option not in words:
-        return runs
-    asked = set(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index(option) + 1 :]))
-    return [run for run in runs if run["name"] in asked]
+        return None
+    return set(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index(option) + 1 :]))
+
+
+def _of_runs(words: Sequence[str]) -> set[int] | None:
+    """The blocks of the runs that a job is allowed, by their seeds; None where it is more than runs, so needs all."""
+    seeds = [re.search(r"-seed(\d+)-[0-9a-f]{8}$", name) for name in _allowed(words) or [""]]
+    return None if None in seeds else {int(seed[1]) for seed in seeds}
 
 
 def folder() -> Path:

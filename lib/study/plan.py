@@ -1,8 +1,8 @@
 """What a study runs: profiles, variants and blocks, in a balanced order, all checked before anything runs."""
 
+import json
 from pathlib import Path
 
-import nbformat
 import yaml
 
 from lib import attention, parameters, paths, record
@@ -80,9 +80,10 @@ def notebook_path(name: str) -> Path:
 
 def known_parameters(notebook: str = "train.ipynb") -> dict[str, parameters.Declared]:
     """The parameters that a notebook declares, with their defaults."""
-    cells = nbformat.read(notebook_path(notebook), as_version=4).cells
-    (source,) = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", [])]
-    return parameters.declared(source)
+    # As JSON: nbformat's second would be paid by every command and by every job of a workflow.
+    cells = json.loads(notebook_path(notebook).read_text(encoding="utf-8"))["cells"]
+    (source,) = [cell["source"] for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    return parameters.declared("".join(source))
 
 
 def read_profile(path: str | None, notebook: str = "train.ipynb") -> tuple[dict, dict]:
@@ -133,10 +134,13 @@ def entry(given: str | dict) -> dict:
     return given | {"options": dict(given["options"])}  # none of them is another's
 
 
-def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) -> list[dict]:
+def runs_of(
+    overrides: dict, variants: list, blocks: int, check: bool = True, only: set[int] | None = None
+) -> list[dict]:
     """The parameters of every run, in order, all checked. A variant is a name, a path, or a mapping of parameters.
 
-    Without `check` their values are not looked at, which takes seconds: for a process of a study that has begun.
+    Without `check` their values are not looked at, which takes seconds, and of the blocks there may be `only` some: for
+    a process of a study that has begun.
     """
     known = known_parameters()
     if len(variants) > MOST_VARIANTS:
@@ -146,6 +150,8 @@ def runs_of(overrides: dict, variants: list, blocks: int, check: bool = True) ->
     nulls = [index for index, entry in enumerate(entries) if entry.get("label") == attention.CONTROL]
     others = [index for index in range(len(entries)) if index not in nulls]
     for block, square in enumerate(orders(len(others), blocks)):
+        if only is not None and block not in only:
+            continue
         order = [others[which] for which in square]
         for null in nulls:  # it wanders through all places, and leaves the balance of the others as it is
             order.insert(block % len(entries), null)
@@ -176,16 +182,22 @@ def _matched(values: dict, found: dict) -> dict:
 
 
 def chosen(
-    path: str | None, variants: list | None = None, blocks: int | None = None, check: bool = True
+    path: str | None,
+    variants: list | None = None,
+    blocks: int | None = None,
+    check: bool = True,
+    only: set[int] | None = None,
 ) -> tuple[list[dict], str]:
-    """The plan of a profile's file, other variants or blocks than its own where given, and the profile's name."""
+    """The plan of a profile's file, other variants or blocks than its own where given, and the profile's name. `check`
+    and `only`: see `runs_of`."""
     overrides, about_study = read_profile(path)
     variants = variants or about_study.get("variants") or [*attention.STUDY_ORDER, CONTROL_RUN]
     blocks = blocks if blocks is not None else about_study.get("blocks", 1)
     if type(blocks) is not int or not 1 <= blocks <= MOST_BLOCKS:
         bound = f"at most {MOST_BLOCKS}" if type(blocks) is int and blocks > MOST_BLOCKS else "at least 1"
         raise UsageError(f"blocks must be a whole number, {bound}, not {record.printable(repr(blocks), 40)}")
-    return runs_of(overrides, variants, blocks, check), record.printable(Path(path).stem, 100) if path else "quick"
+    name = record.printable(Path(path).stem, 100) if path else "quick"
+    return runs_of(overrides, variants, blocks, check, only), name
 
 
 def own_metrics(path: str | None) -> dict:

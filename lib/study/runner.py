@@ -14,7 +14,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nbformat
 import psutil
 from filelock import FileLock, Timeout
 
@@ -269,6 +268,8 @@ def summarize(folder: Path, own_metrics: dict | None = None) -> str | None:
 
 def answer(page: Path) -> list[str]:
     """What an executed summary.ipynb begins with, as lines for a terminal: the page's own words and numbers."""
+    import nbformat  # here, because its second would be added to every job of a workflow
+
     try:
         cells = nbformat.read(page, as_version=4).cells
         (shown,) = [output.data["text/html"] for cell in cells if cell.id == "conclusion" for output in cell.outputs]
