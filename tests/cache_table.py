@@ -1,4 +1,4 @@
-"""What each attention keeps of one long sequence in GPT-2 small: the table in docs/variants.md, from the layers' formulas.
+"""What each attention keeps of one long sequence in GPT-2 small: the table in docs/variants.md, by their formulas.
 
 `python tests/cache_table.py --write` writes it; tests/test_docs.py holds it.
 """

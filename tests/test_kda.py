@@ -180,6 +180,6 @@ def test_flops_by_hand():
 
 @pytest.mark.parametrize("chunk", [0, 12, 16.0, None])
 def test_a_bad_chunk_is_said_in_one_sentence(chunk):
-    with pytest.raises(ValueError, match="it must be a power of two") as error:
+    with pytest.raises(ValueError, match="chunk must be a power of two") as error:
         make_layer(chunk=chunk)
     assert "\n" not in str(error.value)

@@ -30,8 +30,10 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1):
-            raise ValueError(f"chunk is halved again and again: it must be a power of two (16 is usual), not {chunk!r}")
+        if type(chunk) is not int or chunk < 1 or chunk & (chunk - 1):
+            raise ValueError(
+                f"chunk must be a power of two, since it is halved again and again (16 is usual), not {chunk!r}"
+            )
         self.layer_idx = layer_idx
         self.chunk = chunk  # c
         self.heads = config.n_head  # H
@@ -77,7 +79,7 @@ class Attention(nn.Module):
             out = out * (out.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt() * self.norm  # (B, H, T, D)
             gate = in_fp32(self.c_gate, to_gate).sigmoid()  # (B, T, C)
         out = out.transpose(1, 2).reshape(B, T, C)
-        out = (out * gate).to(qkv.dtype)
+        out = (out * gate).to(qkv.dtype).contiguous()  # of heads one wide it is a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     @staticmethod

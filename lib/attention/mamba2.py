@@ -29,15 +29,15 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if not isinstance(state, int) or state < 1:
+        if type(state) is not int or state < 1:
             raise ValueError(
                 f"state must be a whole number of numbers a channel, at least 1 (128 is usual), not {state!r}"
             )
-        if not isinstance(conv, int) or conv < 0 or conv == 1:
+        if type(conv) is not int or conv < 0 or conv == 1:
             raise ValueError(
                 f"conv must be a whole number of tokens, at least 2 (4 is usual), or 0 for none, not {conv!r}"
             )
-        if not isinstance(chunk, int) or chunk < 1:
+        if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
         self.layer_idx = layer_idx
         self.state, self.conv, self.chunk = state, conv, chunk  # N, K, c
@@ -89,7 +89,8 @@ class Attention(nn.Module):
             out = out + self.skip[:, None] * x  # (B, T, H, D)
             out = out.reshape(B, T, C)
             out = out * F.silu(at_least_fp32(z))
-            out = (out * (out.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * self.norm).to(z.dtype)
+            out = out * (out.square().mean(-1, keepdim=True) + EPSILON).rsqrt() * self.norm
+        out = out.to(z.dtype).contiguous()  # of heads one wide it is a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _shapes(self):

@@ -26,9 +26,9 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if not isinstance(block_length, int) or block_length < 1:
+        if type(block_length) is not int or block_length < 1:
             raise ValueError(f"block_length must be a whole number of keys, at least 1, not {block_length!r}")
-        if not isinstance(top_k, int) or top_k < 1:
+        if type(top_k) is not int or top_k < 1:
             raise ValueError(f"top_k must be a whole number of blocks, at least 1 (a query's own), not {top_k!r}")
         self.layer_idx = layer_idx
         self.block_length, self.top_k = block_length, top_k  # S, k
@@ -44,6 +44,10 @@ class Attention(nn.Module):
     def title(self):
         return f"MoBA, {self.top_k} blocks of {self.block_length}"
 
+    @staticmethod
+    def as_gpt2(config):
+        return {"top_k": -(-config.n_positions // 64)}  # all the blocks of 64 that there can be
+
     def forward(
         self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
     ):
@@ -55,7 +59,7 @@ class Attention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.layers[self.layer_idx].update(k, v)  # T -> M keys
         out = self._attended(q, k, v, padding_mask, seq_idx)
-        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of one head it is a view, which Conv1D refuses
+        out = out.transpose(1, 2).reshape(B, T, C).contiguous()  # of heads one wide it is a view, which Conv1D refuses
         return self.residual_dropout(self.c_proj(out)), None
 
     def _attended(self, q, k, v, padding_mask=None, seq_idx=None):
@@ -192,7 +196,7 @@ class Attention(nn.Module):
                 seen[:, :, t, : own * S] = taken.repeat_interleave(S, dim=-1)
         scores = torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(C // self.heads)
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        return self.c_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2))
+        return self.c_proj(torch.einsum("bhts,bshd->bthd", weights, v).flatten(2).contiguous())
 
 
 def at_least_fp32(x):
