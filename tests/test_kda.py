@@ -89,6 +89,14 @@ def test_the_chunk_changes_neither_output_nor_gradients(chunk, length):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("heads", [1, 2, 32])
+def test_heads_of_its_own_are_as_wide_as_they_divide_the_width(heads):
+    layer, x = make_layer(heads=4), torch.randn(2, 21, 32, dtype=torch.float64)
+    other = attention.load("kda")(gpt2_config(2, 32, 4, 256, 2), 0, heads=heads).double()
+    assert other.cache_bytes(9, 8) == heads * (32 // heads) ** 2 * 8 and layer.cache_bytes(9, 8) == 4 * 8 * 8 * 8
+    torch.testing.assert_close(other(x)[0], other.reference(x), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("decays", [0.0, 1e-3, 1.0, 30.0, 1e4])
 def test_pairs_are_what_a_sum_over_channels_and_all_decays_between_says(decays):
     """Strong decay and none side by side in a chunk: exponents of ± thousands in a form that divides."""

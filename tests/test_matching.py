@@ -66,7 +66,7 @@ def test_with_match_state_no_other_options_come_nearer_to_sdpa_s_cache(name, con
             for option, value in own.items():
                 most = {"heads": 128, "kv_heads": 8}.get(option)
                 others = [n for n in range(1, most + 1) if most % n == 0] if most else [value]
-                if option == "kv_lora_rank":
+                if option in ("kv_lora_rank", "state"):
                     others = [value + 1, max(1, value - 1)]
                 assert all(off <= abs(numbers(own | {option: other}) - target) + 128 for other in others), part
 

@@ -26,19 +26,22 @@ class Attention(nn.Module):
     paper = "Kimi Team 2025, Kimi Linear, sections 3 and 4 (arXiv 2510.26692)"
     needs_no_positions = True  # a state knows what came last
 
-    def __init__(self, config, layer_idx, chunk=16):
+    def __init__(self, config, layer_idx, chunk=16, heads=0):
         super().__init__()
-        if config.n_embd % config.n_head:
-            raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
+        if type(heads) is not int or heads < 0:
+            raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
+        heads = heads or config.n_head
+        if config.n_embd % heads:
+            raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
         if type(chunk) is not int or chunk < 1 or chunk & (chunk - 1):
             raise ValueError(
                 f"chunk must be a power of two, since it is halved again and again (16 is usual), not {chunk!r}"
             )
         self.layer_idx = layer_idx
         self.chunk = chunk  # c
-        self.heads = config.n_head  # H
+        self.heads = heads  # H
         self.width = config.n_embd  # C
-        self.head_width = config.n_embd // config.n_head  # D
+        self.head_width = config.n_embd // heads  # D
         self.c_attn = Conv1D(3 * self.width, self.width)  # query, key, value
         self.c_down = Conv1D(2 * self.head_width + self.heads, self.width)  # to decay and gate, and the rate of writing
         self.c_decay = Conv1D(self.width, self.head_width)
@@ -143,6 +146,12 @@ class Attention(nn.Module):
             until = torch.cat([until_early + whole_late, until_late], dim=-2)
             reads, keys = (x.flatten(-3, -2).unflatten(-2, since.shape[-3:-1]) for x in (reads, keys))
         return found.squeeze(-3), since.squeeze(-3), until.squeeze(-3)
+
+    @staticmethod
+    def sized(config, context, numbers):
+        """Fewer heads are wider, and a state has a number per pair of a head's channels."""
+        fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
+        return {"heads": min(fits, key=lambda heads: abs(config.n_embd**2 / heads - numbers))}
 
     def new_cache(self):
         return StateLayer()

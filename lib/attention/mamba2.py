@@ -156,6 +156,12 @@ class Attention(nn.Module):
         out = torch.addcmul(out, (q @ torch.stack(before, dim=1)).unflatten(-1, (-1, D)), since[..., None])
         return out.flatten(1, 2)[:, :T], state
 
+    @staticmethod
+    def sized(config, context, numbers):
+        """The state's numbers a channel, beside what the usual convolution over four tokens keeps."""
+        C = config.n_embd
+        return {"state": max(1, round((numbers - 3 * C) / (C + 6)))}  # of state (N, C) and inputs (3, C + 2 N)
+
     def new_cache(self):
         return StateLayer(*self._shapes())
 
