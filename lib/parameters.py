@@ -4,6 +4,7 @@ This module reads that cell, checks what a person gave against it, and says in o
 """
 
 import ast
+import functools
 import inspect
 import json
 import math
@@ -328,6 +329,7 @@ def _checked_layer(name: str, given: dict, p):
                 p.layers, p.width, p.heads, p.positions, 2, architecture=getattr(p, "architecture", "gpt2")
             )
             layer = variant(config, 0, **given)
+        build = functools.partial(variant, config, 0, **given)
     except ValueError:
         raise
     except (Exception, SystemExit) as error:
@@ -335,7 +337,7 @@ def _checked_layer(name: str, given: dict, p):
             raise
         said = error if isinstance(error, TypeError) else f"{type(error).__name__}: {error}"
         raise UsageError(printable(f"{name} cannot be built with the options {given}: {said}", 300)) from None
-    check_contract(name, layer, p.width, getattr(p, "context", p.positions))
+    check_contract(name, layer, p.width, getattr(p, "context", p.positions), build)
     return layer
 
 
@@ -346,12 +348,13 @@ MEMBERS = {  # of the contract in lib/attention/__init__.py, and how each is cal
     "cache_bytes": "cache_bytes(context, element_bytes)",
     "reference": "reference(hidden_states)",
 }
+MOST_BUILT = 10**7  # weights of a layer that is built only to look at what it returns
 CONTRACT = "lib/attention/__init__.py lists what a variant has, and sdpa.py shows it"
 
 
-def check_contract(name: str, layer, width: int, context: int) -> None:
+def check_contract(name: str, layer, width: int, context: int, build) -> None:
     """Raises UsageError where a `layer` of the variant `name`, built without memory, lacks a member of the contract, or
-    has one that takes or gives something else."""
+    has one that takes or gives something else. `build` makes it in memory, for what cannot be run without."""
     import torch
 
     if not isinstance(getattr(layer, "paper", None), str):
@@ -379,12 +382,19 @@ def check_contract(name: str, layer, width: int, context: int) -> None:
         _check_number(name, member, layer, *given[member])
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = layer(*given["forward"][0], **given["forward"][1])
-    except Exception:  # not every operator runs without memory: what is wrong with it is said by the run
+            try:
+                found = layer(hidden, **given["forward"][1])
+            except Exception:  # not every operator runs without memory
+                if sum(weight.numel() for weight in layer.parameters()) > MOST_BUILT:
+                    return
+                found = build()(torch.zeros(hidden.shape), **given["forward"][1])
+    except Exception:  # what is wrong with it is said by the run
         return
     is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], torch.Tensor)
     if not is_pair or found[0].shape != hidden.shape:
-        gave = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
+        gave = type(found).__name__
+        if isinstance(found, tuple):
+            gave = f"a tuple of {len(found)}: {', '.join(type(one).__name__ for one in found[:3])}"
         gave = f"{tuple(found[0].shape)} for {tuple(hidden.shape)}" if is_pair else gave
         raise UsageError(
             f"{name}'s forward must return ((B, T, C), None), not {gave}: `return output, None`; {CONTRACT}"

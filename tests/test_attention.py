@@ -233,7 +233,9 @@ def test_no_scores_or_mask_reach_memory_but_baseline_s(name):
     assert square == (name in MATERIALISES_SCORES)
 
 
-WITHOUT_WEIGHTS = {"linear", "gated_deltanet", "retention"}  # sums over keys, in which no single weight can be dropped
+WITHOUT_WEIGHTS = {  # sums over keys, in which no single weight can be dropped: their cache is a state
+    name for name in attention.variants() if not attention.load(name)(tiny_config(), 0).new_cache().is_croppable
+}
 NORMED = {"differential"}  # behind the weights, so that what dropout leaves is scaled anew
 REFUSES_DROPOUT = {"flash"}  # on a CPU; with attention's own alone
 
@@ -309,6 +311,33 @@ def test_an_unknown_variant_is_said_in_one_sentence(name, said):
     with pytest.raises(ValueError, match="there is no attention") as error:
         attention.load(name)
     assert said in str(error.value)
+
+
+def test_a_class_that_is_no_module_is_refused(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("class Attention:\n    paper = 'mine'\n")
+    with pytest.raises(ValueError, match=r"mine.py's class `Attention` is no torch.nn.Module: .*sdpa.py"):
+        attention.load(str(file))
+
+
+ODD = ("a", "", 1.5, 4.0, None, [2], [], True, False, {}, -1, 1)
+
+
+@every_variant
+def test_an_option_of_another_kind_is_refused_by_its_name_or_stands_for_what_it_is(name):
+    """By the constructor, so that a study, the certificate and a notebook say the same."""
+    variant = attention.load(name)
+    for option, default in attention.defaults(variant).items():
+        for value in ODD:
+            try:
+                with torch.device("meta"):
+                    variant(gpt2_config(2, 32, 4, 64, 2), 0, **{option: value})
+            except ValueError as error:
+                assert str(error).startswith(f"{option} must ") and "\n" not in str(error)
+                assert repr(value) in str(error), "says what was given"
+            else:
+                kind = int if default is None else type(default)
+                assert type(value) is kind or value is default, (option, value)
 
 
 def test_a_file_without_the_class_is_refused(tmp_path):

@@ -83,7 +83,7 @@ def test_bf16_gradients_may_be_off_as_far_as_rounding_moves_those_of_the_definit
 @every_variant
 def test_no_false_alarm_by_another_seed(name):
     """CERTIFICATE_SEEDS=200 for as many as docs/certificate.md speaks of: too slow for every day."""
-    for seed in range(1, 1 + int(os.environ.get("CERTIFICATE_SEEDS", "2"))):
+    for seed in range(1, 1 + int(os.environ.get("CERTIFICATE_SEEDS", "1"))):
         found = variant.examined(name, {}, Setting(precision=("fp32", "bf16")[seed % 2]), seed=seed)
         assert not [one for one in found if one.passed is False], seed
 

@@ -9,6 +9,8 @@ import pytest
 from lib import attention
 from lib.certificate import CLAIMS, Setting, variant
 from lib.certificate.twins import Twins
+from lib.model import gpt2_config
+from lib.model.caches import keeps_every_key
 
 SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows, two layers, past chunks and windows
     "layers": 2, "width": 16, "heads": 2, "positions": 290, "context": 150, "batch_size": 3,
@@ -17,7 +19,11 @@ SIZES = {  # the smallest that all kinds show in: beyond 256 tokens, three rows,
 BF16 = {"precision": "bf16"}
 ALL = attention.variants()
 ROTATING = tuple(name for name in ALL if attention.rotates(attention.load(name)))
-FULL = tuple(name for name in ALL if name not in ("sliding_window", "lsh", "sinks"))  # those that see all of a row
+LAYERS = {name: attention.load(name)(gpt2_config(1, 16, 2, 290, 2), 0) for name in ALL}
+STATES = tuple(name for name, layer in LAYERS.items() if not layer.new_cache().is_croppable)
+FORGET = tuple(name for name, layer in LAYERS.items() if not keeps_every_key(layer.new_cache()))  # a window or a state
+SPARSE = ("sliding_window", "lsh", "sinks")  # do not see all of a row
+FULL = tuple(name for name in ALL if name not in SPARSE)
 SLEEPING = "0.01 * x.flip(1)"  # the last token at the first, and so on
 IN_HALF = """
 class Half(torch.autograd.Function):
@@ -169,7 +175,7 @@ FAULTS = {
         "rows that are not repeated": Fault(members=handled("made.batch_repeat_interleave = lambda repeats: None")),
         "a token too many taken back": Fault(
             members=handled("crop = made.crop; made.crop = lambda n: crop(n - 1)"),
-            where=but("linear", "gated_deltanet", "retention"),
+            where=but(*STATES),
         ),
         "padding that is not reordered with its rows": Fault(
             members=handled("right = made.reorder_cache; made.reorder_cache = lambda rows: keep(made, right, rows)"),
@@ -177,7 +183,7 @@ FAULTS = {
         ),
         "what was there before it was emptied": Fault(
             members=handled("made.reset = lambda: None"),
-            where=("linear", "gated_deltanet", "retention"),  # transformers' own layers are emptied by the model
+            where=STATES,  # transformers' own layers are emptied by the model
         ),
         "exponents without their maximum behind a cache": Fault("if seen: out = out * (1 + 0 * (12 * x).exp())"),
         "nothing that comes back from the host": Fault(
@@ -209,7 +215,7 @@ FAULTS = {
         "not looked at in training": Fault(padding="None if self.training else padding_mask"),
         "not looked at by several tokens behind a cache": Fault(
             padding="None if seen and hidden_states.shape[1] > 1 else padding_mask",
-            where=but("linear", "sliding_window", "gated_deltanet", "retention", "sinks"),
+            where=but(*FORGET),
         ),
         "the first that came, for all of its shape": Fault(
             "", "self.known = {}",
@@ -225,7 +231,7 @@ FAULTS = {
         "a gradient that is not finite": Fault("if padding_mask is not None: out = out + (0 * out).abs().sqrt()"),
         "not looked at in decoding": Fault(
             padding="None if seen and hidden_states.shape[1] == 1 else padding_mask",
-            where=but("linear", "sliding_window", "gated_deltanet", "retention", "sinks"),  # these remember padding
+            where=but(*FORGET),  # which remember padding
         ),
     },
     "documents_equal": {
@@ -326,7 +332,7 @@ FAULTS = {
         "half of them": Fault(members=formula("cache_bytes", "super().cache_bytes(context, element_bytes) // 2")),
         "as many at any length": Fault(
             members=formula("cache_bytes", "super().cache_bytes(100, element_bytes)"),
-            where=but("linear", "gated_deltanet", "retention"),
+            where=but(*STATES),
         ),
         "kept in float32 under bfloat16": Fault(
             "if past is not None: [setattr(cached, name, x.float()) for name, x in tensors(cached)]",
@@ -339,7 +345,7 @@ FAULTS = {
         "none": Fault(members=formula("core_flops", "0")),
         "every score": Fault(
             members=formula("core_flops", "super().core_flops(context, True)"),
-            where=but("linear", "gated_deltanet", "retention"),
+            where=but(*STATES),
         ),
         "six of ten": Fault(
             members=formula("core_flops", "6 * super().core_flops(context, dense) // 10"),
@@ -363,7 +369,7 @@ FAULTS = {
         "ten times as many": Fault(members=formula("core_flops", "10 * super().core_flops(context, dense)")),
         "linear in the length": Fault(
             members=formula("core_flops", "super().core_flops(1024, dense) * context // 1024"),
-            where=but("linear", "sliding_window", "lsh", "gated_deltanet", "retention", "sinks"),
+            where=but(*STATES, *SPARSE),
         ),
     },
     "gpt2_projection": {"none": Fault("out = x")},

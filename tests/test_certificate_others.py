@@ -14,9 +14,10 @@ from transformers.models.mistral.modeling_mistral import MistralAttention
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from lib import attention
+from lib.certificate import Setting, examine, variant
 from lib.certificate import __main__ as command
-from lib.certificate import examine
 from lib.certificate.others import examine_language_model, examine_module
+from lib.errors import UsageError
 
 OTHERS = Path(__file__).with_name("others.py")
 
@@ -214,10 +215,27 @@ class Leaves(Past):
     def forward(self, x):
         raise SystemExit(5)
 
+class Frozen(Past):
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+class Signs(Past):
+    def forward(self, x):
+        return (super().forward(x) * 100).long()
+
+class Chunked(Model):
+    def forward(self, ids):
+        return super().forward(ids).unflatten(1, (-1, 64)).flatten(1, 2)
+
 def bare():
     return Model().__call__
 """
 NO_CACHE = "    new_cache = None\n"
+NUMPY = """
+    def forward(self, hidden_states, *given, **named):
+        return super().forward(hidden_states, *given, **named)[0].detach().numpy(), None
+"""
 LEAVES = "import sys\n\nsys.exit(5)\n"
 MORE = """
 from lib.attention.sdpa import Attention as Sdpa
@@ -254,6 +272,31 @@ def test_the_command_examines_a_module_and_a_language_model_of_a_file(name, word
     assert line.split()[1] == ("yes" if passes else "NO")
     assert out.splitlines()[-1].split(": ")[-1].startswith("passed" if passes else "FAILED")
     assert "mistakes, not cheats" in out
+
+
+@pytest.mark.parametrize(("name", "width"), [("Frozen", ("--width", 4)), ("Signs", ("--width", 4))])
+def test_an_output_without_gradients_is_a_dash_with_its_reason_and_values_still_tell(name, width, mine, capsys):
+    status, out, _ = run(capsys, f"{mine}:{name}", "--length", 90, "--json", *width)
+    said = json.loads(out)
+    assert status == 0 and said["passed"]
+    gradients = [one for one in said["measures"] if "gradient by a later token" in one["what"]]
+    assert gradients and all(one["passed"] is None and "has no gradient" in one["says"] for one in gradients)
+    assert any(one["check"] == "causal" and one["passed"] for one in said["measures"])
+
+
+def test_a_language_model_of_whole_chunks_only_is_examined(mine, capsys):
+    status, out, err = run(capsys, f"{mine}:Chunked", "--length", 128)
+    assert status == 1 and not err and "prefix_equal" in out  # it takes no prefix: that is what it is told
+
+
+def test_a_setting_that_a_variant_refuses_is_told_as_that():
+    setting = Setting(layers=1, width=8, heads=2, positions=12, context=10, dropout=0.1)
+    measures = variant.examined("flash", {}, setting, ("causal", "rows_independent"))
+    refused = [one for one in measures if one.passed is False]
+    assert {one.what for one in refused} == {"it refuses this setting"}
+    assert {one.says for one in refused} == {"PyTorch's flash kernel on the CPU has no dropout; use dropout 0"}
+    with pytest.raises(UsageError, match="context of at least 2 tokens"):
+        Setting(context=1)
 
 
 def test_the_command_gives_every_measurement_as_json(mine, capsys):
@@ -312,7 +355,7 @@ def odd(mine, tmp_path):
         if config:
             (folder / "config.json").write_text(config)
     texts = {
-        "NOCACHE": MORE + NO_CACHE, "LEAVES": LEAVES,
+        "NUMPY": MORE + NUMPY, "NOCACHE": MORE + NO_CACHE, "LEAVES": LEAVES,
         "LEAVESLATER": MORE + "    def __init__(self, *given):\n        raise SystemExit(5)\n",
         "LIST": "[1, 2]", "MANY": "layers: many", "LAYER": "layer: 2", "FP8": "precision: fp8", "NONE": "batch_size: 0",
         "FIVE": "inference_contexts: 5", "MINEALONE": "attention: gqa", "LATIN": "label: \xe9",
@@ -328,7 +371,11 @@ def odd(mine, tmp_path):
     ("words", "says"),
     [
         (("MINE:Past",), "say its --width C"), (("MINE:number",), "cannot be built without arguments"),
-        (("MINE:missing",), "cannot be built without arguments"), (("nowhere.py:Past",), "there is no file"),
+        (("MINE:Pats",), "mine.py has no name 'Pats'; did you mean 'Past'?"),
+        (("MINE:zzzz",), "no name 'zzzz'; it has: Past"), (("MINE:",), "no name ''; it has: Past"),
+        (("gqa", "--options", "{kv_heads: a}"), "kv_heads must divide heads: 'a'"),
+        (("NUMPY",), "must return ((B, T, C), None), not a tuple of 2: ndarray, NoneType"),
+        (("nowhere.py:Past",), "there is no file"),
         (("no_variant",), "no_variant"), (("EMPTY",), "holds no model"), (("",), "name a variant, FILE.py"),
         (("LISTED",), "holds no model that can be loaded"), (("SAVED",), "holds no model that can be loaded"),
         (("NOCACHE",), "has no `new_cache()`"), (("LEAVES",), "cannot be loaded: SystemExit: 5"),

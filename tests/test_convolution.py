@@ -135,19 +135,19 @@ PLANTED = {  # what is written instead of what, and the check that is about it
     "padding is read": ("if padding_mask is not None:", "if False:", "padding_equal"),
     "documents run into each other": ("if seq_idx is not None and i:", "if False:", "documents_equal"),
     "the prompt is kept": (".clone() if", " if", "cache_bytes"),
-    "in decoding its taps are turned round": ("enumerate(self.short_convolution)",
-        "enumerate(self.short_convolution if T > 1 else self.short_convolution.flip(0))", "cached_equal"),
+    "in decoding its taps are turned round": ("enumerate(weights)",
+        "enumerate(weights if T > 1 else weights.flip(0))", "cached_equal"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", PLANTED)
 def test_a_mistake_in_it_is_found_by_the_certificate(fault, monkeypatch):
     wrong, written, check = PLANTED[fault]
-    source = textwrap.dedent(inspect.getsource(convolution._behind.__wrapped__))
+    source = textwrap.dedent(inspect.getsource(convolution.convolved))
     assert wrong in source
     names = dict(vars(convolution))
     exec(source.replace(wrong, written), names)
-    monkeypatch.setattr(convolution, "_behind", names["_behind"])
+    monkeypatch.setattr(convolution, "convolved", names["convolved"])
     found = variant.examined("sdpa", {}, Setting(convolution=4, precision="bf16"), checks=(check,))
     assert any(one.passed is False and one.check == check for one in found)
 

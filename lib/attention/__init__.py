@@ -348,6 +348,11 @@ def _class(name: str, definition: _Definition) -> type:
     found = getattr(definition.module, "Attention", None)
     if not isinstance(found, type):
         raise ValueError(f"{find(name).name} defines no class `Attention`; lib/attention/sdpa.py shows what one needs")
+    if not any(base.__module__.startswith("torch.nn.") and base.__name__ == "Module" for base in found.__mro__):
+        raise ValueError(
+            f"{find(name).name}'s class `Attention` is no torch.nn.Module: begin it as `class "
+            "Attention(torch.nn.Module)`, as lib/attention/sdpa.py does"
+        )
     return found
 
 

@@ -27,14 +27,16 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64, heads=0):
         super().__init__()
+        if type(heads) is not int or heads < 0:
+            raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
         heads = heads or config.n_head
-        if not isinstance(heads, int) or heads < 1 or config.n_embd % heads:
+        if config.n_embd % heads:
             raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
-        if not isinstance(chunk, int) or chunk < 1:
+        if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
-        if beta_max not in (1, 2):
+        if type(beta_max) is not int or beta_max not in (1, 2):
             raise ValueError(
-                f"beta_max must be 1, or 2 for negative eigenvalues (more lets states grow), not {beta_max}"
+                f"beta_max must be 1, or 2 for negative eigenvalues (more lets states grow), not {beta_max!r}"
             )
         if not isinstance(gate, bool):
             raise ValueError(f"gate must be true (states decay) or false (DeltaNet), not {gate!r}")
@@ -129,11 +131,12 @@ class Attention(nn.Module):
         scores = (q @ k.mT) * decay
         q, k = q * since, (k * until).mT  # k: (B, H, N, D, c)
 
-        out = []
-        for n in range(N):
-            new = u[:, :, n] - w[:, :, n] @ state  # (B, H, c, D): what each token writes
-            out.append(q[:, :, n] @ state + scores[:, :, n] @ new)
-            state = state * last[:, :, n] + k[:, :, n] @ new
+        # Unbound at once: the backward pass of x[:, :, n] writes a tensor of the size of x, for each of the N chunks.
+        out, chunks = [], (x.unbind(2) for x in (q, k, u, w, scores, last))
+        for queries, keys, own, erased, weights, kept in zip(*chunks, strict=True):
+            new = own - erased @ state  # (B, H, c, D): what each token writes
+            out.append(queries @ state + weights @ new)
+            state = state * kept + keys @ new
         return torch.cat(out, dim=2)[:, :, :T], state
 
     @staticmethod

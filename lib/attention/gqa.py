@@ -23,8 +23,8 @@ class Attention(nn.Module):
             raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
         if kv_heads is None:  # a quarter of the heads, or the nearest smaller number that divides them
             kv_heads = max(g for g in range(1, max(1, heads // 4) + 1) if heads % g == 0)
-        if kv_heads < 1 or heads % kv_heads:
-            raise ValueError(f"kv_heads must divide heads: {kv_heads} key/value heads do not divide {heads}")
+        if type(kv_heads) is not int or kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads must divide heads: {kv_heads!r} key/value heads do not divide {heads}")
         self.layer_idx = layer_idx
         self.heads, self.kv_heads = heads, kv_heads  # H, G
         self.width = config.n_embd  # C

@@ -19,12 +19,14 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer_idx, chunk=64, heads=0):
         super().__init__()
+        if type(heads) is not int or heads < 0:
+            raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
         heads = heads or config.n_head
-        if not isinstance(heads, int) or heads < 1 or config.n_embd % heads:
+        if config.n_embd % heads:
             raise ValueError(f"heads must divide width: {heads} heads do not divide {config.n_embd}")
         if heads != config.n_head and getattr(config, "architecture", "gpt2") == "llama":
             raise ValueError("heads of its own are not as wide as Llama's rotary positions; leave heads out")
-        if not isinstance(chunk, int) or chunk < 1:
+        if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
         self.layer_idx = layer_idx
         self.chunk = chunk  # c

@@ -33,16 +33,17 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if n_hashes < 1:
-            raise ValueError(f"n_hashes must be at least 1, not {n_hashes}")
-        if chunk_length < 2:
+        if type(n_hashes) is not int or n_hashes < 1:
+            raise ValueError(f"n_hashes must be at least 1 and whole, not {n_hashes!r}")
+        if type(chunk_length) is not int or chunk_length < 2:
             raise ValueError(
-                f"chunk_length must be at least 2 (a query counts itself among its keys), not {chunk_length}"
+                f"chunk_length must be at least 2 and whole (a query counts itself among its keys), not "
+                f"{chunk_length!r}"
             )
         if buckets is None:  # from the positions: a number taken from the length at hand would leak it
             buckets = 2 * max(1, config.n_positions // (2 * chunk_length))
-        if buckets % 2 or not 2 <= buckets < 2**15:
-            raise ValueError(f"buckets must be even (directions and their opposites) and 2 to 32766, not {buckets}")
+        if type(buckets) is not int or buckets % 2 or not 2 <= buckets < 2**15:
+            raise ValueError(f"buckets must be even (directions and their opposites) and 2 to 32766, not {buckets!r}")
         if chunk_boundaries not in ("causal", "reformer"):
             raise ValueError(
                 f"chunk_boundaries must be 'causal' or 'reformer' (the paper's, which leaks), not {chunk_boundaries!r}"

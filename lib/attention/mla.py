@@ -33,14 +33,14 @@ class Attention(nn.Module):
         self.head_width = D = config.n_embd // config.n_head
         self.kv_lora_rank = 4 * D if kv_lora_rank is None else kv_lora_rank  # L
         self.qk_rope_head_dim = half_and_even(D) if qk_rope_head_dim is None else qk_rope_head_dim  # R
-        if not isinstance(self.kv_lora_rank, int) or self.kv_lora_rank < 1:
+        if type(self.kv_lora_rank) is not int or self.kv_lora_rank < 1:
             raise ValueError(
                 f"kv_lora_rank must be a whole number from 1 up, not {kv_lora_rank!r}; leave it out for 4 D = {4 * D}"
             )
         R = self.qk_rope_head_dim
-        if not isinstance(R, int) or R < 0 or R % 2:
+        if type(R) is not int or R < 0 or R % 2:
             raise ValueError(f"qk_rope_head_dim must be 0 or an even whole number, not {R!r}: rotation turns pairs")
-        if q_lora_rank is not None and (not isinstance(q_lora_rank, int) or q_lora_rank < 1):
+        if q_lora_rank is not None and (type(q_lora_rank) is not int or q_lora_rank < 1):
             raise ValueError(f"q_lora_rank must be a whole number from 1 up, not {q_lora_rank!r}; None goes without")
 
         # DeepSeek's names: `a` down to a latent, `b` up from it, `with_mqa` the shared rotary key in the same product.

@@ -25,8 +25,11 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if not isinstance(window, int) or window < 0:
-            raise ValueError(f"window must be a whole number of keys (128 is gpt-oss'), or 0 for all, not {window!r}")
+        if type(window) is not int or window < 0 or window == 1:
+            raise ValueError(
+                "window must be a whole number of keys, at least 2 (a window of 1 sees itself alone; 128 is gpt-oss'), "
+                f"or 0 for all, not {window!r}"
+            )
         self.layer_idx = layer_idx
         self.window = window  # W
         self.heads = config.n_head  # H

@@ -19,8 +19,10 @@ class Attention(nn.Module):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
-        if window < 1:
-            raise ValueError(f"window must be at least 1 (a query sees itself), not {window}")
+        if type(window) is not int or window < 2:
+            raise ValueError(
+                f"window must be a whole number of keys, at least 2 (a window of 1 sees itself alone), not {window!r}"
+            )
         self.layer_idx = layer_idx
         self.window = window  # W
         self.heads = config.n_head  # H

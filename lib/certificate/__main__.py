@@ -17,6 +17,7 @@ import importlib.util
 import json
 import sys
 import time
+from difflib import get_close_matches
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,8 +149,12 @@ def _named(path: Path, name: str):
     sys.path.insert(0, str(path.parent.resolve()))  # what lies beside it can be imported
     try:
         spec.loader.exec_module(found)
+        if not hasattr(found, name):
+            raise UsageError(f"{path.name} has no name {name!r}; {_names_of(found, name)}")
         thing = getattr(found, name)
         thing = thing if isinstance(thing, nn.Module) else thing()
+    except UsageError:
+        raise
     except (Exception, SystemExit) as error:
         _raise_memory(error)
         raise UsageError(f"{path.name}:{name} cannot be built without arguments: {_brief(error)}") from error
@@ -160,6 +165,13 @@ def _named(path: Path, name: str):
             f"{path.name}:{name} is a {type(thing).__name__}; it takes a module, or a function that builds one"
         )
     return thing.eval() if isinstance(thing, nn.Module) else thing
+
+
+def _names_of(module, name: str) -> str:
+    """The name of a file that is nearest to `name`, or all that could be meant."""
+    known = [one for one, what in vars(module).items() if callable(what) and not one.startswith("_")]
+    guess = get_close_matches(name, known, n=1)
+    return f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none that can be called'}"
 
 
 def _pretrained(folder: Path):

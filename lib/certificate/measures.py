@@ -2,6 +2,7 @@
 
 import math
 import signal
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -110,8 +111,17 @@ def collected(about: tuple[str, ...], ask: Callable[[], Iterable[Measure]]) -> l
                 "again"
             ) from error
         owed = [check for check in about if check not in {one.check for one in found}] or about
-        found += [fact(check, "it cannot be examined", False, said) for check in owed]
+        what = "it cannot be examined"
+        if isinstance(error, ValueError | NotImplementedError) and _is_said_by_python(error):
+            what, said = "it refuses this setting", said.partition(": ")[2] or said
+        found += [fact(check, what, False, said) for check in owed]
     return found
+
+
+def _is_said_by_python(error: BaseException) -> bool:
+    """Whether a `raise` made it, as one that refuses does; a call that goes wrong has none."""
+    innermost = traceback.extract_tb(error.__traceback__)[-1]
+    return (innermost.line or "").startswith("raise ")
 
 
 def _is_of_a_signal(error: BaseException) -> bool:

@@ -120,7 +120,7 @@ def examine_language_model(model: nn.Module, length: int, rows: int, dtype, devi
     if length < 3:
         raise UsageError(f"the model has {length} positions; nothing can be said of fewer than 3")
     options = {"use_cache": False} if hasattr(config, "use_cache") and accepts(model, "use_cache") else {}
-    vocabulary = _vocabulary(model, options, device)
+    vocabulary = _vocabulary(model, options, length, device)
     subject = Tokens(model, min(vocabulary, getattr(config, "vocab_size", vocabulary)), device, **options)
 
     def ask():
@@ -135,19 +135,23 @@ class NoLogits(Exception):
 
 
 @torch.no_grad()
-def _vocabulary(model, options: dict, device) -> int:
-    """How many logits there are for a token. Raises NoLogits where there are none."""
-    try:
-        logits = logits_of(model(torch.zeros(1, 2, dtype=torch.long, device=device), **options))
-    except Exception as error:
-        if isinstance(error, MemoryError) or is_out_of_memory(str(error)):
-            raise
-        raise NoLogits(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
-    if not isinstance(logits, torch.Tensor) or logits.shape[:2] != (1, 2) or logits.dim() != 3:
-        raise NoLogits(f"it gives {getattr(logits, 'shape', type(logits).__name__)} for (1, 2) ids")
-    if logits.shape[-1] < 2:
-        raise NoLogits("it gives one logit for a token, so no token can be changed")
-    return logits.shape[-1]
+def _vocabulary(model, options: dict, length: int, device) -> int:
+    """How many logits there are for a token. Raises NoLogits where there are none at any of several lengths."""
+    refused = None
+    for tokens in dict.fromkeys((2, min(length, TRAINED), length, min(length, BORDERS[0]))):
+        try:
+            logits = logits_of(model(torch.zeros(1, tokens, dtype=torch.long, device=device), **options))
+        except Exception as error:
+            if isinstance(error, MemoryError) or is_out_of_memory(str(error)):
+                raise
+            refused = refused or error
+            continue
+        if not isinstance(logits, torch.Tensor) or logits.shape[:2] != (1, tokens) or logits.dim() != 3:
+            raise NoLogits(f"it gives {getattr(logits, 'shape', type(logits).__name__)} for (1, {tokens}) ids")
+        if logits.shape[-1] < 2:
+            raise NoLogits("it gives one logit for a token, so no token can be changed")
+        return logits.shape[-1]
+    raise NoLogits(f"{type(refused).__name__}: {(str(refused).splitlines() or [''])[0]}") from refused
 
 
 def _confirmed(ask) -> list[Measure]:

@@ -109,6 +109,8 @@ def gradient_leaks(subject, x: torch.Tensor, rounds: int = 1, shift: int = 0) ->
         out, leaves = subject.traced(x)
         if not leaves:
             raise NoSlope("no nn.Embedding reads the token ids, so there is no gradient to look at")
+        if not out.requires_grad:
+            raise NoSlope("its output has no gradient: it is detached, made under no_grad, or of whole numbers")
         for turn in range(rounds):
             at = torch.tensor(places(length, rows, shift + 5 * turn), device=x.device)
             for asked in (range(0, rows, 2), range(1, rows, 2)):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from lib.errors import UsageError
 from lib.model import config_of, devices, gpt2_config
 
 REFERENCE_COST = {"cpu": 2e9, "cuda": 2e10}  # layers x width x T² that references may cost: seconds on either
@@ -30,6 +31,12 @@ class Setting:
     architecture: str = "gpt2"
     convolution: int = 0
     mlp_width: int | None = None  # None: the architecture's own
+
+    def __post_init__(self):
+        if self.context < 2:
+            raise UsageError(
+                f"a certificate is of a context of at least 2 tokens, one of which sees the other, not {self.context}"
+            )
 
     @classmethod
     def of(cls, p) -> "Setting":

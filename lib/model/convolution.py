@@ -33,6 +33,30 @@ def bare(layer: nn.Module) -> nn.Module:
     return alone
 
 
+def convolved(x, weights, cache=None, padding_mask=None, seq_idx=None):
+    """(B, T, C) behind a convolution with `weights` (K, C); a layer of a cache that `remembers` gives and keeps what
+    stands before."""
+    (B, T, C), K = x.shape, len(weights)
+    kept = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
+    place = end = None
+    if padding_mask is not None:  # is passed over: what stood before it comes next
+        kept, place, end = _without_padding(kept, padding_mask[:, -T:])
+    before = getattr(cache, "convolution_tail", None)
+    before = kept.new_zeros(B, K - 1, C) if before is None else before
+    kept = torch.cat([before, kept], dim=1)  # (B, K - 1 + T, C)
+    for i, weight in enumerate(weights):
+        first = K - 1 - i
+        earlier = kept[:, first : first + T] if place is None else _rows(kept, place + first)
+        if seq_idx is not None and i:  # a packed row has no padding, and no cache
+            same = seq_idx[:, i:] == seq_idx[:, :-i]
+            earlier = earlier * nn.functional.pad(same, (min(i, T), 0))[..., None]
+        x = torch.addcmul(x, earlier, weight)
+    if cache is not None:  # a copy, or it would keep the whole prompt
+        last = torch.arange(K - 1, device=x.device)
+        cache.convolution_tail = kept[:, T:].clone() if end is None else _rows(kept, end + last)
+    return x
+
+
 @functools.cache
 def _behind(variant: type) -> type:
     """The variant's class with the convolution first, in every member of the contract that it changes."""
@@ -41,29 +65,8 @@ def _behind(variant: type) -> type:
         @functools.wraps(variant.forward)  # what it names, such as `seq_idx`, is what it can do
         def forward(self, hidden_states, past_key_values=None, padding_mask=None, **more):
             cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-            x = self._convolved(hidden_states, cache, padding_mask, more.get("seq_idx"))
+            x = convolved(hidden_states, self.short_convolution, cache, padding_mask, more.get("seq_idx"))
             return super().forward(x, past_key_values=past_key_values, padding_mask=padding_mask, **more)
-
-        def _convolved(self, x, cache, padding_mask, seq_idx):
-            (B, T, C), K = x.shape, len(self.short_convolution)
-            kept = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
-            place = end = None
-            if padding_mask is not None:  # is passed over: what stood before it comes next
-                kept, place, end = _without_padding(kept, padding_mask[:, -T:])
-            before = getattr(cache, "convolution_tail", None)
-            before = kept.new_zeros(B, K - 1, C) if before is None else before
-            kept = torch.cat([before, kept], dim=1)  # (B, K - 1 + T, C)
-            for i, weight in enumerate(self.short_convolution):
-                first = K - 1 - i
-                earlier = kept[:, first : first + T] if place is None else _rows(kept, place + first)
-                if seq_idx is not None and i:  # a packed row has no padding, and no cache
-                    same = seq_idx[:, i:] == seq_idx[:, :-i]
-                    earlier = earlier * nn.functional.pad(same, (min(i, T), 0))[..., None]
-                x = torch.addcmul(x, earlier, weight)
-            if cache is not None:  # a copy, or it would keep the whole prompt
-                last = torch.arange(K - 1, device=x.device)
-                cache.convolution_tail = kept[:, T:].clone() if end is None else _rows(kept, end + last)
-            return x
 
         def new_cache(self):
             return remembering(super().new_cache())
