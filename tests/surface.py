@@ -24,6 +24,7 @@ BEGIN, END = "<!-- the table, written by tests/surface.py -->", "<!-- end of the
 OPTIONS = {
     "sliding_window": {"window": 5}, "sinks": {"window": 5}, "linear": {"chunk": 4}, "retention": {"chunk": 4},
     "lsh": {"chunk_length": 4}, "gated_deltanet": {"chunk": 8}, "mamba2": {"chunk": 4, "state": 8}, "kda": {"chunk": 8},
+    "moba": {"block_length": 2},
 }  # fmt: skip
 CONFIG = gpt2_config(layers=2, width=32, heads=4, positions=64, vocabulary=50)
 NEW = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}

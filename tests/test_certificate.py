@@ -88,6 +88,12 @@ def test_no_false_alarm_by_another_seed(name):
         assert not [one for one in found if one.passed is False], seed
 
 
+@pytest.mark.parametrize(("context", "positions"), [(2, 2), (2, 3), (3, 5), (5, 9)])
+def test_few_tokens_are_no_false_alarm(context, positions):
+    found = variant.examined("linear", {}, Setting(context=context, positions=positions))
+    assert not [one for one in found if one.passed is False]
+
+
 @pytest.mark.parametrize(
     ("name", "fault"),
     [("baseline", fault) for fault in BASELINE.items()]
