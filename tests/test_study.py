@@ -140,6 +140,8 @@ def test_a_profile_that_is_not_there_lists_those_that_are(out, capsys):
 
 
 OTHERS = ("scaling_", "steps_", "probes")  # of other commands
+
+
 def test_the_profile_of_all_trains_every_variant_once_and_the_reference_again():
     runs = [run["values"]["attention"] for run in plan.chosen(str(ROOT / "params" / "all.yaml"))[0]]
     assert sorted(runs) == sorted([*attention.variants(), attention.REFERENCE])
