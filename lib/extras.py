@@ -8,7 +8,7 @@ import sys
 from types import FrameType
 
 EXTRAS = {  # what rooms import of each, by the name that it is imported by
-    "statistics": ("IPython", "matplotlib", "pandas", "pydantic", "scipy", "seaborn", "statsmodels"),
+    "statistics": ("IPython", "matplotlib", "pandas", "pydantic", "pydantic_core", "scipy", "seaborn", "statsmodels"),
     "energy": ("psutil", "pynvml", "zeus"),
     "study": ("datasets", "nbclient", "nbformat", "papermill", "pyarrow", "yaml"),
     "notebooks": ("ipywidgets", "traitlets"),

@@ -112,6 +112,7 @@ def test_a_torn_block_is_set_aside_and_repeated_whole_by_the_command_alone(study
     assert study.call("--plan", count=3) == 0
     said = capsys.readouterr().out
     assert "block 1 is incomplete" in said and "nothing is left to run" not in said
+    assert said.count("(to run: its record is damaged)") == (tear in (cut, edit))
     assert said.count("(finished)") == 4 and state(study) == torn and not study.runs
 
     assert study.call(count=3) == 0

@@ -1,5 +1,6 @@
 """What a notebook concludes follows from its records: other records, another sentence; too few, and it says so."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,9 +10,10 @@ from make import learning, make_record, places
 from test_growth import points
 from test_probes import cell, made
 
-from lib import paths, record
+from lib import attention, paths, record
 from lib.analysis import compare, conclusions, replication, style, tables, words
 from lib.measure import assemble
+from lib.study import plan
 
 LABELS = ("sdpa", "sdpa_again", "gqa", "linear", "mla", "lsh")
 NOISE = np.random.default_rng(1).normal(0, 0.003, (len(LABELS), 8))
@@ -63,7 +65,17 @@ def test_below_five_blocks_nothing_is_told_but_what_is_counted(blocks, tmp_path)
     assert said.answer == [f"Which attention costs least, these runs do not say: {counted}, and a verdict needs 5."]
     assert "linear" not in " ".join([*said.answer, *said.details])  # the fastest by far, of too few blocks
     assert "gqa keeps the smallest cache, 0.238 MiB of a sequence of 16 tokens instead of 1 MiB." in said.details[1]
-    assert "--blocks 8" in said.details[0]
+    assert "; the study's command with --blocks 10 makes enough of them" in said.details[0]  # not the quick study
+
+
+@pytest.mark.parametrize("variants", [*range(2, 9)])
+def test_the_page_proposes_as_many_blocks_as_the_plan_does(variants):
+    names = attention.STUDY_ORDER[:variants]
+    runs = pd.DataFrame({"label": [*names, attention.CONTROL], "profile": "quick"})
+    (proposed,) = re.findall(r"--blocks (\d+) gives|, and their multiples: --blocks (\d+)\)", plan._about(1, variants))
+    command = "python -m lib.study" if variants == 8 else "the study's command with"
+    assert conclusions._command(runs) == f"{command} --blocks {max(proposed)}"
+    assert conclusions._command(runs.assign(profile="paper")).startswith("the study's command with --blocks ")
 
 
 def test_joules_have_an_answer_of_their_own_where_they_were_counted(tmp_path):

@@ -69,7 +69,7 @@ def _title(run: pd.Series, tokens_too: bool) -> str:
     p = run["parameter_values"]
     tokens = f" (tokens {(run['token_sha256'] or 'unknown')[:8]})" if tokens_too else ""
     return (
-        f"GPT-2 with {p['layers']} layers of {p['width']}, T = {p['context']}, "
+        f"GPT-2 with {p['layers']} layer{'s' if p['layers'] > 1 else ''} of {p['width']}, T = {p['context']}, "
         f"{p['steps_per_epoch'] * p['epochs']} steps of {p['batch_size'] * p['accumulation']} rows, "
         f"{p['dataset']} data{tokens}, on {run['device_name']}"
     )

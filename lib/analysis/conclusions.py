@@ -45,7 +45,7 @@ def of_runs(group: compare.Group) -> Conclusion:
             f"Which attention costs least, these runs do not say: {counted(blocks, 'whole block')}, and a verdict "
             f"needs {compare.FEWEST_BLOCKS}."
         ]
-        more = "Not ranked, and no time or loss compared; python -m lib.study --blocks 8 makes enough of them."
+        more = f"Not ranked, and no time or loss compared; {_command(runs)} makes enough of them."
         details = [more, *_counts(runs), ngrams.sentence(runs)]
     else:
         measured = [metric for metric in (TIME, ENERGY) if runs[metric].notna().any()]
@@ -59,6 +59,15 @@ def of_runs(group: compare.Group) -> Conclusion:
         answer, details, f"{group.title}; {order}; {control}; {flagged} of {len(runs)} runs flagged.",
         f"other sizes, lengths and machines, and what is recalled (capability.ipynb). {_unmeasured(runs)}".strip(),
     )  # fmt: skip
+
+
+def _command(runs: pd.DataFrame) -> str:
+    """What makes so many blocks of these variants that there are intervals, and their order is balanced."""
+    variants = set(runs["label"]) - {attention.CONTROL}
+    square = len(variants) * (1 + len(variants) % 2)
+    is_the_quick_one = set(runs["profile"]) == {"quick"} and variants == set(attention.STUDY_ORDER)
+    command = "python -m lib.study" if is_the_quick_one else "the study's command with"
+    return f"{command} --blocks {-(-compare.FEWEST_BLOCKS // square) * square}"
 
 
 def _others(runs: pd.DataFrame) -> list[str]:

@@ -7,7 +7,6 @@ size, JSON that names nothing twice, numbers and texts that can be calculated wi
 import hashlib
 import json
 import os
-import re
 import secrets
 import tempfile
 import warnings
@@ -241,10 +240,12 @@ def _quickly(text: str) -> Record | None:
         found = Record.model_validate_json(text, strict=True, context=numbers)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    digest = hashlib.sha256()
-    for part in re.split(f'("{sign}[a-z_]+")', _canonical(content)):
-        written = aside.get(part[1 + len(sign) : -1]) if part.startswith(f'"{sign}') else None
-        digest.update(part.encode() if written is None else _on_one_line(written))
+    first, *parts = _canonical(content).split(f'"{sign}')
+    digest = hashlib.sha256(first.encode())
+    for part in parts:
+        name, _, after = part.partition('"')
+        digest.update(_on_one_line(aside[name]))
+        digest.update(after.encode())
     return found if found.content_sha256 == digest.hexdigest() else None
 
 

@@ -62,7 +62,9 @@ def _show_plan(runs: list[dict], folder, options) -> int:
     for block in found:
         for run, one in zip(block.runs, block.found, strict=True):
             state = "to run" if run in block.todo else "finished"
-            state = "to run again" if one is not None and state == "to run" else state
+            if state == "to run":
+                reason = blocks.examined_run(run, folder, data)[1]
+                state = "to run again" if one is not None else f"to run: {reason}" if reason else state
             print(f"block {run['block']} position {run['position']}: {parameters.run_name(run['values'])} ({state})")
     print(*later.says, *blocks.about(found), plan.about_order(runs), sep="\n")
     todo = [run for block in found for run in block.todo]
