@@ -316,7 +316,7 @@ def cache_handled(twins: Twins):
         return
     mask, ids = _left(twins, n)
     try:
-        model(ids[:, :3], attention_mask=mask[:, -3:], use_cache=False)
+        model(ids, attention_mask=mask, use_cache=True)
     except REFUSED:
         mask = torch.ones_like(mask)
     new = twins.tokens.draw(3, 3)
