@@ -9,6 +9,7 @@ from threading import Thread
 import psutil
 
 from lib import attention, parameters, record
+from lib.certificate import Setting, variant
 from lib.data import cache, conversations, corpus
 from lib.study import plan
 
@@ -119,6 +120,12 @@ def record_of(run, **changes) -> record.Record:
 def write_blocks(folder, labels=("baseline", "sdpa", "sdpa_again"), blocks=1, **changes):
     for (label, block), position in places(labels, blocks).items():
         record.write(make_record(label, block, position=position, **changes), folder)
+
+
+def fails(path, options, check):
+    """Whether a certificate's check fails for a variant's file, by the examinations that have a say in it."""
+    found = variant.examined(str(path), options, Setting(), checks=(check,))
+    return any(one.passed is False and one.check == check for one in found)
 
 
 def learning(end=5.0, validations=8, tokens=256):

@@ -138,7 +138,7 @@ FAULTS = {
             where=("sdpa", "gqa", "sliding_window"),
         ),
         "dropout that does not scale what is left": Fault(
-            "if self.training and self.p: out = out * (1 - self.p)", DROPS, **DROPOUT
+            "if self.training and self.p: out = out * (1 - self.p)", "self.p = config.resid_pdrop", **DROPOUT
         ),
         "dropout of the same for all rows": Fault(
             "if self.training and self.p: out = out * F.dropout(torch.ones_like(out[:1]), self.p)",

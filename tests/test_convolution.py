@@ -1,5 +1,6 @@
 """A short convolution before every variant's attention: torch's own, and every promise of what stands behind it."""
 
+import copy
 import inspect
 import itertools
 import textwrap
@@ -68,7 +69,14 @@ def test_decoded_and_padded_and_packed_it_is_one_pass(name):
         for row, real in enumerate(mask.bool()):
             alone = model(torch.cat([IDS[row, real], IDS[row, :2]])[None]).logits[0]
             near(torch.cat([padded.logits[row, real], new[row]]), alone)
-    if model.keeps_documents:
+    if model.keeps_documents:  # also where padding lies among them
+        of = torch.tensor([[0] * 30 + [1] * 60])
+        mask = torch.ones(1, 90, dtype=torch.long)
+        mask[:, 30:33] = mask[:, 50] = 0
+        packed = model(IDS[:1], seq_idx=of, attention_mask=mask, use_cache=False).logits[0]
+        for document in range(2):
+            real = mask[0].bool() & (of[0] == document)
+            near(packed[real], model(IDS[:1, real]).logits[0])
         borders = torch.tensor([0, 1, 2, 30, 64, 90])
         of = torch.repeat_interleave(torch.arange(5), borders.diff())[None]
         packed = model(IDS[:1], seq_idx=of, use_cache=False).logits[0]
@@ -100,6 +108,31 @@ class Multiplied(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self.flops += 2 * out.numel() if func.overloadpacket is torch.ops.aten.addcmul else 0
         return out
+
+
+@pytest.mark.parametrize("name", ["sdpa", "linear"])
+@torch.no_grad()
+def test_model_and_cache_are_copied_and_pickled_and_a_cache_of_another_length_is_refused(name, tmp_path):
+    model = build_model(name, CONFIG).eval()
+    torch.save((model, model(IDS, use_cache=True).past_key_values), tmp_path / "both.pt")
+    again, cache = torch.load(tmp_path / "both.pt", weights_only=False)
+    expected = model(torch.cat([IDS, IDS[:, :2]], dim=1)).logits[:, -2:]
+    for one in (copy.deepcopy(again), again):
+        kept = copy.deepcopy(cache)
+        torch.testing.assert_close(one(IDS[:, :2], past_key_values=kept).logits, expected)
+    other = build_model(name, gpt2_config(2, 32, 4, 160, 50, convolution=3))
+    with pytest.raises(ValueError, match=r"use model\.new_cache"):
+        other(IDS[:, :1], past_key_values=cache)
+
+
+def test_a_variant_needs_no_names_for_it_and_may_not_have_its(tmp_path):
+    source = attention.find("sdpa").read_text()
+    (tmp_path / "place.py").write_text(source.replace("self.layer_idx", "self.place"))
+    model = build_model(str(tmp_path / "place.py"), CONFIG).eval()
+    assert model(IDS, use_cache=True).past_key_values.layers[1].convolution_tail is not None
+    (tmp_path / "mine.py").write_text(source.replace("self.heads = ", "self.short_convolution = None; self.heads = "))
+    with pytest.raises(ValueError, match="an attribute of this variant; call its own otherwise"):
+        build_model(str(tmp_path / "mine.py"), CONFIG)
 
 
 def test_its_flops_and_weights_are_in_the_model_s_and_in_the_table():

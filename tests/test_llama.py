@@ -213,3 +213,15 @@ def test_runs_of_it_are_apart_from_gpt2_s_which_keep_their_names(tmp_path):
         name = wrong.pop("attention", "sdpa")
         with pytest.raises(UsageError, match=says):
             plan.runs_of(TINY | wrong, [name], 1)
+
+
+def test_biases_stay_away_from_a_loaded_model_whatever_a_variant_draws(tmp_path):
+    source = attention.find("sdpa").read_text()
+    own = source.replace("    title =", "    own_initialisation = True\n    title =").replace(
+        "self.c_attn = Conv1D(3 * self.width, self.width)", "self.c_attn = nn.Linear(self.width, 3 * self.width)"
+    )
+    (tmp_path / "mine.py").write_text(own)
+    made = build_model(str(tmp_path / "mine.py"), CONFIG).eval()
+    made.save_pretrained(tmp_path / "saved")
+    loaded = GPT2.from_pretrained(tmp_path / "saved", attention=str(tmp_path / "mine.py")).eval()
+    assert torch.equal(loaded(IDS).logits, made(IDS).logits)

@@ -209,3 +209,10 @@ def test_one_layer_s_cost_of_a_pattern_is_the_mean_of_its_layers(monkeypatch):
         monkeypatch.setattr(kind, "forward", counted(ran, name, kind.forward))
     found, _ = scaling._layer(setting, entry, 64, torch.device("cpu"))
     assert ran == ["sliding_window", "linear"] * 4 and len(found["forward_backward_s"]) == 2
+
+
+def test_an_option_given_twice_is_refused_whatever_the_order():
+    pattern = attention.load("linear,sdpa")
+    for given in ({"linear": {"chunk": 32}, "chunk": 16}, {"chunk": 16, "linear": {"chunk": 32}}):
+        with pytest.raises(ValueError, match=r"linear's chunk is given twice, as (32|16) and as (32|16); give it once"):
+            pattern.options_of(given)

@@ -98,7 +98,8 @@ def test_a_study_with_a_ninth_variant_and_others_that_fail(out, tiny, tmp_path, 
     ninth.write_text(NINTH.replace("weight=0.5", "weight=0.25"))
     assert main([*words, "--plan"]) == 0
     states = [line.rsplit("(")[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("block ")]
-    assert states.count("finished)") == 1 and states.count("to run)") == 4
+    assert states.count("finished)") == 1 and sum(one.startswith("to run") for one in states) == 4
+    assert states.count("to run: its variant's file has changed since)") == 1
 
 
 def test_papermill_ends_with_one_sentence_and_leaves_no_record(out, tmp_path):

@@ -294,7 +294,7 @@ class Pattern:
             if isinstance(value, dict):
                 if option not in by_stem:
                     raise ValueError(f"options of {option!r}, which is not among {', '.join(by_stem)}")
-                found[by_stem[option]] |= value
+                _take(found[by_stem[option]], value, option)
                 continue
             owners = [name for name in found if option in defaults(self.variants[name])]
             if not owners:
@@ -307,8 +307,16 @@ class Pattern:
                     f"{' and '.join(map(stem, owners))} have an option {option!r} each; say whose it is: "
                     f"{{{stem(owners[0])}: {{{option}: {value}}}}}"
                 )
-            found[owners[0]][option] = value
+            _take(found[owners[0]], {option: value}, stem(owners[0]))
         return found
+
+
+def _take(own: dict, given: dict, name: str) -> None:
+    """Adds options to a variant's own. Raises ValueError for one that it has already, as another."""
+    for option, value in given.items():
+        if own.get(option, value) != value:
+            raise ValueError(f"{name}'s {option} is given twice, as {own[option]!r} and as {value!r}; give it once")
+        own[option] = value
 
 
 def by_part(name: str, options: dict) -> dict[str, tuple["type", dict]]:

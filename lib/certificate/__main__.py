@@ -136,8 +136,9 @@ def _variant(given) -> dict:
     values = {name: line.default for name, line in plan.known_parameters().items()} | overrides
     values |= {"device": given.device} if given.device else {}
     about = {"attention": given.what, "options": options, "save_model": "", "label": "certificate"}  # is in no table
-    parameters.check_values(values | about)  # refused before anything is examined, as a run would be
-    return certify(given.what, options, Setting.of(SimpleNamespace(**values)))
+    values = parameters.matched(values | about)
+    parameters.check_values(values)  # refused before anything is examined, as a run would be
+    return certify(given.what, values["options"], Setting.of(SimpleNamespace(**values)))
 
 
 def _named(path: Path, name: str):

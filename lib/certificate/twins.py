@@ -132,7 +132,7 @@ class Twins:
         s = self.setting
         config = gpt2_config(1, width or s.width, s.heads, positions, VOCABULARY, convolution=s.convolution)
         return {
-            name: convolution.add(variant(config, 0, **own), config).float().eval()
+            name: convolution.add(variant(config, 0, **own), config, 0).float().eval()
             for name, (variant, own) in self.parts.items()
         }
 

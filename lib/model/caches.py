@@ -127,7 +127,9 @@ def roomy_cache(model, tokens: int) -> Cache:
     for place, layer in enumerate(cache.layers):
         behind = convolution.remembers(layer)
         if type(layer).__mro__[behind] is DynamicLayer:
-            cache.layers[place] = convolution.remembering(Roomy(tokens)) if behind else Roomy(tokens)
+            cache.layers[place] = (
+                convolution.remembering(Roomy(tokens), layer.convolution_tokens) if behind else Roomy(tokens)
+            )
         elif hasattr(layer, "reserve"):
             layer.reserve(tokens)
     return cache

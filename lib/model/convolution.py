@@ -14,10 +14,17 @@ from torch import nn
 STD = 0.02  # as GPT-2's matrices: next to nothing is added before training
 
 
-def add(layer: nn.Module, config) -> nn.Module:
-    """The layer of a variant, behind a convolution over `config.convolution` tokens where that is not 0."""
+def add(layer: nn.Module, config, index: int) -> nn.Module:
+    """The layer of a variant, `index` of the model, behind a convolution over `config.convolution` tokens where that is
+    not 0. Raises ValueError where the variant has what this adds."""
     tokens = getattr(config, "convolution", 0)
     if tokens:
+        for name in ("short_convolution", "short_convolution_index"):
+            if hasattr(layer, name):
+                raise ValueError(
+                    f"{name} is the run's convolution, and an attribute of this variant; call its own otherwise"
+                )
+        layer.short_convolution_index = index
         layer.short_convolution = nn.Parameter(torch.empty(tokens, config.n_embd).normal_(0.0, STD))
         layer.__class__ = _behind(type(layer))
     return layer
@@ -25,7 +32,7 @@ def add(layer: nn.Module, config) -> nn.Module:
 
 def bare(layer: nn.Module) -> nn.Module:
     """The layer alone, with the same weights, without the convolution before it."""
-    if not hasattr(layer, "short_convolution"):
+    if not getattr(type(layer), "is_behind_a_convolution", False):
         return layer
     alone = layer.__new__(type(layer).__mro__[1])
     alone.__dict__ = dict(layer.__dict__)
@@ -40,16 +47,18 @@ def convolved(x, weights, cache=None, padding_mask=None, seq_idx=None):
     kept = x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
     place = end = None
     if padding_mask is not None:  # is passed over: what stood before it comes next
-        kept, place, end = _without_padding(kept, padding_mask[:, -T:])
+        kept, place, end, order = _without_padding(kept, padding_mask[:, -T:])
     before = getattr(cache, "convolution_tail", None)
     before = kept.new_zeros(B, K - 1, C) if before is None else before
     kept = torch.cat([before, kept], dim=1)  # (B, K - 1 + T, C)
     for i, weight in enumerate(weights):
         first = K - 1 - i
         earlier = kept[:, first : first + T] if place is None else _rows(kept, place + first)
-        if seq_idx is not None and i:  # a packed row has no padding, and no cache
-            same = seq_idx[:, i:] == seq_idx[:, :-i]
-            earlier = earlier * nn.functional.pad(same, (min(i, T), 0))[..., None]
+        if seq_idx is not None and i:  # a packed row has no cache
+            of = seq_idx if place is None else seq_idx.gather(1, order)
+            of = nn.functional.pad(of[:, : max(0, T - i)], (min(i, T), 0), value=-1)  # of the token i before
+            of = of if place is None else of.gather(1, place.clamp(min=0))
+            earlier = earlier * (of == seq_idx)[..., None]
         x = torch.addcmul(x, earlier, weight)
     if cache is not None:  # a copy, or it would keep the whole prompt
         last = torch.arange(K - 1, device=x.device)
@@ -62,14 +71,19 @@ def _behind(variant: type) -> type:
     """The variant's class with the convolution first, in every member of the contract that it changes."""
 
     class Behind(variant):
+        is_behind_a_convolution = True
+
+        def __reduce__(self):  # pickle finds no class that is made here
+            return _empty, (_behind, variant), self.__dict__
+
         @functools.wraps(variant.forward)  # what it names, such as `seq_idx`, is what it can do
         def forward(self, hidden_states, past_key_values=None, padding_mask=None, **more):
-            cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+            cache = None if past_key_values is None else past_key_values.layers[self.short_convolution_index]
             x = convolved(hidden_states, self.short_convolution, cache, padding_mask, more.get("seq_idx"))
             return super().forward(x, past_key_values=past_key_values, padding_mask=padding_mask, **more)
 
         def new_cache(self):
-            return remembering(super().new_cache())
+            return remembering(super().new_cache(), len(self.short_convolution))
 
         def cache_bytes(self, context, element_bytes):
             return (
@@ -101,10 +115,10 @@ def _behind(variant: type) -> type:
 
 def _without_padding(x, real):
     """(B, T, C), of which `real` (B, T) is no padding -> that moved to the front, zeros behind it; where each token
-    stands then, a padded one where the last real one before it does, (B, T); and how many are real, (B, 1)."""
+    stands then, a padded one where the last real one before it does, (B, T); how many are real, (B, 1); the order."""
     order = real.logical_not().byte().argsort(dim=1, stable=True)
     place = real.cumsum(dim=1)
-    return _rows(x * real[..., None], order), place - 1, place[:, -1:]
+    return _rows(x * real[..., None], order), place - 1, place[:, -1:], order
 
 
 def _rows(x, index):
@@ -112,9 +126,17 @@ def _rows(x, index):
     return x.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def remembering(layer):
-    """An empty layer of a cache, of any kind, with the convolution's last K - 1 inputs in its `convolution_tail`."""
-    layer.stands_for = f"{getattr(layer, 'stands_for', type(layer).__name__)} behind a convolution"
+def _empty(making, kind):
+    """An instance of the class that `making` gives for a `kind`, to be filled by pickle or a copy."""
+    made = making(kind)
+    return made.__new__(made)
+
+
+def remembering(layer, tokens: int):
+    """An empty layer of a cache, of any kind, with the last inputs, one fewer than `tokens`, of a convolution over so
+    many in its `convolution_tail`."""
+    layer.stands_for = f"{getattr(layer, 'stands_for', type(layer).__name__)} behind a convolution over {tokens}"
+    layer.convolution_tokens = tokens
     layer.convolution_tail, layer.__class__ = None, _remembering(type(layer))
     return layer
 
@@ -130,6 +152,9 @@ def _remembering(kind: type) -> type:
         """No token can be taken back out of the tail: what stood before it is gone."""
 
         is_croppable = False
+
+        def __reduce__(self):
+            return _empty, (_remembering, kind), self.__dict__
 
         def reset(self):
             self.convolution_tail = None

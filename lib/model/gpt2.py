@@ -96,7 +96,7 @@ class GPT2(GPT2LMHeadModel):
         super().__init__(config)
         if config.position_embedding not in ("learned", "none"):
             raise Unsupported(f"position_embedding must be learned or none, not {config.position_embedding!r}")
-        if not (config.convolution == 0 or config.convolution >= 2):
+        if not isinstance(config.convolution, int) or not (config.convolution == 0 or config.convolution >= 2):
             raise Unsupported(f"convolution must be 0, or at least 2 tokens, not {config.convolution!r}")
         if config.architecture not in ("gpt2", "llama"):
             raise Unsupported(f"architecture must be gpt2 or llama, not {config.architecture!r}")
@@ -112,7 +112,7 @@ class GPT2(GPT2LMHeadModel):
                 block.mlp.apply(self._init_weights)  # before a variant draws: then every variant has the same
         variant = attention.load(name)
         for layer, block in enumerate(self.transformer.h):
-            block.attn = convolution.add(variant(config, layer, **config.attention_options), config)
+            block.attn = convolution.add(variant(config, layer, **config.attention_options), config, layer)
             if config.architecture == "llama":
                 llama.without_biases(block.attn)
         layers = self._new_layers()
@@ -160,7 +160,9 @@ class GPT2(GPT2LMHeadModel):
             own = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
             if own:
                 new = attention.load(self.config.attention)(self.config, layer, **self.config.attention_options)
-                new = convolution.add(new, self.config)
+                new = convolution.add(new, self.config, layer)
+                if self.config.architecture == "llama":
+                    llama.without_biases(new)
                 initialise(new, layer, self.config, torch.initial_seed())
                 for name in own:
                     _weight(block.attn, name).copy_(_weight(new, name))

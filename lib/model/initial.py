@@ -17,7 +17,7 @@ def initialise(attention: torch.nn.Module, layer: int, config: GPT2Config, seed:
 @torch.no_grad()
 def _draw(name: str, parameter: torch.nn.Parameter, config: GPT2Config, seed: int):
     """Each parameter draws from a generator of its own, so that a variant's extra weights do not shift shared ones."""
-    if name.endswith("bias"):
+    if name.rsplit(".", 1)[-1] == "bias":
         parameter.zero_()
     elif parameter.dim() >= 2:
         std = config.initializer_range

@@ -48,7 +48,7 @@ def options_of_state(config, context: int, name: str, options: dict) -> dict:
         numbers = attention.load(attention.REFERENCE)(config, 0).cache_bytes(context, 1)
     chosen = {}
     for part, (variant, own) in attention.by_part(name, options).items():
-        found = variant.sized(config, context, numbers) if hasattr(variant, "sized") else {}
+        found = _nearest(part, variant, own, config, context, numbers) if hasattr(variant, "sized") else {}
         for option, value in found.items():
             if own.get(option, value) != value:
                 given = f"{part}'s {option}, and options give {own[option]!r}"
@@ -57,3 +57,20 @@ def options_of_state(config, context: int, name: str, options: dict) -> dict:
     if len(chosen) == 1:
         return next(iter(chosen.values()))
     return {attention.stem(part): own for part, own in chosen.items() if own}
+
+
+def _nearest(part: str, variant, own: dict, config, context: int, numbers: int) -> dict:
+    """What `sized` says for as many numbers as SDPA's cache has, or for half as many, as a state is kept in fp32 beside
+    a cache in bf16: by which the bytes, where SDPA's are bf16, come nearer."""
+    wanted, found = 2 * numbers, {}
+    for asked in (numbers, numbers // 2):
+        try:
+            options = variant.sized(config, context, asked)
+            with torch.device("meta"):
+                off = abs(variant(config, 0, **own | options).cache_bytes(context, 2) - wanted)
+        except Exception as error:
+            said = f"and its call ends in {type(error).__name__}: {error}"
+            wants = "options for (config, context, numbers)"
+            raise ValueError(f"{attention.stem(part)}'s sized must give {wants}, {said}") from error
+        found.setdefault(off, options)
+    return found[min(found)]
