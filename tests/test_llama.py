@@ -14,7 +14,7 @@ from lib.certificate import Setting, variant
 from lib.errors import UsageError
 from lib.measure import assemble, flops
 from lib.model import GPT2, build_model, config_of, gpt2_config, llama_config, meta_model
-from lib.model.llama import rotary, swiglu_width
+from lib.model.llama import swiglu_width
 from lib.study import plan
 
 CONFIG = llama_config(layers=2, width=32, heads=4, positions=128, vocabulary=50)
@@ -132,24 +132,12 @@ def test_what_of_transformers_works_in_gpt2_s_layers_does_in_llama_s(cell):
         CELLS[cell](lively("sliding_window", config=CONFIG))
 
 
-@pytest.mark.parametrize("width", [32, 64, 128, 512, 576, 768, 1024, 1600])
-def test_a_layer_has_gpt2_s_weights_within_a_percent(width):
-    llama, gpt2 = (meta_model("sdpa", of(1, width, 4, 16, 50)).transformer.h for of in (llama_config, gpt2_config))
-    weights = [sum(weight.numel() for weight in of.parameters()) for of in (llama, gpt2)]
-    assert weights[0] == pytest.approx(weights[1], rel=0.01)
+def test_a_layer_has_gpt2_s_weights_within_a_percent():
+    for width in (*range(32, 140, 4), 200, 512, 576, 768, 1024, 1600):
+        llama, gpt2 = (meta_model("sdpa", of(1, width, 2, 16, 50)).transformer.h for of in (llama_config, gpt2_config))
+        weights = [sum(weight.numel() for weight in of.parameters()) for of in (llama, gpt2)]
+        assert weights[0] == pytest.approx(weights[1], rel=0.01), width
     assert swiglu_width(768) == 2048 and swiglu_width(576) == 1536
-
-
-@pytest.mark.parametrize(("width", "heads"), [(48, 4), (40, 2), (20, 5), (2, 1)])
-def test_any_width_that_its_heads_divide_builds(width, heads):
-    model = build_model(
-        "baseline", llama_config(layers=1, width=width, heads=heads, positions=16, vocabulary=50), seed=0
-    )
-    x = torch.randn(1, 8, width)
-    angles = rotary(torch.arange(8)[None], width // heads, x)
-    layer = model.transformer.h[0].attn.eval()
-    near(layer(x, position_embeddings=angles)[0], layer.reference(x, position_embeddings=angles), 1e-5)
-    assert model(IDS[:, :8]).logits.isfinite().all()
 
 
 def test_it_has_no_biases_begins_as_gpt2_does_and_its_flops_are_its_weights():

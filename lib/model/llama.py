@@ -34,12 +34,13 @@ def without_biases(attention) -> None:
 
 
 def swiglu_width(width: int) -> int:
-    """Hidden units F of a SwiGLU for which a layer has as many weights as GPT-2's, within 1 % from width 32 on.
+    """Hidden units F of a SwiGLU for which a layer has as many weights as GPT-2's, within 1 %.
 
-    3 C F weights instead of 8 C² of two matrices and 11 C of biases and norms: 8 C / 3 and some, to a multiple of 8 for
-    the kernels.
+    3 C F weights instead of 8 C² of two matrices and 11 C of biases and norms: 8 C / 3 and some; from a width of 128 on
+    to a multiple of 8, for the kernels.
     """
-    return 8 * round((8 * width + 11) / 24)
+    step = 8 if width >= 128 else 1
+    return step * round((8 * width + 11) / (3 * step))
 
 
 def rotary(position_ids, head_width: int, like):
