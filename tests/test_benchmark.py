@@ -203,7 +203,15 @@ def test_a_step_of_llama_or_a_pattern_takes_turns_with_transformers_s_of_as_many
         script.main(["step", "--architecture", "llama", "--nanogpt", "model.py"])
 
 
-@pytest.mark.parametrize(("what", "variants"), [("layer", attention.STUDY_ORDER), ("step", ["sdpa"])])
+@pytest.mark.parametrize(
+    ("what", "variants"),
+    [
+        ("layer", attention.STUDY_ORDER),
+        ("step", ["sdpa"]),
+        ("step_patterns", ["sdpa", "linear,sdpa", "sliding_window,sliding_window,sliding_window,sdpa"]),
+        ("step_llama", ["sdpa", "linear,sdpa"]),
+    ],
+)
 def test_the_committed_benchmarks_are_whole_and_name_no_machine_path(what, variants):
     path = paths.ROOT / "records" / "scaling-cpu" / "reference_implementations" / f"{what}.json"
     found = record.read_checked(Benchmark, path)
@@ -211,6 +219,7 @@ def test_the_committed_benchmarks_are_whole_and_name_no_machine_path(what, varia
         T: {} for T in found.times_ms
     }
     assert str(paths.ROOT) not in path.read_text()
+    assert found.architecture == ("llama" if what == "step_llama" else "gpt2")
 
 
 @pytest.mark.parametrize(
