@@ -548,3 +548,9 @@ def test_a_mask_that_only_dampens_is_no_mask(low, precision, tmp_path):
         if not failed(str(tmp_path / "planted.py"), "causal", precision=precision):
             unseen.append(name)
     assert not unseen
+
+
+def test_dropout_that_one_layer_of_a_pattern_lost_is_missed(tmp_path):
+    lost = planted("sdpa", Fault("", "without_dropout(self)"), tmp_path)
+    for pattern, fails in (("linear,sdpa", False), (f"gqa,{lost}", True), (f"linear,{lost}", True)):
+        assert failed(pattern, "training_equal", dropout=0.1) == fails, pattern

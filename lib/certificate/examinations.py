@@ -717,13 +717,12 @@ def _unlike(twins: Twins) -> dict[int, torch.nn.Module]:
     found = twins.of_each_kind(layers)
     if len(found) == len(layers):
         return found
-    names = attention.parts(twins.name)
 
     def seen(index):
         hidden = twins.hidden(1, n, twins.exact_device, torch.float64)
         out, (leaf,) = Floats(layers[index], twins.setting.width, hidden).traced(hidden)
-        counts = [int((_moved(out, leaf, t) > SEEN).sum()) for t in (n // 2, n - 1)]
-        return index % len(names), *counts
+        reach = [int((_moved(out, leaf, t) > SEEN).sum()) for t in (n // 2, n - 1)]
+        return twins.name_at(index), *reach
 
     known = {seen(index) for index in found}
     for index, layer in enumerate(layers):

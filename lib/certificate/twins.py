@@ -136,11 +136,15 @@ class Twins:
             for name, (variant, own) in self.parts.items()
         }
 
+    def name_at(self, index: int) -> str:
+        """The variant of a layer."""
+        names = attention.parts(self.name)
+        return names[index % len(names)]
+
     def of_each_kind(self, layers: list) -> dict[int, torch.nn.Module]:
         """The first and the last layer of each variant, by their place."""
-        names = attention.parts(self.name)
-        last = {names[index % len(names)]: index for index in range(len(layers))}
-        first = {names[index % len(names)]: index for index in reversed(range(len(layers)))}
+        last = {self.name_at(index): index for index in range(len(layers))}
+        first = {self.name_at(index): index for index in reversed(range(len(layers)))}
         return {index: layers[index] for index in sorted({*first.values(), *last.values()})}
 
     @property

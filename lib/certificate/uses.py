@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from lib.attention import parts, rotates
+from lib import attention
 from lib.certificate.measures import TOLERANCE, deviation, fact, largest, relative, within
 from lib.certificate.probes import Tokens
 from lib.certificate.twins import VOCABULARY, Twins, attentions, loud
@@ -289,22 +289,24 @@ def _one_dropout(twins: Twins, kind: str, what: str):
     model.load_state_dict(twins.plain.state_dict())
     hidden = twins.hidden(1, 48, twins.device, torch.float32).repeat(16, 1, 1)  # rows alike
     acts, by_row, off = [], [], 0.0
+    must = [  # where as_gpt2 says so there are weights of a query, which sum up linearly
+        kind == "resid_pdrop" or hasattr(twins.parts[twins.name_at(index)][0], "as_gpt2")
+        for index in range(twins.setting.layers)
+    ]
     with twins.autocast():
-        for layer in attentions(model):
+        for layer, is_linear in zip(attentions(model), must, strict=True):
             plain, drawn = layer.eval()(hidden)[0].double(), layer.train()(hidden)[0].double()
             acts.append(relative(drawn, plain) > 1e-3)
             by_row.append(relative(drawn[0], drawn[1]) > 1e-3)
-            off = max(off, abs(((drawn * plain).sum() / plain.square().sum()).item() - 1))
-    has_weights = [hasattr(one, "as_gpt2") for one, _ in twins.parts.values()]  # of a query, which sum up linearly
-    if kind == "attn_pdrop" and not any(acts) and not any(has_weights):
+            if is_linear:  # behind a norm an average is not what is without
+                off = max(off, abs(((drawn * plain).sum() / plain.square().sum()).item() - 1))
+    if not any(acts) and not any(must):
         yield fact("training_equal", what, None, "it acts on nothing: there may be no weights of a query")
         return
-    if kind == "resid_pdrop" or all(acts):
-        yield fact("training_equal", f"{what} acts, in each row by itself", all(acts) and all(by_row))
-        if kind == "resid_pdrop" or all(has_weights):  # behind a norm an average is not what is without
-            yield within("training_equal", f"{what}, on average off what is without", off, 0.7 * p)
-    else:
-        yield fact("training_equal", f"{what} acts in some layers only", len(twins.parts) > 1)
+    as_said = all(one or not needed for one, needed in zip(acts, must, strict=True))
+    yield fact("training_equal", f"{what} acts, in each row by itself", as_said and by_row == acts)
+    if any(must):
+        yield within("training_equal", f"{what}, on average off what is without", off, 0.7 * p)
 
 
 @torch.no_grad()
@@ -435,22 +437,17 @@ def of_positions(twins: Twins):
     n = max(2, min(60, s.longest // 3))
     hidden, places = twins.hidden(1, n, twins.exact_device, torch.float64), torch.arange(n, device=twins.exact_device)
     for index, layer in twins.of_each_kind(attentions(model)).items():
-        if not rotates(layer):
+        if not attention.rotates(layer):
             continue
         odd = places % 2  # every second token moved away from its neighbours, so that each one's own place counts
         here, shifted, *apart = (
             layer(hidden, position_embeddings=rotary(at[None], s.width // s.heads, hidden))[0]
             for at in (places, places + n, 3 * places, places + n * odd, places + n * (1 - odd))
         )
-        what = twins.about(attention_at(twins, index), f"layer {index}, {n} tokens: all positions shifted")
+        what = twins.about(twins.name_at(index), f"layer {index}, {n} tokens: all positions shifted")
         yield within("reference", what, relative(shifted, here), 1e-4)
         moved = all(relative(one, here) > 1e-3 for one in apart)
         yield fact("reference", f"layer {index}: apart at other distances, tokens count otherwise", moved)
-
-
-def attention_at(twins: Twins, index: int) -> str:
-    names = parts(twins.name)
-    return names[index % len(names)]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 THETA = 10_000.0  # of the rotary positions
+STEP, FROM_WIDTH = 8, 128  # an MLP's width is a multiple for the kernels, in models where that is under 1 %
 
 
 def exchange(transformer, config) -> None:
@@ -36,11 +37,15 @@ def without_biases(attention) -> None:
 def swiglu_width(width: int) -> int:
     """Hidden units F of a SwiGLU for which a layer has as many weights as GPT-2's, within 1 %.
 
-    3 C F weights instead of 8 C² of two matrices and 11 C of biases and norms: 8 C / 3 and some; from a width of 128 on
-    to a multiple of 8, for the kernels.
+    3 C F weights instead of 8 C² of two matrices and 11 C of biases and norms: 8 C / 3 and some, to a `multiple`.
     """
-    step = 8 if width >= 128 else 1
-    return step * round((8 * width + 11) / (3 * step))
+    return multiple(width, (8 * width + 11) / 3)
+
+
+def multiple(width: int, units: float) -> int:
+    """The nearest number of hidden units that an MLP may have in a model of a width."""
+    step = STEP if width >= FROM_WIDTH else 1
+    return step * round(units / step)
 
 
 def rotary(position_ids, head_width: int, like):

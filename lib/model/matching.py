@@ -8,9 +8,7 @@ cache of SDPA's size, where the variant's options can.
 import torch
 
 from lib import attention
-from lib.model.llama import swiglu_width
-
-STEP, FROM_WIDTH = 8, 128  # the MLP's width stays a multiple for the kernels, in models where that is under 1 %
+from lib.model.llama import multiple, swiglu_width
 
 
 def mlp_width(config, name: str, options: dict) -> int:
@@ -22,9 +20,8 @@ def mlp_width(config, name: str, options: dict) -> int:
     own = config.n_inner or (swiglu_width(width) if is_llama else 4 * width)
     spare = _weights(attention.REFERENCE, config, {}, is_llama) - _weights(name, config, options, is_llama)
     of_a_unit = 3 * width if is_llama else 2 * width + 1
-    step = STEP if width >= FROM_WIDTH else 1
-    found = own + step * round(spare / config.n_layer / of_a_unit / step)
-    if found < step:
+    found = own + multiple(width, spare / config.n_layer / of_a_unit)
+    if found < 1:
         more = f"{-spare / config.n_layer:,.0f} weights a layer more than SDPA"
         raise ValueError(f"match: parameters leaves no MLP, since {name} has {more}; use match none")
     return found
@@ -35,7 +32,7 @@ def _weights(name: str, config, options: dict, is_llama: bool) -> int:
     with torch.device("meta"):
         layers = attention.layers(name, config, **options)
     named = (pair for layer in layers for pair in layer.named_parameters())
-    return sum(weight.numel() for of, weight in named if not (is_llama and of.endswith("bias")))
+    return sum(weight.numel() for of, weight in named if not (is_llama and of.rsplit(".", 1)[-1] == "bias"))
 
 
 def options_of_state(config, context: int, name: str, options: dict) -> dict:
