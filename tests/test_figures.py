@@ -233,6 +233,14 @@ def test_power_over_time_draws_the_traces_there_are_and_says_what_is_missing(tmp
     assert "baseline, sdpa_again: not measured: no power trace in the record." in texts(figure)
 
 
+def test_more_traces_than_can_be_told_apart_are_one_broken_line():
+    traces = [([0.0, 0.1], [float(run), 2.0]) for run in range(101)]
+    ((times, watts),) = figures._in_few_lines(traces)
+    assert len(times) == len(watts) == 303 and times[:2] == [0.0, 0.1] and watts[300:302] == [100.0, 2.0]
+    assert all(np.isnan(axis[2]) and np.isnan(axis[-1]) for axis in (times, watts))
+    assert figures._in_few_lines(traces[1:]) == traces[1:]
+
+
 def test_ranking_by_what_is_not_a_metric_is_said(tmp_path):
     with pytest.raises(UsageError, match="rank by one of"):
         tables.ranking(drawn(tmp_path), by="beauty")

@@ -109,7 +109,9 @@ class Seats:
 
 def _hashable(column: pd.Series) -> tuple:
     values = column.astype(object).where(column.notna(), None).tolist()
-    return tuple(tuple(value) if type(value) is list else value for value in values)
+    if list in set(map(type, values)):
+        return tuple(tuple(value) if type(value) is list else value for value in values)
+    return tuple(values)
 
 
 @lru_cache(KEPT)

@@ -7,6 +7,7 @@ beside them. Beneath each figure stands what the A/A control
 differs by in the figure's own metrics.
 """
 
+import math
 from collections.abc import Sequence
 
 import matplotlib as mpl
@@ -235,7 +236,7 @@ def power_over_time(runs):
     figure, all_axes = plt.subplots(len(names), 1, figsize=(8, height), sharex=True, sharey=True, squeeze=False)
     for axes, name in zip(all_axes[:, 0], names, strict=True):
         own = runs[runs["label"] == name]
-        for times, watts in traces_of[name]:
+        for times, watts in _in_few_lines(traces_of[name]):
             axes.plot(times, watts, color=BLUE, linewidth=1)
         if own["mean_power_w"].notna().any():
             axes.axhline(own["mean_power_w"].mean(), color=INK, linewidth=1, linestyle="--")
@@ -252,6 +253,14 @@ def power_over_time(runs):
 
 def _why_no_trace(own: pd.DataFrame) -> str:
     return why(own, "energy_j") if own["energy_j"].isna().any() else "not measured: no power trace in the record"
+
+
+def _in_few_lines(traces: list[tuple[list, list]]) -> list[tuple[list, list]]:
+    """Thousands of lines take seconds: more than can be told apart are drawn as one that is broken between them."""
+    if len(traces) <= 100:
+        return traces
+    times, watts = ([value for values in axis for value in [*values, math.nan]] for axis in zip(*traces, strict=True))
+    return [(times, watts)]
 
 
 def _power_traces(runs: pd.DataFrame) -> list[tuple[list, list]]:

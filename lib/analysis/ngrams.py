@@ -29,9 +29,10 @@ def of_runs(runs: pd.DataFrame, kind: str = "loss") -> pd.DataFrame:
     `kind`: "loss" of all validation tokens, "repeated_bigram_loss" of those that a model can recall, "other_loss".
     """
     rows = []
-    for run in runs.itertuples():
-        data = getattr(run, "data", None) or {}
-        data = _counted_later().get((run.setting, run.seed, data.get("token_sha256")), {}) | data
+    known = runs["data"] if "data" in runs else [None] * len(runs)
+    for setting, seed, data in zip(runs["setting"], runs["seed"], known, strict=True):
+        data = data or {}
+        data = _counted_later().get((setting, seed, data.get("token_sha256")), {}) | data
         rows.append([data.get(f"{table}_{kind}") for table in TABLES])
     return pd.DataFrame(rows, columns=TABLES, index=runs.index, dtype=float)
 
