@@ -113,6 +113,13 @@ def _opened(path: Path) -> tuple[dict, str]:
     return _parsed(text), text
 
 
+def said_kind(path: Path) -> str | None:
+    """What kind of record a file says it is; None where it says nothing. Raises ValueError as `load` does."""
+    content, _ = _opened(path)
+    kind = content.get("kind", "run" if "schema_version" in content else None)
+    return None if kind is None else str(kind)
+
+
 def _parsed(text: str) -> dict:
     """The content of a text of JSON. Raises ValueError as `_opened` does."""
     try:
