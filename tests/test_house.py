@@ -113,6 +113,7 @@ MAY_IMPORT = {
     "explore": MODEL
     | {"parameters", "certificate", "measure", "training", "analysis", "study", "published"}
     | {"markup"},
+    "site": MODEL | {"parameters", "certificate", "measure", "analysis", "published", "markup"},
 }
 COMMANDS = {
     "certificate/__main__.py": {"parameters", "study"}
