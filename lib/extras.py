@@ -13,7 +13,13 @@ EXTRAS = {  # what rooms import of each, by the name that it is imported by
     "study": ("datasets", "nbclient", "nbformat", "papermill", "pyarrow", "yaml"),
     "notebooks": ("ipywidgets", "traitlets"),
 }
-ROOMS = {"explore": "notebooks", "progress": "study", "study": "study", "training": "study"}  # they need several
+ROOMS = {
+    "explore": "notebooks",
+    "progress": "study",
+    "site": "study",
+    "study": "study",
+    "training": "study",
+}  # they need several
 BROUGHT_BY = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 

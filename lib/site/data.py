@@ -532,7 +532,6 @@ def card(table: Table, version: str, cited: dict, left_out: list[str], others: l
         "size_categories": [_size(rows)], "tags": ["self-attention", "benchmark", "energy", "tabular"],
         "configs": [
             {"config_name": "measurements", "default": True, "data_files": [{"split": "train", "path": PARQUET}]},
-            {"config_name": "dictionary", "data_files": [{"split": "train", "path": DICTIONARY}]},
         ],
     }  # fmt: skip
     by_kind = [
@@ -571,9 +570,9 @@ pandas.read_parquet("FOLDER/{PARQUET}")
 
 ## How to read it
 
-- **A row is one number as it was measured**, with its unit. Two rows may be compared where `kind`, `part`, `metric`,
-  `setting`, `context`, `difficulty`, `device_name` and `gpu_uuid` agree. They were measured in turns, and may be paired,
-  where `session` and `block` agree too; where no session is named, only inside one benchmark.
+- **A row is one number as it was measured**, with its unit. Two may be compared where `kind`, `part`, `metric`,
+  `setting`, `context`, `difficulty`, `device_name` and `gpu_uuid` agree. They were measured in turns, and may be
+  paired, where `session` and `block` agree too; where no session is named, only inside one benchmark.
 - **A missing number is a row** with `value` null and its `null_reason`, never 0 and never an estimate. What ran out of
   memory or time, and runs that failed, are rows with that reason.
 - **`certified` false**: the variant is not what its name promises. Its numbers stand here, and no ranking counts them.
