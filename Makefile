@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab refresh mutants
+.PHONY: study test lab refresh check-records mutants
 
 study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
 	$(BIN)/python -m lib.study $(PROFILE)
@@ -17,6 +17,9 @@ lab: $(READY)  ## JupyterLab, at the notebook that leads to the others
 
 refresh: $(READY)  ## run the committed notebooks anew; REDRAW=--redraw draws measured outputs and figures anew too
 	$(BIN)/python scripts/refresh_notebooks.py $(REDRAW)
+
+check-records: $(READY)  ## may these records be contributed? FOLDER=records/by-me those of a folder; CI asks the same
+	$(BIN)/python -m lib.analysis.contributed $(or $(FOLDER),records predictions)
 
 mutants: $(READY)  ## plant mistakes, one at a time: which of them does no test see? MODULE=lib/training those of a module
 	$(BIN)/python scripts/mutants.py $(if $(MODULE),--module $(MODULE)) $(if $(BEFORE),--tests-of $(BEFORE))

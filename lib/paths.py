@@ -48,7 +48,10 @@ def read_bounded(path: Path, most_bytes: int) -> str:
         os.close(descriptor)
     if len(content) > status.st_size:
         raise ValueError("it grew while it was read")
-    return content.decode("utf-8")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError("it is no text in UTF-8") from None
 
 
 def write_whole(path: Path, text: str) -> Path:

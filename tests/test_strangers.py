@@ -174,7 +174,7 @@ def sparse(path):
         (lambda path: path.symlink_to("nowhere"), "No such file"),
         (sparse, "larger than"),
         (lambda path: path.mkdir(), "no regular file"),
-        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "utf-8"),
+        (lambda path: path.write_bytes(b"\xff\xfe\x00"), "UTF-8"),
         (lambda path: path.write_bytes(b""), "no whole JSON"),
     ],
     ids=["fifo", "zero", "stdin", "loop", "nowhere", "10 GB", "folder", "bytes", "empty"],

@@ -129,6 +129,10 @@ def _parsed(text: str) -> dict:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no whole JSON ({error})") from None
+    except ValueError as error:
+        if "set_int_max_str_digits" not in str(error):  # Python's own advice on a number of thousands of digits
+            raise
+        raise ValueError("a whole number is beyond what is counted") from None
     if not isinstance(content, dict):
         raise ValueError("it is JSON of another kind")
     return content
@@ -378,7 +382,7 @@ def read(folder) -> pd.DataFrame:
 
 def row(path: Path) -> dict:
     """A record as a row of `read`. Raises ValueError and OSError as `load` does."""
-    return _row(path, load(path))
+    return row_of(path, load(path))
 
 
 ONCE = ("planned", "certificate", "data", "kernels", "null_reasons", "flags")  # the same in many runs
@@ -393,7 +397,8 @@ def _dumped(found: Series) -> dict:
     return {name: getattr(found, name) for name in NUMBERS} | found.model_dump(exclude=set(NUMBERS))
 
 
-def _row(path: Path, record: Record) -> dict:
+def row_of(path: Path, record: Record) -> dict:
+    """The record that was read from `path`, as a row of `read`."""
     return {
         "name": record.name,
         "label": record.label,
