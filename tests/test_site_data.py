@@ -1,10 +1,11 @@
 """The table to take away: each number of each kind of record is found in it, and nothing is dropped in silence."""
 
+import contextlib
 import csv
+import errno
 import hashlib
 import json
 import os
-import random
 import re
 import subprocess
 from pathlib import Path
@@ -329,12 +330,12 @@ def test_what_is_left_out_is_named_and_the_exit_code_says_so(tmp_path, capsys):
     assert data.main([str(tmp_path / "out"), *words]) == 1
     said = capsys.readouterr().err.splitlines()
     wanted = {
-        r"steps.json is left out: it was changed after it was written",
-        r"cells/cell.json is left out: cell.json is no Probe record",
-        r"survey.json is left out: its kind is 'survey'",
-        r"layer.json is left out: it is the same record as again/layer.json",
-        r"made-up/mla-\w+-\w+.json is left out: it is synthetic",
-        r"link is left out: it is a link to a folder",
+        r"left out: steps.json: it was changed after it was written",
+        r"left out: cells/cell.json: is no Probe record: schema_version",
+        r"left out: survey.json: its kind is 'survey'",
+        r"left out: again/layer.json: it is the same record as layer.json",
+        r"left out: made-up/mla-\w+-\w+.json: it is synthetic",
+        r"left out: link \(a link\): put there what it leads to",
     }
     assert len(said) == len(wanted) + 1 and said[-1].startswith("6 files were left out")
     assert all(any(re.match(pattern, line) for line in said) for pattern in wanted), said
@@ -372,6 +373,18 @@ def test_what_cannot_be_written_is_one_sentence_and_nothing_of_others_is_lost(tm
     assert not any((tmp_path / "out").iterdir())
 
 
+def test_a_full_disk_is_no_fault_of_a_record(made, tmp_path, monkeypatch, capsys):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "AT_ONCE", 7)
+    monkeypatch.setattr(data.Table, "flush", full)
+    assert data.main([str(tmp_path / "out"), "--records", str(made.records)]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("out cannot be written: No space left on device; make room or name another folder\n")
+    assert said.count("\n") == 1 and not any((tmp_path / "out").iterdir())
+
+
 # The same bytes
 
 
@@ -380,15 +393,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_same_records_give_the_same_bytes_whatever_the_order_of_files(made, tmp_path, monkeypatch):
-    walk = os.walk
+    scan = os.scandir
 
-    def shuffled(*words, **named):
-        for folder, folders, files in walk(*words, **named):
-            random.Random(4).shuffle(files)
-            folders.reverse()
-            yield folder, folders, files
+    @contextlib.contextmanager
+    def shuffled(folder):
+        with scan(folder) as entries:
+            yield sorted(entries, key=lambda entry: hashlib.sha256(entry.name.encode()).digest())
 
-    monkeypatch.setattr(os, "walk", shuffled)
+    monkeypatch.setattr(os, "scandir", shuffled)
     monkeypatch.setattr(data, "AT_ONCE", 7)  # of the table itself, not of its groups of rows
     done = data.write(tmp_path / "out", made.records)
     again = data.write(tmp_path / "out", made.records)  # over its own files
