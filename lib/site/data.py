@@ -41,7 +41,8 @@ ARROW = {
     "moment": pa.timestamp("us", tz="UTC"),
 }  # fmt: skip
 SCHEMA_ORG = {
-    "text": "sc:Text", "integer": "sc:Integer", "number": "sc:Float", "boolean": "sc:Boolean", "moment": "sc:DateTime",
+    "text": "sc:Text", "integer": "sc:Integer", "number": "sc:Float", "boolean": "sc:Boolean",
+    "moment": ["sc:Date", "sc:DateTime"],  # the format wants one of its own types among several
 }  # fmt: skip
 SCHEMA = pa.schema([(name, ARROW[kind]) for name, (kind, _) in COLUMNS.items()])
 TEXTS = [name for name, (kind, _) in COLUMNS.items() if kind == "text"]
@@ -470,7 +471,7 @@ def bibtex(version: str, latest: datetime, cited: dict) -> str:
 # The context of Croissant 1.0: https://docs.mlcommons.org/croissant/docs/croissant-spec.html, appendix 1.
 OF_CROISSANT = (
     "citeAs", "column", "extract", "field", "fileObject", "fileProperty", "fileSet", "format", "includes",
-    "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex", "repeated",
+    "isLiveDataset", "jsonPath", "key", "parentField", "path", "recordSet", "references", "regex", "repeated",
     "replace", "separator", "source", "subField", "transform",
 )  # fmt: skip
 CONTEXT = {
