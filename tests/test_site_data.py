@@ -59,7 +59,7 @@ def flagged():
 def a_failure():
     return record.Failure(
         name="lsh-seed0", label="lsh", setting="0" * 8, finished_at=MOMENT, reason="out_of_memory",
-        says="=it needs 9 GB", study={"profile": "quick", "session": "s", "block": 3, "position": 1},
+        says='="it", needs 9 GB', study={"profile": "quick", "session": "s", "block": 3, "position": 1},
     )  # fmt: skip
 
 
@@ -301,7 +301,7 @@ def test_numbers_stand_in_the_csv_in_full(tmp_path):
 
 
 def test_no_text_is_taken_for_a_formula_and_none_is_empty(made):
-    assert set(made.rows.loc[made.rows["kind"] == "failure", "says"]) == {"'=it needs 9 GB"}
+    assert set(made.rows.loc[made.rows["kind"] == "failure", "says"]) == {'\'="it", needs 9 GB'}
     with open(made.folder / data.CSV, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     texts = {row[name] for row in rows for name in data.TEXTS}
