@@ -25,8 +25,9 @@ STATIC = Path(__file__).parent / "static"
 NOTEBOOKS = ("explore", "summary", "scaling", "capability", "replication", "train")  # in the order of a reader
 DOCS = ("variants", "numbers", "measurements", "certificate", "capability", "dataset", "data", "run", "cluster",
         "failures", "transformers", "python", "contribute", "site", "security", "mutants", "architecture")  # fmt: skip
+# what a page may link to
 LINKED = (".github", "figures", "lib", "params", "predictions", "scripts", "tests", "workflow", "LICENSE",
-          "CITATION.cff", "Makefile", "environment.yml", "pyproject.toml", "requirements.lock")  # fmt: skip # what a page may link to
+          "CITATION.cff", "Makefile", "environment.yml", "pyproject.toml", "requirements.lock")  # fmt: skip
 NEVER = shutil.ignore_patterns("__pycache__", "out", ".*", "*.pyc", "*.svg", "static")
 ANSWER_ENDS = "<!-- End of the answer -->"
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
