@@ -312,7 +312,7 @@ SAID = {
     ),
     "no control": (
         lambda folder: runs(folder, labels=("baseline", "sdpa")),
-        "no whole block has the A/A control, so the noise is not known; name sdpa_again",
+        "no whole block has the A/A control, so the noise is not known; put {attention: sdpa, label: sdpa_again}",
     ),
     "no reference": (
         lambda folder: runs(folder, labels=("baseline", CONTROL)),
@@ -340,7 +340,7 @@ SAID = {
         lambda folder: probes(folder, seeds=3),
         "fewer than 5 seeds at the best rate in 2 of 2 entries: linear in recall, sdpa in recall; the command",
     ),
-    "a lost probe": (lambda folder: probes(folder, **LOST), "1 probe without a result: linear, recall, rate 0.01, seed"),
+    "a lost probe": (lambda folder: probes(folder, **LOST), "1 probe without a result: linear, recall, rate 0.01"),
     "another setting": (lambda folder: probes(folder, **OTHER), "1 probe of another setting than most of their task"),
     "unsolved": (lambda folder: probes(folder, best=0.5), "recall is not shown: its reference does not solve it"),
     "no reference tried": (lambda folder: probes(folder, labels=("linear",)), "recall is not shown: its reference"),

@@ -33,6 +33,7 @@ from lib.record.folders import Looked, several
 RATES, SEEDS = 3, 5  # that a cell of probes is asked to have, the seeds at its best rate
 VERSIONS = ("torch", "transformers")
 SURE = 0.05
+HOW = f"put {{attention: {REFERENCE}, label: {CONTROL}}} among the profile's variants"
 ASKED = {TIME: "time", ENERGY: "joules", turns.METRICS[0]: "time", turns.METRICS[1]: "joules"}
 
 
@@ -248,7 +249,7 @@ def _blocks(where: str, runs: pd.DataFrame, unit: str) -> Iterator[Finding]:
             says = f"the order over {number} {unit}s is not balanced, as of {others} variants it is after {square}"
             yield said(where, f"{says}; until then the place of each is in the model, and intervals are wider")
     if CONTROL not in by_label:
-        says = f"no whole {unit} has the A/A control, so the noise is not known; name {CONTROL} among the variants"
+        says = f"no whole {unit} has the A/A control, so the noise is not known; {HOW}"
         yield said(where, says)
 
 
