@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: study test lab refresh check-records mutants
+.PHONY: study test lab refresh check-records mutants site
 
 study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
 	$(BIN)/python -m lib.study $(PROFILE)
@@ -11,6 +11,9 @@ study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
 test: $(READY)  ## every test and every notebook
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest --nbval --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+site: $(READY)  ## docs, notebooks and records as a static site: open site/index.html
+	$(BIN)/python -m lib.site
 
 lab: $(READY)  ## JupyterLab, at the notebook that leads to the others
 	$(BIN)/jupyter lab --notebook-dir=. notebooks/explore.ipynb

@@ -10,10 +10,17 @@ from types import FrameType
 EXTRAS = {  # what rooms import of each, by the name that it is imported by
     "statistics": ("IPython", "matplotlib", "pandas", "pydantic", "pydantic_core", "scipy", "seaborn", "statsmodels"),
     "energy": ("psutil", "pynvml", "zeus"),
+    "site": ("altair", "myst_nb", "sphinx", "vl_convert"),
     "study": ("datasets", "nbclient", "nbformat", "papermill", "pyarrow", "yaml"),
     "notebooks": ("ipywidgets", "traitlets"),
 }
-ROOMS = {"explore": "notebooks", "progress": "study", "study": "study", "training": "study"}  # they need several
+ROOMS = {
+    "explore": "notebooks",
+    "site": "site",
+    "progress": "study",
+    "study": "study",
+    "training": "study",
+}  # they need several
 BROUGHT_BY = {module: extra for extra, modules in EXTRAS.items() for module in modules}
 
 

@@ -1,0 +1,204 @@
+"""The docs, notebooks and records as a static site that opens from disk, by Sphinx with MyST-NB.
+
+It reads the Markdown and the executed notebooks as they are, checks every link between them, and brings a search that
+needs no server. What the site adds is generated beside copies of them in a folder of its own: a page per variant
+(`lib.site.pages`), the table to look things up in, and lists of the folders that a link names. The records themselves,
+and the data set made of them (`lib.site.data`), lie in the site as files.
+"""
+
+import contextlib
+import io
+import json
+import posixpath
+import re
+import shutil
+import tempfile
+import tomllib
+from pathlib import Path
+
+from lib import attention
+from lib.errors import UsageError
+from lib.paths import ROOT
+from lib.site import data, lookup, lookup_page, pages
+
+STATIC = Path(__file__).parent / "static"
+NOTEBOOKS = ("explore", "summary", "scaling", "capability", "replication", "train")  # in the order of a reader
+DOCS = ("variants", "numbers", "measurements", "certificate", "capability", "dataset", "data", "run", "cluster",
+        "failures", "transformers", "python", "contribute", "security", "mutants", "architecture")  # fmt: skip
+LINKED = ("figures", "lib", "params", "predictions", "scripts", "tests", "workflow", "LICENSE", "CITATION.cff",
+          "Makefile", "environment.yml", "pyproject.toml", "requirements.lock")  # fmt: skip # what a page may link to
+NEVER = shutil.ignore_patterns("__pycache__", "out", ".*", "*.pyc", "*.svg", "static")
+ANSWER_ENDS = "<!-- End of the answer -->"
+LINK = re.compile(r"(?<=\]\()(?!https?:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
+NEEDLESS = ("*.map", "locales", "documentation_options.js.map")  # of the theme: for its developers, other languages
+MARK = "attention-study-site"  # a file that says that a folder was made here, so may be replaced
+
+
+def build(site: Path, root: Path = ROOT, records: Path | None = None) -> Path:
+    """Makes the site in the folder `site`, whole or not at all; returns the path of its first page.
+
+    Raises UsageError, in one sentence, where there is no clone to make it of, a record cannot be read, a link leads
+    nowhere, or `site` is a folder that was not made here.
+    """
+    records = root / "records" if records is None else records
+    missing = [name for name in ("README.md", "docs", "notebooks", "records") if not (root / name).exists()]
+    if missing:
+        raise UsageError(f"the site is made from a clone, and here there is no {missing[0]}: clone the repository")
+    if site.exists() and any(site.iterdir() if site.is_dir() else [site]) and not (site / MARK).is_file():
+        raise UsageError(f"{site.name}/ holds something that no site is: name another folder, or delete it")
+    site.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".site-", dir=site.parent) as folder:
+        source, made = Path(folder, "source"), Path(folder, "made")
+        rows = lookup.rows(records)
+        _stage(source, root, rows, pages.certificates(records))
+        _sphinx(source, made, Path(folder, "trees"), root)
+        _add_files(made, records, rows)
+        if site.exists():
+            site.rename(Path(folder, "before"))
+        made.rename(site)
+    return site / "index.html"
+
+
+def _stage(source: Path, root: Path, rows, certificates) -> None:
+    """Copies what the pages are made of, relinked, and adds the pages that are generated."""
+    source.mkdir()
+    for name in LINKED:
+        path = root / name
+        if path.is_dir():
+            shutil.copytree(path, source / name, ignore=NEVER)
+        elif path.is_file():
+            shutil.copy(path, source / name)
+    (source / "docs").mkdir()
+    listed: set[str] = set()
+    for path in sorted((root / "docs").glob("*.md")):
+        (source / "docs" / path.name).write_text(_relinked(path.read_text("utf-8"), "docs", root, listed), "utf-8")
+    (source / "notebooks").mkdir()
+    for path in sorted((root / "notebooks").glob("*.ipynb")):
+        _stage_notebook(path, source / "notebooks" / path.name, root, listed)
+    index = _relinked((root / "README.md").read_text("utf-8"), "", root, listed)
+    (source / "index.md").write_text(_index(index, root), "utf-8")
+    (source / "variants").mkdir()
+    (source / "variants" / "index.md").write_text(pages.variants(rows), "utf-8")
+    for name in attention.variants():
+        (source / "variants" / f"{name}.md").write_text(pages.variant(name, rows, certificates), "utf-8")
+    (source / "lookup.md").write_text(lookup_page.page(rows), "utf-8")
+    for name in sorted(listed):
+        (source / name / "index.md").write_text(pages.folder(source / name, name), "utf-8")
+
+
+def _stage_notebook(path: Path, staged: Path, root: Path, listed: set[str]) -> None:
+    notebook = json.loads(path.read_text("utf-8"))
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = _relinked("".join(cell["source"]), "notebooks", root, listed)
+    staged.write_text(json.dumps(notebook), "utf-8")
+
+
+def _relinked(text: str, here: str, root: Path, listed: set[str]) -> str:
+    """Links as they must be in the site: README is its first page, a variant's file its page, a folder a list of its
+    files (noted in `listed`), the records' folder where they lie."""
+
+    def new(found: re.Match) -> str:
+        name = posixpath.normpath(posixpath.join(here, found["path"]))
+        anchor = found["anchor"] or ""
+        stem = name.removeprefix("lib/attention/").removesuffix(".py")
+        if name == "README.md":
+            name = "index.md"
+        elif name == "lib/attention":
+            name = "variants/index.md"
+        elif name == f"lib/attention/{stem}.py" and stem in attention.variants():
+            name = f"variants/{stem}.md"
+        elif name == "records" or name.startswith("records/"):
+            name = "docs/dataset.md"
+        elif name == "figures":
+            name = "notebooks/summary.ipynb"  # which draws them
+        elif (root / name).is_dir():
+            listed.add(name)
+            name = f"{name}/index.md"
+        else:
+            return found[0]
+        return posixpath.relpath(name, here or ".") + anchor
+
+    return LINK.sub(new, text)
+
+
+def _index(readme: str, root: Path) -> str:
+    """The README with a way into the rest behind its answer."""
+    more = (
+        "**[Look it up](lookup.md)**: every number, filtered, sorted and drawn, with the records behind it · "
+        "[a page for each variant](variants/index.md) · [all of it to take away](docs/dataset.md) · "
+        "[add yours](docs/contribute.md)"
+    )
+    before, mark, after = readme.partition(ANSWER_ENDS)
+    text = f"{before}{mark}\n\n{more}\n{after}" if mark else f"{readme}\n\n{more}\n"
+    docs = sorted((path.stem for path in (root / "docs").glob("*.md")), key=lambda name: _place(DOCS, name))
+    notebooks = sorted((p.stem for p in (root / "notebooks").glob("*.ipynb")), key=lambda n: _place(NOTEBOOKS, n))
+    parts = {
+        "Look up": ["lookup", "variants/index"],
+        "Notebooks": [f"notebooks/{name}" for name in notebooks],
+        "Docs": [f"docs/{name}" for name in docs],
+    }
+    trees = [f"```{{toctree}}\n:hidden:\n:caption: {said}\n\n" + "\n".join(of) + "\n```" for said, of in parts.items()]
+    return "\n\n".join([text, *trees]) + "\n"
+
+
+def _place(order: tuple[str, ...], name: str) -> tuple[int, str]:
+    return order.index(name) if name in order else len(order), name
+
+
+def _sphinx(source: Path, made: Path, trees: Path, root: Path) -> None:
+    """Runs Sphinx. Raises UsageError with its first warning: a link that leads nowhere is one."""
+    from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace, patch_docutils
+
+    version = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    settings = {
+        "project": "The attention study",
+        "author": "the attention study's authors",
+        "release": version,
+        "language": "en",
+        "extensions": ["myst_nb"],
+        "exclude_patterns": ["scripts/**", "tests/**"],
+        "nb_execution_mode": "off",  # they are committed executed
+        "nb_ipywidgets_js": {},  # what explore.ipynb shows needs a kernel; its committed page says so
+        "myst_heading_anchors": 6,
+        "html_theme": "sphinx_book_theme",
+        "html_title": "The attention study",
+        "html_theme_options": {
+            "show_toc_level": 2,
+            "navigation_with_keys": False,
+            "navbar_persistent": [],  # the sidebar has the search
+            "use_download_button": False,
+            "article_footer_items": ["prev-next.html"],
+            "footer_start": [],
+        },
+        "html_static_path": [str(STATIC)],
+        "html_css_files": ["site.css"],
+        "html_context": {"default_mode": "auto"},
+        "html_copy_source": False,
+        "html_show_sourcelink": False,
+        "html_show_copyright": False,
+        "html_last_updated_fmt": None,
+    }
+    warnings = io.StringIO()
+    with patch_docutils(str(source)), docutils_namespace(), contextlib.redirect_stdout(io.StringIO()):
+        application = Sphinx(str(source), None, str(made), str(trees), "html", settings, status=None, warning=warnings)
+        application.build()
+    said = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in warnings.getvalue().splitlines() if line.strip()]
+    if said:
+        more = f" (and {len(said) - 1} more)" if len(said) > 1 else ""
+        raise UsageError(f"the site has a fault: {said[0].replace(f'{source}/', '')}{more}")
+
+
+def _add_files(made: Path, records: Path, rows) -> None:
+    """The records, the data set, and what the table to look things up in is made of."""
+    shutil.copytree(records, made / "records", ignore=NEVER)
+    data.write(made / "data", records)
+    (made / "_static" / "lookup-rows.js").write_text(lookup_page.script(rows), "utf-8")
+    (made / "_static" / "vega.js").write_text(lookup_page.vega(), "utf-8")
+    for pattern in NEEDLESS:
+        for path in sorted((made / "_static").rglob(pattern)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (made / ".buildinfo").unlink(missing_ok=True)
+    (made / ".nojekyll").touch()  # a public host serves _static as well
+    (made / MARK).write_text("Made by `python -m lib.site`; it may be replaced.\n", "utf-8")
