@@ -139,6 +139,20 @@ def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, capsys, monkeypatc
     assert f"{tmp_path}/shut: it cannot be listed (Permission denied); make it readable" in capsys.readouterr().out
 
 
+def test_an_error_that_nobody_thought_of_is_a_line_too_and_the_others_are_read(tmp_path, capsys, monkeypatch):
+    write_blocks(tmp_path)
+    copied(tmp_path)
+
+    def broken(path):
+        raise KeyError("of\nours")
+
+    monkeypatch.setitem(folders.kinds.LOADERS, "steps", broken)
+    assert main([str(tmp_path)]) == 1
+    wrong, summary = capsys.readouterr().out.splitlines()
+    assert wrong.startswith(f"{tmp_path}/steps.json: it cannot be read (KeyError: 'of\\nours'); take it out")
+    assert summary == f"{tmp_path}: 3 runs, 1 wrong"
+
+
 def test_folders_in_folders_are_followed_deeper_than_python_calls_itself(tmp_path, capsys):
     here = os.getcwd()
     try:
