@@ -421,7 +421,7 @@ def well(request, tmp_path_factory):
     return folder
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_record_with_any_value_changed_and_signed_anew_ends_in_lines(well, tmp_path_factory, data, capsys):
     """The checksum keeps no stranger out: the schema, and the judgement, must take whatever fits it."""
