@@ -30,7 +30,7 @@ LINKED = ("figures", "lib", "params", "predictions", "scripts", "tests", "workfl
 NEVER = shutil.ignore_patterns("__pycache__", "out", ".*", "*.pyc", "*.svg", "static")
 ANSWER_ENDS = "<!-- End of the answer -->"
 LINK = re.compile(r"(?<=\]\()(?!https?:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
-NEEDLESS = ("*.map", "locales", "documentation_options.js.map")  # of the theme: for its developers, other languages
+NEEDLESS = ("*.map", "*macros.html", "locales")  # of the theme: for its developers, for other languages
 MARK = "attention-study-site"  # a file that says that a folder was made here, so may be replaced
 
 
@@ -44,6 +44,8 @@ def build(site: Path, root: Path = ROOT, records: Path | None = None) -> Path:
     missing = [name for name in ("README.md", "docs", "notebooks", "records") if not (root / name).exists()]
     if missing:
         raise UsageError(f"the site is made from a clone, and here there is no {missing[0]}: clone the repository")
+    if not records.is_dir():
+        raise UsageError(f"there is no folder {records.name}/ of records")
     if site.exists() and any(site.iterdir() if site.is_dir() else [site]) and not (site / MARK).is_file():
         raise UsageError(f"{site.name}/ holds something that no site is: name another folder, or delete it")
     site.parent.mkdir(parents=True, exist_ok=True)
@@ -174,10 +176,13 @@ def _sphinx(source: Path, made: Path, trees: Path, root: Path) -> None:
         },
         "html_static_path": [str(STATIC)],
         "html_css_files": ["site.css"],
+        "html_js_files": ["site.js"],
         "html_context": {"default_mode": "auto"},
         "html_copy_source": False,
         "html_show_sourcelink": False,
         "html_show_copyright": False,
+        "html_show_search_summary": False,  # it fetches pages, which a page on disk may not
+        "html_use_index": False,
         "html_last_updated_fmt": None,
     }
     warnings = io.StringIO()

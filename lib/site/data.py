@@ -26,9 +26,9 @@ import yaml
 
 from lib.errors import UsageError
 from lib.paths import ROOT
-from lib.record import kinds, names, scaling, steps
+from lib.record import folders, names, scaling, steps
 from lib.record.benchmark import AGAIN, Benchmark
-from lib.record.files import REFUSED, gpu_uuid, why
+from lib.record.files import gpu_uuid
 from lib.record.probe import Probe
 from lib.record.schema import Failure, Metrics, Record, Strict
 from lib.site.dictionary import COLUMNS, METRICS, NULL_REASONS, PHASES, RUN, SLOPE, metrics, unit
@@ -41,7 +41,8 @@ ARROW = {
     "moment": pa.timestamp("us", tz="UTC"),
 }  # fmt: skip
 SCHEMA_ORG = {
-    "text": "sc:Text", "integer": "sc:Integer", "number": "sc:Float", "boolean": "sc:Boolean", "moment": "sc:DateTime",
+    "text": "sc:Text", "integer": "sc:Integer", "number": "sc:Float", "boolean": "sc:Boolean",
+    "moment": ["sc:Date", "sc:DateTime"],  # the format wants one of its own types among several
 }  # fmt: skip
 SCHEMA = pa.schema([(name, ARROW[kind]) for name, (kind, _) in COLUMNS.items()])
 TEXTS = [name for name, (kind, _) in COLUMNS.items() if kind == "text"]
@@ -273,7 +274,7 @@ class Table:
     def add(self, path: str, kind: str, found: Strict) -> None:
         """All rows of a record that lies at `path` below the folder of records."""
         place = {"record": path, "folder": path.rpartition("/")[0] or "."}
-        for number, row in enumerate(rows(kind, found)):
+        for number, row in enumerate(list(rows(kind, found))):  # all or, where it cannot be read, none
             row = {**place, "row": number, "unit": unit(row["metric"]), **row}
             self.waiting.append(row | {name: _text(row.get(name)) for name in TEXTS})
             self.rows[kind] += 1
@@ -333,8 +334,6 @@ def write(folder: Path, records: Path, warn: Callable[[str], None] = warnings.wa
 
 
 def _check_places(folder: Path, records: Path) -> None:
-    if not records.is_dir():
-        raise UsageError(f"there is no folder {records}; name the folder of records")
     inside, outside = folder.resolve(), records.resolve()
     if inside == outside or outside in inside.parents:
         raise UsageError(f"{folder} lies in the folder of records, where its files would be read again; name another")
@@ -353,69 +352,72 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _write(folder: Path, records: Path, warn, cited: dict) -> Written:
-    seen: dict[str, str] = {}  # checksum to path
     left_out: list[str] = []
     others: list[str] = []
-    aside = Counter()
-    digest = hashlib.sha256()
-
-    def leave_out(path: str, reason: str) -> None:
-        left_out.append(f"{path}: {reason}")
-        warn(f"{path} is left out: {reason}")
-
     with Table(folder) as table:
-        for path, file in _files(records):
-            if file.is_dir():
-                leave_out(path, "it is a link to a folder; copy the folder there, or name it as --records")
-                continue
-            if file.suffix != ".json":
-                others.append(path)
-                continue
-            try:
-                kind, found = kinds.load(file)
-            except REFUSED as error:
-                leave_out(path, why(error).removeprefix(f"{names.printable(file.name)}: "))
-                continue
-            if kind not in ROWS:
-                aside[kind] += 1
-                continue
-            sign = getattr(found, "content_sha256", "") or names.digest({path: found.model_dump_json()})
-            if getattr(found, "provenance", None) == "synthetic":
-                leave_out(path, "it is synthetic: nobody measured it")
-            elif sign in seen:
-                leave_out(path, f"it is the same record as {seen[sign]}")
-            else:
-                seen[sign] = path
-                digest.update(f"{sign}  {path}\n".encode())
-                table.add(path, kind, found)
+        intake = Intake(records, table)
+        for one in folders.look([records], intake.take):
+            found = [intake.below(wrong) for wrong in map(str, one.wrong)] + [said for said in one.kept if said]
+            aside = [intake.below(f"{one.name}/{name}") for name in one.aside if not name.startswith(".")]
+            found += [
+                f"{name}: put there what it leads to, or name that as --records" for name in aside if _is_link(name)
+            ]
+            others += [name for name in aside if not _is_link(name)]
+            for said in found:
+                warn(f"left out: {said}")
+            left_out += found
+        if intake.failed:
+            raise intake.failed
         table.flush()
-    if not seen:
+    if not intake.seen:
         raise UsageError(f"there is no record of a measurement below {records}; `python -m lib.study` makes some")
-    version = f"{cited['version']}+{digest.hexdigest()[:12]}"
+    version = f"{cited['version']}+{intake.digest.hexdigest()[:12]}"
     _write_dictionary(folder / DICTIONARY, table)
     (folder / VERSION).write_text(f"{version}\n", encoding="utf-8")
     described = json.dumps(croissant(folder, version, table.latest, cited), indent=1, ensure_ascii=False)
     (folder / CROISSANT).write_text(f"{described}\n", encoding="utf-8")
-    (folder / CARD).write_text(card(table, version, cited, left_out, others, aside), encoding="utf-8")
+    page = card(table, version, cited, left_out, others, intake.predictions)
+    (folder / CARD).write_text(page, encoding="utf-8")
     sums = "".join(f"{_sha256(folder / name)}  {name}\n" for name in sorted(FILES))
     (folder / SUMS).write_text(sums, encoding="utf-8")
     return Written(version, table.records, table.rows, left_out)
 
 
-def _files(records: Path) -> list[tuple[str, Path]]:
-    """Every file below a folder with its path there, in the order of these, whatever that of the file system.
+def _is_link(name: str) -> bool:
+    return name.endswith(" (a link)")  # as `folders.look` says it
 
-    A link to a folder is not followed, but is among them. Names that begin with a dot are passed over."""
-    found = []
 
-    def fail(error: OSError) -> None:
-        raise UsageError(f"{names.printable(error.filename)} cannot be read: {error.strerror}") from None
+class Intake:
+    """What `folders.look` reads below a folder, on its way into the table; of no record more is kept than its rows."""
 
-    for folder, folders, files in os.walk(records, onerror=fail):
-        links = [name for name in folders if os.path.islink(os.path.join(folder, name))]
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in (*files, *links) if not name.startswith(".")]
-    return sorted((_shown(path.relative_to(records).as_posix()), path) for path in found)
+    def __init__(self, records: Path, table: Table):
+        self.records, self.table = records, table
+        self.seen: dict[str, str] = {}  # checksum to path
+        self.digest, self.predictions = hashlib.sha256(), 0
+        self.failed: OSError | None = None  # of the table's files, and no fault of a record
+
+    def below(self, said: str) -> str:
+        """A line that begins with a path, with the path below the folder of records: the same on every machine."""
+        return said.removeprefix(f"{names.printable(self.records)}/")
+
+    def take(self, path: Path, kind: str, found: Strict) -> str | None:
+        """Puts a record into the table; says why not where it does not belong there."""
+        where = _shown(path.relative_to(self.records).as_posix())
+        sign = getattr(found, "content_sha256", "") or names.digest({where: found.model_dump_json()})
+        if kind not in ROWS:
+            self.predictions += 1
+        elif getattr(found, "provenance", None) == "synthetic":
+            return f"{where}: it is synthetic, nobody measured it"
+        elif sign in self.seen:
+            return f"{where}: it is the same record as {self.seen[sign]}; take one out"
+        elif not self.failed:
+            try:
+                self.table.add(where, kind, found)
+            except OSError as error:
+                self.failed = error
+            self.seen[sign] = where
+            self.digest.update(f"{sign}  {where}\n".encode())
+        return None
 
 
 def _shown(path: str) -> str:
@@ -469,7 +471,7 @@ def bibtex(version: str, latest: datetime, cited: dict) -> str:
 # The context of Croissant 1.0: https://docs.mlcommons.org/croissant/docs/croissant-spec.html, appendix 1.
 OF_CROISSANT = (
     "citeAs", "column", "extract", "field", "fileObject", "fileProperty", "fileSet", "format", "includes",
-    "isLiveDataset", "jsonPath", "key", "md5", "parentField", "path", "recordSet", "references", "regex", "repeated",
+    "isLiveDataset", "jsonPath", "key", "parentField", "path", "recordSet", "references", "regex", "repeated",
     "replace", "separator", "source", "subField", "transform",
 )  # fmt: skip
 CONTEXT = {
@@ -524,7 +526,7 @@ def croissant(folder: Path, version: str, latest: datetime, cited: dict) -> dict
 # The card
 
 
-def card(table: Table, version: str, cited: dict, left_out: list[str], others: list[str], aside: Counter) -> str:
+def card(table: Table, version: str, cited: dict, left_out: list[str], others: list[str], predictions: int) -> str:
     """The dataset card, as Hugging Face has them: YAML by which `datasets.load_dataset` finds the table, then words."""
     rows, records = sum(table.rows.values()), sum(table.records.values())
     head = {
@@ -532,7 +534,6 @@ def card(table: Table, version: str, cited: dict, left_out: list[str], others: l
         "size_categories": [_size(rows)], "tags": ["self-attention", "benchmark", "energy", "tabular"],
         "configs": [
             {"config_name": "measurements", "default": True, "data_files": [{"split": "train", "path": PARQUET}]},
-            {"config_name": "dictionary", "data_files": [{"split": "train", "path": DICTIONARY}]},
         ],
     }  # fmt: skip
     by_kind = [
@@ -571,9 +572,9 @@ pandas.read_parquet("FOLDER/{PARQUET}")
 
 ## How to read it
 
-- **A row is one number as it was measured**, with its unit. Two rows may be compared where `kind`, `part`, `metric`,
-  `setting`, `context`, `difficulty`, `device_name` and `gpu_uuid` agree. They were measured in turns, and may be paired,
-  where `session` and `block` agree too; where no session is named, only inside one benchmark.
+- **A row is one number as it was measured**, with its unit. Two may be compared where `kind`, `part`, `metric`,
+  `setting`, `context`, `difficulty`, `device_name` and `gpu_uuid` agree. They were measured in turns, and may be
+  paired, where `session` and `block` agree too; where no session is named, only inside one benchmark.
 - **A missing number is a row** with `value` null and its `null_reason`, never 0 and never an estimate. What ran out of
   memory or time, and runs that failed, are rows with that reason.
 - **`certified` false**: the variant is not what its name promises. Its numbers stand here, and no ranking counts them.
@@ -589,7 +590,7 @@ pandas.read_parquet("FOLDER/{PARQUET}")
 - Series: losses by step, validations, power traces, epochs one by one, training curves of probes, the samples of a
   scaling process (a row is their median), the points of a slope. They stand in the records, which `record` names.
 - Comparisons: ratios, intervals and verdicts are worked out from these numbers, by the project's notebooks.
-- Anything that nobody measured: predictions ({aside["prediction"]:,} lay among the records), synthetic records.
+- Anything that nobody measured: predictions ({predictions:,} lay among the records), synthetic records.
 - {_listed("Files among the records that are no JSON", others)}
 - {_listed("Files that were left out", left_out)}
 - Other sizes, devices and data than the table names. Numbers of folders `by-NAME` are NAME's word.

@@ -71,7 +71,7 @@ def _docstring(file: Path) -> str:
 
 def table(found: pd.DataFrame | list[dict]) -> str:
     """A table in Markdown, its cells escaped where they are no Markdown already."""
-    found = pd.DataFrame(found).fillna("–")
+    found = pd.DataFrame(found).astype(object).fillna("–")
     lines = ["| " + " | ".join(found.columns) + " |", "| " + " | ".join("---" for _ in found.columns) + " |"]
     return "\n".join(lines + ["| " + " | ".join(map(str, row)) + " |" for row in found.itertuples(index=False)])
 

@@ -168,8 +168,9 @@
     spec.datasets = { rows: points };
     spec.title = axis;
     spec.config = { ...spec.config, ...colours() };
-    const made = await window.vegaEmbed(where, spec, { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", logLevel: window.vega.Error });
+    const made = await window.vegaEmbed(where, spec, { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", logLevel: 1 });
     chart = made;
+    where.querySelector("summary")?.setAttribute("aria-label", "save the chart");
     where.querySelector("svg")?.setAttribute("aria-label", `${axis}: ${sorted(some).slice(0, 12).map((row) => `${row.variant} ${view.show === "ratio" ? ratioOf(row) : number(row.value)}`).join("; ")}`);
   }
 

@@ -1,0 +1,285 @@
+"""The site: its pages say what files and records say, every link leads somewhere, and no network is asked for."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import lab
+import pandas as pd
+import pytest
+from bs4 import BeautifulSoup
+from make import make_record, write_blocks
+from playwright.sync_api import expect
+
+from lib import attention, record
+from lib.errors import UsageError
+from lib.paths import ROOT
+from lib.record import kinds, probe
+from lib.site import __main__ as command
+from lib.site import build, lookup, lookup_page, pages
+
+MOST_BYTES = 15e6
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return build.build(tmp_path_factory.mktemp("made") / "site").parent
+
+
+@pytest.fixture(scope="module")
+def parsed(site):
+    return {path: BeautifulSoup(path.read_text("utf-8"), "html.parser") for path in sorted(site.rglob("*.html"))}
+
+
+def small_root(folder: Path) -> Path:
+    """A project of two pages, one notebook and the variants, whose README names what a link may."""
+    shutil.copytree(ROOT / "lib" / "attention", folder / "lib" / "attention", ignore=shutil.ignore_patterns("__*__"))
+    for name in ("docs", "notebooks", "records", "params"):
+        (folder / name).mkdir()
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    (folder / "params" / "tiny.yaml").write_text("layers: 1\n")
+    cell = {"cell_type": "markdown", "id": "a", "metadata": {}, "source": ["# Train\n", "[up](../README.md)"]}
+    notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "notebooks" / "train.ipynb").write_text(json.dumps(notebook))
+    for name in ("numbers", "dataset", "contribute", "capability", "certificate", "variants"):
+        (folder / "docs" / f"{name}.md").write_text(f"# {name}\n\n[profiles](../params/)\n")
+    (folder / "README.md").write_text(
+        "# Small\n\n[one](lib/attention/sdpa.py) [all](lib/attention/) [records](records/) [why](docs/numbers.md)\n"
+    )
+    return folder
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_every_link_leads_somewhere_and_nothing_is_fetched_from_elsewhere(site, parsed):
+    names = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in parsed.items()}
+    wrong = []
+    for path, page in parsed.items():
+        for tag, attribute in ((tag, a) for a in ("href", "src") for tag in page.find_all(attrs={a: True})):
+            parts = urlsplit(tag[attribute])
+            if parts.scheme in ("http", "https"):
+                wrong += [(path.name, tag[attribute])] if tag.name != "a" else []
+                continue
+            if parts.scheme:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            is_there = target.is_file() and target.is_relative_to(site)
+            if is_there and parts.fragment and target in names:
+                is_there = unquote(parts.fragment) in names[target] or path.name == "lookup.html"
+            wrong += [] if is_there else [(path.relative_to(site).as_posix(), tag[attribute])]
+    assert not wrong
+
+
+def test_the_site_is_small_and_holds_every_page(site):
+    assert sum(path.stat().st_size for path in site.rglob("*") if path.is_file()) < MOST_BYTES
+    for folder, ending in (("docs", "md"), ("notebooks", "ipynb")):
+        assert {path.stem for path in (site / folder).glob("*.html")} == {
+            path.stem for path in (ROOT / folder).glob(f"*.{ending}")
+        }
+    assert {path.stem for path in (site / "variants").glob("*.html")} == {"index", *attention.variants()}
+    records = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("records/**/*.json")}
+    assert {path.relative_to(site).as_posix() for path in site.glob("records/**/*.json")} == records
+
+
+def test_pages_can_be_heard(parsed):
+    for path, page in parsed.items():
+        assert page.html["lang"] == "en", path
+        assert all(image.get("alt") for image in page.find_all("img")), path
+        if path.stem != "search":
+            seen = [one for one in page.find_all("h1") if not one.find_parent(id="jb-print-docs-body")]
+            assert len(seen) == 1, path
+        for control in page.find_all(["select", "input"]):
+            named = control.find_parent("label") or control.get("aria-label") or control.get("type") == "checkbox"
+            assert named, (path, control)
+
+
+def test_a_row_is_what_the_record_says(tmp_path):
+    write_blocks(tmp_path / "mine", ("baseline", "sdpa", "sdpa_again"), blocks=6, time_s=20.0)
+    found = lookup.rows(tmp_path)
+    row = found[(found["what"] == "Peak GPU memory") & (found["label"] == "sdpa")].squeeze()
+    assert row["value"] == pytest.approx(2e9 / 2**30) and row["unit"] == "GiB" and row["n"] == 6
+    assert row["at"] == 16 and row["profile"] == "mine" and row["certified"]
+    assert len(row["records"]) == 6 and all((tmp_path / name).is_file() for name in row["records"])
+    beside = found[(found["what"] == "Training time") & (found["label"] == "baseline")].squeeze()
+    assert beside["ratio"] == pytest.approx(1.0) and beside["verdict"]
+    silent = found[(found["what"] == "Peak resident memory") & (found["label"] == "sdpa")].squeeze()
+    assert pd.isna(silent["value"]) and silent["why"].startswith("not measured:")
+    loss = found[(found["what"] == "Validation loss") & (found["label"] == "baseline")].squeeze()
+    assert pd.isna(loss["ratio"]) and loss["value"] == pytest.approx(5.0)
+
+
+def test_every_committed_number_stands_with_its_reason_or_value():
+    found = lookup.rows(ROOT / "records")
+    assert (found["value"].notna() != found["why"].notna()).all()
+    assert set(found["kind"]) == {"computed", "training runs", "training steps", "cost by length", "small tasks"}
+    records = {name for names in found["records"] for name in names}
+    told = {kind for name in records for kind in [kinds.load(ROOT / "records" / name)[0]]}
+    assert told == {"run", "steps", "scaling", "probe"}
+    whole = found[(found["kind"] == "computed") & (found["label"] == "sdpa") & found["what"].str.startswith("Cache")]
+    assert whole.set_index("at")["value"].to_dict() == {n: 2 * 2 * 12 * 768 * n / 2**20 for n in lookup.CONTEXTS}
+
+
+def test_what_fails_its_certificate_is_named_and_tampered_records_are_refused(tmp_path):
+    bad = make_record("baseline").certificate.model_copy(update={"causal": False, "passed": False})
+    write_blocks(tmp_path / "mine", ("sdpa",), blocks=1)
+    path = record.write(make_record("baseline", certificate=bad.model_dump()), tmp_path / "mine")
+    found = lookup.rows(tmp_path)
+    assert not found.loc[(found["label"] == "baseline") & (found["kind"] == "training runs"), "certified"].any()
+    page = pages.variant("baseline", found, pages.certificates(tmp_path))
+    assert "**failed**" in page
+    content = json.loads(path.read_text())
+    content["metrics"]["time_s"] = 1.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=rf"{path.name}.*checksum"):
+        lookup.rows(tmp_path)
+    path.write_text(json.dumps({"kind": "survey"}))
+    with pytest.raises(UsageError, match=r"its kind is 'survey'"):
+        lookup.rows(tmp_path)
+
+
+def test_texts_of_strangers_are_shown_as_they_are():
+    nasty = "<script>alert(1)</script> | [x](javascript:y) `$a$` *b*"
+    assert pages.escaped(nasty) == (r"\<script\>alert(1)\</script\> \| \[x\](javascript:y) \`\$a\$\` \*b\*")
+    rows = pd.DataFrame([dict.fromkeys(lookup.COLUMNS) | {"label": "x", "variant": "</script>", "records": []}])
+    assert "</script>" not in lookup_page.script(rows.assign(kind="computed", what="", at=1.0))
+
+
+NEW = '''"""Attention to nothing but oneself: out = V, head by head.
+
+O(T C²) time.
+"""
+
+from torch import nn
+from transformers.cache_utils import DynamicLayer
+from transformers.pytorch_utils import Conv1D
+
+
+class Attention(nn.Module):
+    title = "Oneself"
+    paper = "Nobody 2026, Nowhere (arXiv 0000.00000)"
+
+    def __init__(self, config, layer_idx, strength=1.0):
+        super().__init__()
+        self.c_proj = Conv1D(config.n_embd, config.n_embd)
+
+    def forward(self, hidden_states, past_key_values=None, padding_mask=None, **_):
+        return self.c_proj(hidden_states), None
+
+    def new_cache(self):
+        return DynamicLayer()
+
+    def core_flops(self, context, dense=False):
+        return 0
+
+    def cache_bytes(self, context, element_bytes):
+        return 2**20
+
+    def reference(self, hidden_states):
+        return self.c_proj(hidden_states)
+'''
+
+
+def test_a_new_variant_and_its_records_appear_without_other_edits(tmp_path, monkeypatch):
+    root = small_root(tmp_path / "project")
+    (root / "lib" / "attention" / "oneself.py").write_text(NEW)
+    monkeypatch.setattr(attention, "HERE", root / "lib" / "attention")
+    cell = probe.load(next(ROOT.glob("records/capability-cpu/recall-sdpa-*.json")))
+    mixer = {"attention": "oneself", "options": {}, "attention_sha256": "0" * 64}
+    changes = {"label": "oneself", "title": "Oneself", "pattern": [mixer], "name": "recall-oneself"}
+    probe.write(
+        probe.Probe.model_validate(cell.model_dump() | changes | {"content_sha256": ""}), root / "records" / "mine"
+    )
+    first = build.build(tmp_path / "site", root).parent
+    page = BeautifulSoup((first / "variants" / "oneself.html").read_text("utf-8"), "html.parser")
+    text = page.get_text(" ", strip=True)
+    for said in ("Nobody 2026", "out = V", "Recall", "strength", "12 MiB", "class Attention", "No committed record"):
+        assert said in text, said
+    assert "oneself.html" in (first / "variants" / "index.html").read_text("utf-8")
+    assert '"oneself"' in (first / "_static" / "lookup-rows.js").read_text("utf-8")
+    index = BeautifulSoup((first / "index.html").read_text("utf-8"), "html.parser")
+    links = {tag.get_text(): tag["href"] for tag in index.find_all("a", href=True)}
+    assert links["one"] == "variants/sdpa.html" and links["all"] == "variants/index.html"
+    assert (first / "params" / "index.html").is_file()
+
+    before = bytes_of(first)
+    again = build.build(first, root).parent  # over what it made, and to the same bytes
+    assert bytes_of(again) == before
+
+    (root / "docs" / "numbers.md").write_text("# n\n\n[nowhere](nowhere.md)\n")
+    with pytest.raises(UsageError, match=r"numbers.md.*nowhere"):
+        build.build(first, root)
+    assert bytes_of(first) == before  # what was there stands
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["project", "site"]
+
+
+def test_what_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    with pytest.raises(UsageError, match=r"made from a clone.*no README.md"):
+        build.build(tmp_path / "site", tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+    assert command.main(["--to", str(tmp_path / "mine")]) == 2
+    assert "mine/ holds something that no site is" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+    assert command.main(["--to", str(tmp_path / "site"), "--records", str(tmp_path / "none")]) == 2
+    assert "no folder none/" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with lab.browser() as found:
+        yield found
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.browser
+@pytest.mark.skipif(lab.CHROMIUM is None, reason="no Chromium here")
+def test_no_page_asks_the_network_or_logs_an_error(site, parsed, browser, scheme):
+    context = browser.new_context(color_scheme=scheme, offline=True)
+    page, said = context.new_page(), []
+    page.on("console", lambda message: said.append((page.url, message.text)) if message.type == "error" else None)
+    page.on("pageerror", lambda error: said.append((page.url, str(error))))
+    page.on("requestfailed", lambda request: said.append((page.url, request.url)))
+    for path in parsed if scheme == "light" else [site / "index.html", site / "lookup.html"]:
+        page.goto(path.as_uri())
+    page.goto((site / "search.html").as_uri() + "?q=retention")
+    expect(page.locator("#search-results .search li a").first).to_be_visible(timeout=20_000)
+    assert not said
+    context.close()
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(lab.CHROMIUM is None, reason="no Chromium here")
+def test_numbers_are_filtered_sorted_drawn_and_linked(site, browser):
+    page = browser.new_page()
+    page.goto((site / "lookup.html").as_uri())
+    body, head = page.locator("#lookup-body tr"), page.locator("#lookup-head th")
+    steps = kinds.load(ROOT / "records" / "steps-gpu" / "steps.json")[1]
+    expect(body).to_have_count(len(steps.entries))
+    assert "Window 128" in body.first.inner_text()  # by ratio, the least first
+    expect(page.locator("#lookup-chart svg path[aria-label*='SDPA']").first).to_be_visible()
+
+    page.get_by_role("button", name="÷ SDPA").press("Enter")  # by keyboard
+    assert "Eager" in body.first.inner_text() and head.nth(2).get_attribute("aria-sort") == "descending"
+    page.get_by_label("measured by").select_option("computed")
+    page.get_by_label("what").select_option("Cache, GPT-2 small, bf16")
+    page.locator("#lookup-at").select_option("32,768 tokens")
+    expect(body).to_have_count(len(attention.variants()) + len(lookup.PATTERNS))
+    page.get_by_label("words").fill("kimi")
+    expect(body).to_have_count(2)
+    view = page.url
+    assert "kimi" in view and page.locator("#lookup-link").get_attribute("href") in view
+
+    other = browser.new_page()
+    other.goto(view)
+    expect(other.locator("#lookup-body tr")).to_have_count(2)
+    assert other.get_by_label("words").input_value() == "kimi"
+    other.get_by_role("button", name="show all").click()
+    expect(other.locator("#lookup-count")).to_contain_text("the first 500 are shown")
+    link = page.locator("#lookup-body a").first.get_attribute("href")
+    assert re.fullmatch(r"variants/\w+\.html", link) and (site / link).is_file()
+    page.get_by_label("words").fill("nothing is called so")
+    expect(page.locator("#lookup-said")).to_contain_text("No number to draw")
