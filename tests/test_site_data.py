@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -295,14 +296,14 @@ def test_numbers_stand_in_the_csv_in_full(tmp_path):
     value = 0.1 + 0.2
     probe.write(a_probe(time_s=value), tmp_path / "records")
     data.write(tmp_path / "out", tmp_path / "records")
-    with open(tmp_path / "out" / data.CSV, newline="", encoding="utf-8") as file:
+    with gzip.open(tmp_path / "out" / data.CSV, "rt", newline="", encoding="utf-8") as file:
         (found,) = [row["value"] for row in csv.DictReader(file) if row["metric"] == "time_s"]
     assert found == "0.30000000000000004" and float(found) == value
 
 
 def test_no_text_is_taken_for_a_formula_and_none_is_empty(made):
     assert set(made.rows.loc[made.rows["kind"] == "failure", "says"]) == {'\'="it", needs 9 GB'}
-    with open(made.folder / data.CSV, newline="", encoding="utf-8") as file:
+    with gzip.open(made.folder / data.CSV, "rt", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     texts = {row[name] for row in rows for name in data.TEXTS}
     assert not [text for text in texts if text.startswith(data.FORMULA)]

@@ -42,7 +42,7 @@ take away: [the data set](docs/dataset.md).
 
 ```{{raw}} html
 <link rel="stylesheet" href="_static/lookup.css">
-<noscript>A script filters this table. Without one: <a href="data/measurements.csv">all numbers as CSV</a>.</noscript>
+<noscript>A script filters this table. Without one: <a href="data/measurements.csv.gz">all as CSV</a>.</noscript>
 <div class="lookup-filters" role="group" aria-label="Filters">
 {filters}
 <label>words<input id="lookup-text" type="search" placeholder="linear, window ..."></label>
