@@ -1,6 +1,7 @@
 """What bench.ipynb shows is what the modules compute: maps, costs, options, models trained and written with."""
 
 import asyncio
+import shutil
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -394,6 +395,18 @@ def test_gathered_records_are_browsed_and_notes_of_failures_are_not_in_the_way(t
     (tmp_path / "failed" / f"sdpa.{record.FAILED}").write_text("{}")
     (offered,) = records.records(str(tmp_path)).controls["group"].options
     assert offered.startswith(f"many/{gathered.name}: a GPU, ")
+
+
+def test_records_of_who_contributed_are_browsed_by_that_name(tmp_path):
+    for below in ("by-ann/paper-h100", f"by-bob/many/{record.DEVICE_FOLDER}1"):
+        record.write(make_record(), tmp_path / below)
+    shutil.copytree(paths.ROOT / "records" / "scaling-cpu", tmp_path / "by-ann" / "scaling-cpu")
+    offered = records.records(str(tmp_path)).controls["group"].options
+    assert [one.partition(":")[0] for one in offered] == [
+        "by-ann/paper-h100", f"by-bob/many/{record.DEVICE_FOLDER}1",
+    ]  # fmt: skip
+    (offered,) = records.lengths(str(tmp_path)).controls["group"].options
+    assert offered.startswith("by-ann/scaling-cpu: ")
 
 
 def test_cost_by_length_can_be_browsed():

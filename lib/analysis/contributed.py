@@ -33,6 +33,7 @@ from lib.record.folders import Looked, several
 RATES, SEEDS = 3, 5  # that a cell of probes is asked to have, the seeds at its best rate
 VERSIONS = ("torch", "transformers")
 SURE = 0.05
+HOW = f"put {{attention: {REFERENCE}, label: {CONTROL}}} among the profile's variants"
 ASKED = {TIME: "time", ENERGY: "joules", turns.METRICS[0]: "time", turns.METRICS[1]: "joules"}
 
 
@@ -225,33 +226,30 @@ def _certificates(where: str, own: list[One]) -> Iterator[Finding]:
 def _blocks(where: str, runs: pd.DataFrame, unit: str) -> Iterator[Finding]:
     """Whether blocks (of steps: rounds) are whole, enough and in balanced order, and hold the A/A control."""
     whole = compare.whole_blocks(runs)
+    if whole.empty:
+        says = f"no {unit} is whole ({REFERENCE} and every other once, in one session, on one device): points alone"
+        yield said(where, f"{says}, no verdict; let the same command run whole {unit}s")
+        return
     torn = runs.drop(whole.index)
     if len(torn):
         names = [printable(name) for name in torn["name" if "name" in torn else "label"]]
         says = f"{counted(len(torn), 'run')} of no whole {unit}, which count in no interval: {several(names)}"
         yield said(where, f"{says}; take them out, or let the same command run those {unit}s again")
-    if whole.empty:
-        says = (
-            f"no {unit} is whole ({REFERENCE} and every other once, in one session, on one device): points, no verdict"
-        )
-        yield said(where, says)
-        return
     number, by_label = len(whole.groupby(compare.BLOCK)), whole.groupby("label").size()
     few = sorted(by_label.index[by_label < FEWEST_BLOCKS])
     if number < FEWEST_BLOCKS:
-        says = (
-            f"{number} whole {unit}{'s' * (number > 1)}, and a verdict needs {FEWEST_BLOCKS}: points alone until then"
-        )
+        says = f"{counted(number, f'whole {unit}')}, and a verdict needs {FEWEST_BLOCKS}: points alone until then"
         yield said(where, says)
     elif few:
         yield said(where, f"fewer than {FEWEST_BLOCKS} whole {unit}s, so no verdict, of {several(few)}")
-    if number >= FEWEST_BLOCKS and not compare.balanced(whole):
-        others = len(set(whole["label"]) - {CONTROL})
-        square = others * (1 + others % 2)
-        says = f"the order over the {number} {unit}s is not balanced, as of {others} variants it is after {square}"
-        yield said(where, f"{says}; until then the place of each is in the model, and intervals are wider")
+    for panel in compare.panels(whole):
+        number, others = len(panel.groupby(compare.BLOCK)), len(set(panel["label"]) - {CONTROL})
+        if number >= FEWEST_BLOCKS and not compare.balanced(panel):
+            square = others * (1 + others % 2)
+            says = f"the order over {number} {unit}s is not balanced, as of {others} variants it is after {square}"
+            yield said(where, f"{says}; until then the place of each is in the model, and intervals are wider")
     if CONTROL not in by_label:
-        says = f"no whole {unit} has the A/A control, so the noise is not known; name {CONTROL} among the variants"
+        says = f"no whole {unit} has the A/A control, so the noise is not known; {HOW}"
         yield said(where, says)
 
 

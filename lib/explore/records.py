@@ -13,13 +13,15 @@ from lib.explore.widgets import Folded, Screen
 from lib.measure import assemble
 from lib.record import scaling
 
+FOLDERS = ("*", "by-*/*")  # the project's, and those of who contributed
 OF_OTHER_KINDS = ("scaling-", "steps-", "capability-")  # points by length (`lengths`), steps in turns, probes
 
 
 def records(folder: str = "records") -> Screen:
     """The records of a folder's folders: a figure or a ranking of those variants that are picked, and one in full."""
     found, root = {}, paths.from_root(folder)
-    for path in sorted(path for depth in ("*", f"*/{record.DEVICE_FOLDER}*") for path in root.glob(depth)):
+    depths = (*FOLDERS, *(f"{depth}/{record.DEVICE_FOLDER}*" for depth in FOLDERS))
+    for path in sorted({path for depth in depths for path in root.glob(depth)}):
         if path.name.startswith(OF_OTHER_KINDS) or not any(path.glob("*.json")):
             continue
         runs = record.read(path)
@@ -68,14 +70,14 @@ LENGTH_FIGURES = {
 
 def lengths(folder: str = "records") -> Screen:
     """The records of cost against context length, one figure of those variants that are picked, and its points."""
-    found = {}
-    for path in sorted(paths.from_root(folder).glob("scaling-*")):
+    found, root = {}, paths.from_root(folder)
+    for path in sorted(path for depth in ("", "by-*/") for path in root.glob(f"{depth}scaling-*")):
         try:
             of = scaling.load_all(path)
         except UsageError as error:
             warnings.warn(f"{record.printable(path.name)} is left out: {record.printable(error)}", stacklevel=2)
         else:
-            found[f"{path.name}: {scaling.title(of)}"] = scaling.frame(of)
+            found[f"{path.relative_to(root)}: {scaling.title(of)}"] = scaling.frame(of)
     if not found:
         raise UsageError(f"there is no scaling-... in {folder}/; `python -m lib.study.scaling --write` makes some")
     controls = {

@@ -58,19 +58,24 @@ def look(
     Links are not followed, nor folders and files whose names begin with a dot. Whatever lies there, this ends without
     an error. Raises UsageError, before anything is read, for a folder that is not there.
     """
-    todo = [_there(folder) for folder in folders][::-1]
+    todo = [(path, os.path.realpath(path)) for path in map(_there, folders)][::-1]
     return _looked(todo, keep)
 
 
-def _looked(todo: list[Path], keep) -> Iterator[Looked]:
+def _looked(todo: list[tuple[Path, str]], keep) -> Iterator[Looked]:
+    """Of each folder, and the one that was named and that it lies in: no link leads out of that."""
     seen = set()
     while todo:
-        path = todo.pop()
-        if (real := os.path.realpath(path)) in seen:
-            continue
-        seen.add(real)
+        path, root = todo.pop()
         found = Looked(path)
-        todo += reversed(_take(found, real, keep))
+        try:
+            status = os.stat(path)
+            if (sign := (status.st_dev, status.st_ino)) in seen:
+                continue
+            seen.add(sign)
+            todo += [(below, root) for below in reversed(_take(found, root, keep))]
+        except OSError as error:
+            _refuse(found, path, f"it cannot be listed ({error.strerror}); make it readable, or take it out")
         yield found
 
 
@@ -86,13 +91,9 @@ def _there(folder: Path) -> Path:
 
 
 def _take(found: Looked, root: str, keep) -> list[Path]:
-    """Looks at what lies in one folder; returns the folders in it."""
-    try:
-        with os.scandir(found.path) as entries:
-            lying = sorted(entries, key=lambda entry: entry.name)
-    except OSError as error:
-        _refuse(found, found.path, f"it cannot be listed ({error.strerror}); make it readable, or take it out")
-        return []
+    """Looks at what lies in one folder; returns the folders in it. Raises OSError where it cannot be listed."""
+    with os.scandir(found.path) as entries:
+        lying = sorted(entries, key=lambda entry: entry.name)
     below = []
     for entry in lying:
         path, is_record = Path(entry.path), entry.name.endswith(".json")
