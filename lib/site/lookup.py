@@ -6,7 +6,7 @@ numbers are never joined with those of another.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from lib.attention import REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
 from lib.model import gpt2_config
-from lib.record import REASONS, kinds, probe, scaling, steps
+from lib.record import REASONS, folders, probe, scaling, steps
 from lib.record.steps import Steps
 
 GIGA = 1e9
@@ -70,23 +70,30 @@ COLUMNS = (
 
 
 def rows(records: Path) -> pd.DataFrame:
-    """`COLUMNS` of every study below a folder of records, and of the formulas. What is no record raises UsageError: a
-    site is not made of what cannot be read."""
+    """`COLUMNS` of every study below a folder of records, and of the formulas. Raises UsageError as `held` does."""
     found = list(computed())
-    for folder in sorted({path.parent for path in Path(records).rglob("*.json")}):
-        found += of_folder(folder, folder.relative_to(records).as_posix())
+    for folder, files in held(records, lambda path, kind, _: (path, kind)).items():
+        found += of_folder(files, folder.relative_to(records).as_posix())
     return pd.DataFrame(found, columns=list(COLUMNS)).astype({"at": float, "value": float, "n": "Int64"})
 
 
-def of_folder(folder: Path, profile: str) -> Iterator[dict]:
-    """The rows of the records of a folder, which are of one kind; benchmarks beside others' code have no row here."""
-    files = sorted(folder.glob("*.json"))
-    read = {path: kinds.load(path) for path in files if not path.name.endswith(f".{record.FAILED}")}
-    for kind in dict.fromkeys(kind for kind, _ in read.values()):
+def held(records: Path, keep: Callable) -> dict[Path, list]:
+    """By folder what is to be kept of each record (`folders.look`). Raises UsageError for one that cannot be read: a
+    site is not made of half of what lies there."""
+    looked = list(folders.look([records], keep))
+    wrong = [str(one) for found in looked for one in found.wrong]
+    if wrong:
+        more = f" ({len(wrong) - 1} more: `python -m lib.record` names all)" if len(wrong) > 1 else ""
+        raise UsageError(f"{wrong[0]}{more}")
+    return {found.path: found.kept for found in looked if found.kept}
+
+
+def of_folder(files: list[tuple[Path, str]], profile: str) -> Iterator[dict]:
+    """The rows of the records of a folder; benchmarks beside others' code, and failed runs, have none."""
+    for kind in dict.fromkeys(kind for _, kind in files):
         makes = {"run": of_runs, "steps": of_steps, "scaling": of_scaling, "probe": of_probes}.get(kind)
         if makes is not None:
-            paths = [path for path, (found, _) in read.items() if found == kind]
-            yield from makes(paths, profile)
+            yield from makes([path for path, found in files if found == kind], profile)
 
 
 def _row(label: str, title: str, shown: tuple, profile: str, **more) -> dict:

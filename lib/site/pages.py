@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import attention, record
+from lib import attention
 from lib.analysis.style import MIB
 from lib.attention import REFERENCE
-from lib.record import kinds
 from lib.site import lookup
 
 SPECIAL = re.compile(r"([\\`*_{}\[\]<>#|~$^])")
@@ -186,16 +185,16 @@ def _unknown(mine: pd.DataFrame, name: str) -> str:
 
 def certificates(records: Path) -> pd.DataFrame:
     """A row per label, folder and fingerprint of the variant's file: `n` records, and whether all `passed`."""
-    found = []
-    for path in sorted(Path(records).rglob("*.json")):
-        if path.name.endswith(f".{record.FAILED}"):
-            continue
-        kind, held = kinds.load(path)
+
+    def keep(path: Path, kind: str, of) -> list[tuple]:
         profile = path.parent.relative_to(records).as_posix()
         if kind == "run":
-            found.append((held.label, profile, held.attention_sha256, held.certificate.passed))
-        elif kind == "steps":
-            found += [(entry.label, profile, entry.attention_sha256, entry.certified) for entry in held.entries]
+            return [(of.label, profile, of.attention_sha256, of.certificate.passed)]
+        entries = of.entries if kind == "steps" else []
+        return [(entry.label, profile, entry.attention_sha256, entry.certified) for entry in entries]
+
+    kept = lookup.held(records, keep).values()
+    found = [row for folder in kept for rows in folder for row in rows]
     columns = ["label", "profile", "sha256", "passed"]
     table = pd.DataFrame(found, columns=columns).groupby(columns[:3], sort=True, as_index=False)
     return table.agg(n=("passed", "size"), passed=("passed", "all"))
