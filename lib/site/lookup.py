@@ -166,6 +166,9 @@ def of_steps(paths: list[Path], profile: str) -> Iterator[dict]:
                     number = {"value": level, "n": len(values), "low": values.min(), "high": values.max()}
                     table = ratios[(ratios["metric"] == metric) & (ratios["context"] == size.context)]
                     beside = _ratio(table.set_index("label"), entry.label)
+                    if metric == "peak_memory_bytes" and entry.label != REFERENCE and len(turns):
+                        whole = turns[(turns["label"] == REFERENCE) & (turns["context"] == size.context)][metric].max()
+                        beside = {"ratio": level / whole}  # NaN where SDPA has none
                     yield _row(entry.label, entry.title, shown, profile, range_of="rounds", **where, **number, **beside)
 
 
@@ -187,7 +190,7 @@ def of_scaling(paths: list[Path], profile: str) -> Iterator[dict]:
     names = {one.label: f"{profile}/{scaling.file_name(one.label)}" for one in found}
     title = scaling.title(found)
     for metric, (what, scale, unit) in growth.SHOWN.items():
-        shown = (what, unit, scale, "lower")
+        shown = (what + {"ms": ", time", "J": ", energy"}.get(unit, ""), unit, scale, "lower")
         ratios = growth.ratios(points, metric, REFERENCE).set_index(["label", "context"])
         for point in points[points["metric"] == metric].itertuples():
             where = {

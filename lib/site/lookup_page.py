@@ -127,6 +127,6 @@ def lines() -> alt.LayerChart:
         color=alt.Color("variant:N", title=None), tooltip=TOOLTIP,
     )  # fmt: skip
     y = alt.Y("x:Q", scale=alt.Scale(type="log"), title=None)
-    drawn = base.mark_line().encode(y=y, strokeDash=alt.StrokeDash("variant:N", title=None), detail="setting:N")
+    drawn = base.mark_line().encode(y=y, strokeDash=alt.StrokeDash("variant:N", legend=None), detail="setting:N")
     points = base.mark_point(filled=True, size=60, opacity=1).encode(y=y, href="record:N", shape=SHAPE)
     return alt.layer(drawn, points).properties(**SIZE, height=380)
