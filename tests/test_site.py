@@ -7,18 +7,16 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import lab
-import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
-from make import make_record, write_blocks
 from playwright.sync_api import expect
 
-from lib import attention, record
+from lib import attention
 from lib.errors import UsageError
 from lib.paths import ROOT
 from lib.record import kinds, probe
 from lib.site import __main__ as command
-from lib.site import build, lookup, lookup_page, pages
+from lib.site import build, lookup
 
 MOST_BYTES = 15e6
 
@@ -95,60 +93,6 @@ def test_pages_can_be_heard(parsed):
         for control in page.find_all(["select", "input"]):
             named = control.find_parent("label") or control.get("aria-label") or control.get("type") == "checkbox"
             assert named, (path, control)
-
-
-def test_a_row_is_what_the_record_says(tmp_path):
-    write_blocks(tmp_path / "mine", ("baseline", "sdpa", "sdpa_again"), blocks=6, time_s=20.0)
-    found = lookup.rows(tmp_path)
-    row = found[(found["what"] == "Peak GPU memory") & (found["label"] == "sdpa")].squeeze()
-    assert row["value"] == pytest.approx(2e9 / 2**30) and row["unit"] == "GiB" and row["n"] == 6
-    assert row["at"] == 16 and row["profile"] == "mine" and row["certified"]
-    assert len(row["records"]) == 6 and all((tmp_path / name).is_file() for name in row["records"])
-    beside = found[(found["what"] == "Training time") & (found["label"] == "baseline")].squeeze()
-    assert beside["ratio"] == pytest.approx(1.0) and beside["verdict"]
-    silent = found[(found["what"] == "Peak resident memory") & (found["label"] == "sdpa")].squeeze()
-    assert pd.isna(silent["value"]) and silent["why"].startswith("not measured:")
-    loss = found[(found["what"] == "Validation loss") & (found["label"] == "baseline")].squeeze()
-    assert pd.isna(loss["ratio"]) and loss["value"] == pytest.approx(5.0)
-
-
-def test_every_committed_number_stands_with_its_reason_or_value():
-    found = lookup.rows(ROOT / "records")
-    assert (found.groupby("what")["unit"].nunique() == 1).all()  # or one axis would hold two units
-    memory = found[(found["what"] == "Training step, peak GPU memory") & (found["at"] == 8192)].set_index("label")
-    assert memory.loc["gqa", "ratio"] == memory.loc["gqa", "value"] / memory.loc["sdpa", "value"]
-    assert (found["value"].notna() != found["why"].notna()).all()
-    assert set(found["kind"]) == {"computed", "training runs", "training steps", "cost by length", "small tasks"}
-    records = {name for names in found["records"] for name in names}
-    told = {kind for name in records for kind in [kinds.load(ROOT / "records" / name)[0]]}
-    assert told == {"run", "steps", "scaling", "probe"}
-    whole = found[(found["kind"] == "computed") & (found["label"] == "sdpa") & found["what"].str.startswith("Cache")]
-    assert whole.set_index("at")["value"].to_dict() == {n: 2 * 2 * 12 * 768 * n / 2**20 for n in lookup.CONTEXTS}
-
-
-def test_what_fails_its_certificate_is_named_and_tampered_records_are_refused(tmp_path):
-    bad = make_record("baseline").certificate.model_copy(update={"causal": False, "passed": False})
-    write_blocks(tmp_path / "mine", ("sdpa",), blocks=1)
-    path = record.write(make_record("baseline", certificate=bad.model_dump()), tmp_path / "mine")
-    found = lookup.rows(tmp_path)
-    assert not found.loc[(found["label"] == "baseline") & (found["kind"] == "training runs"), "certified"].any()
-    page = pages.variant("baseline", found, pages.certificates(tmp_path))
-    assert "**failed**" in page
-    content = json.loads(path.read_text())
-    content["metrics"]["time_s"] = 1.0
-    path.write_text(json.dumps(content))
-    with pytest.raises(UsageError, match=rf"{path.name}.*checksum"):
-        lookup.rows(tmp_path)
-    path.write_text(json.dumps({"kind": "survey"}))
-    with pytest.raises(UsageError, match=r"its kind is 'survey'"):
-        lookup.rows(tmp_path)
-
-
-def test_texts_of_strangers_are_shown_as_they_are():
-    nasty = "<script>alert(1)</script> | [x](javascript:y) `$a$` *b*"
-    assert pages.escaped(nasty) == (r"\<script\>alert(1)\</script\> \| \[x\](javascript:y) \`\$a\$\` \*b\*")
-    rows = pd.DataFrame([dict.fromkeys(lookup.COLUMNS) | {"label": "x", "variant": "</script>", "records": []}])
-    assert "</script>" not in lookup_page.script(rows.assign(kind="computed", what="", at=1.0))
 
 
 NEW = '''"""Attention to nothing but oneself: out = V, head by head.

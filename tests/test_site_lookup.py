@@ -1,0 +1,160 @@
+"""What is looked up: each number is the record's, or a hand's, with its unit, n, reason and records."""
+
+import json
+import statistics
+
+import pandas as pd
+import pytest
+from make import make_record, write_blocks
+
+from lib import record
+from lib.errors import UsageError
+from lib.paths import ROOT
+from lib.record import kinds
+from lib.record import steps as stored
+from lib.site import lookup, lookup_page, pages
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return lookup.rows(ROOT / "records")
+
+
+def only(found: pd.DataFrame, **cell) -> pd.Series:
+    """The one row with these values."""
+    for name, value in cell.items():
+        found = found[found[name] == value]
+    assert len(found) == 1, cell
+    return found.iloc[0]
+
+
+def test_a_row_is_what_the_record_says(tmp_path):
+    write_blocks(tmp_path / "mine", ("baseline", "sdpa", "sdpa_again"), blocks=6, time_s=20.0)
+    found = lookup.rows(tmp_path)
+    row = found[(found["what"] == "Peak GPU memory") & (found["label"] == "sdpa")].squeeze()
+    assert row["value"] == pytest.approx(2e9 / 2**30) and row["unit"] == "GiB" and row["n"] == 6
+    assert row["at"] == 16 and row["profile"] == "mine" and row["certified"]
+    assert len(row["records"]) == 6 and all((tmp_path / name).is_file() for name in row["records"])
+    beside = found[(found["what"] == "Training time") & (found["label"] == "baseline")].squeeze()
+    assert beside["ratio"] == pytest.approx(1.0) and beside["verdict"]
+    silent = found[(found["what"] == "Peak resident memory") & (found["label"] == "sdpa")].squeeze()
+    assert pd.isna(silent["value"]) and silent["why"].startswith("not measured:")
+    loss = found[(found["what"] == "Validation loss") & (found["label"] == "baseline")].squeeze()
+    assert pd.isna(loss["ratio"]) and loss["value"] == pytest.approx(5.0)
+
+
+def test_every_committed_number_stands_with_its_reason_or_value(committed):
+    found = committed
+    assert (found.groupby("what")["unit"].nunique() == 1).all()  # or one axis would hold two units
+    memory = found[(found["what"] == "Training step, peak GPU memory") & (found["at"] == 8192)].set_index("label")
+    assert memory.loc["gqa", "ratio"] == memory.loc["gqa", "value"] / memory.loc["sdpa", "value"]
+    assert (found["value"].notna() != found["why"].notna()).all()
+    assert set(found["kind"]) == {"computed", "training runs", "training steps", "cost by length", "small tasks"}
+    records = {name for names in found["records"] for name in names}
+    told = {kind for name in records for kind in [kinds.load(ROOT / "records" / name)[0]]}
+    assert told == {"run", "steps", "scaling", "probe"}
+    whole = found[(found["kind"] == "computed") & (found["label"] == "sdpa") & found["what"].str.startswith("Cache")]
+    assert whole.set_index("at")["value"].to_dict() == {n: 2 * 2 * 12 * 768 * n / 2**20 for n in lookup.CONTEXTS}
+    core = only(found, kind="computed", label="sdpa", at=512, what="Attention's own FLOPs, GPT-2 small, forward")
+    assert core["value"] == pytest.approx(12 * 2 * 2 * 768 * (512 * 513 / 2) / 1e9)  # QKᵀ and PV, causal
+
+
+def test_what_fails_its_certificate_is_named_and_tampered_records_are_refused(tmp_path):
+    bad = make_record("baseline").certificate.model_copy(update={"causal": False, "passed": False})
+    write_blocks(tmp_path / "mine", ("sdpa",), blocks=1)
+    path = record.write(make_record("baseline", certificate=bad.model_dump()), tmp_path / "mine")
+    found = lookup.rows(tmp_path)
+    assert not found.loc[(found["label"] == "baseline") & (found["kind"] == "training runs"), "certified"].any()
+    page = pages.variant("baseline", found, pages.certificates(tmp_path))
+    assert "**failed**" in page
+    content = json.loads(path.read_text())
+    content["metrics"]["time_s"] = 1.0
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=rf"{path.name}.*checksum"):
+        lookup.rows(tmp_path)
+    path.write_text(json.dumps({"kind": "survey"}))
+    with pytest.raises(UsageError, match=r"its kind is 'survey'"):
+        lookup.rows(tmp_path)
+
+
+def test_texts_of_strangers_are_shown_as_they_are():
+    nasty = "<script>alert(1)</script> | [x](javascript:y) `$a$` *b*"
+    assert pages.escaped(nasty) == (r"\<script\>alert(1)\</script\> \| \[x\](javascript:y) \`\$a\$\` \*b\*")
+    rows = pd.DataFrame([dict.fromkeys(lookup.COLUMNS) | {"label": "x", "variant": "</script>", "records": []}])
+    assert "</script>" not in lookup_page.script(rows.assign(kind="computed", what="", at=1.0))
+
+
+def test_steps_are_medians_of_turns_and_paired_ratios(committed):
+    steps = json.loads((ROOT / "records/steps-gpu/steps.json").read_text())
+
+    def of(label, name, context):
+        turns = [t for one in steps["rounds"] for t in one["turns"] if (t["label"], t["context"]) == (label, context)]
+        return [
+            turn[name] / (turn["steps"] if name != "peak_memory_bytes" else 1)
+            for turn in turns
+            if turn[name] is not None
+        ]
+
+    for context, rows in ((512, 16), (8192, 1)):
+        cell = {"kind": "training steps", "label": "lsh", "at": context}
+        seconds, theirs = of("lsh", "time_s", context), of("sdpa", "time_s", context)
+        time = only(committed, what="Training step, time", **cell)
+        assert time["value"] == pytest.approx(1e3 * statistics.median(seconds)) and time["unit"] == "ms"
+        assert (time["low"], time["high"]) == pytest.approx((1e3 * min(seconds), 1e3 * max(seconds)))
+        pairs = [one / other for one, other in zip(seconds, theirs, strict=True)]
+        assert time["ratio"] == pytest.approx(statistics.geometric_mean(pairs), rel=5e-3)  # their places aside
+        assert time["ratio_low"] < time["ratio"] < time["ratio_high"] and time["n"] == len(steps["rounds"])
+        assert time["range_of"] == "rounds" and time["verdict"] == "significantly different" and time["certified"]
+        assert time["setting"] == f"12 layers of 768, {rows} x {context:,} tokens, bf16"
+        joules = only(committed, what="Training step, energy", **cell)
+        assert joules["value"] == pytest.approx(statistics.median(of("lsh", "energy_j", context)))
+        assert joules["unit"] == "J" and time["device"] == "NVIDIA H200"
+        memory = only(committed, what="Training step, peak GPU memory", **cell)
+        peak, whole = max(of("lsh", "peak_memory_bytes", context)), max(of("sdpa", "peak_memory_bytes", context))
+        assert memory["value"] == pytest.approx(peak / 2**30) and memory["ratio"] == pytest.approx(peak / whole)
+        assert pd.isna(memory["ratio_low"]) and pd.isna(memory["verdict"])
+
+
+def test_memory_of_steps_is_the_most_of_all_turns(tmp_path):
+    found = kinds.load(ROOT / "records/steps-gpu/steps.json")[1].model_dump()
+    turn = next(turn for turn in found["rounds"][3]["turns"] if (turn["label"], turn["context"]) == ("gqa", 512))
+    turn["peak_memory_bytes"] = 2.0**40
+    (tmp_path / "steps").mkdir()
+    stored.write(stored.Steps.model_validate(found | {"content_sha256": ""}), tmp_path / "steps" / "steps.json")
+    memory = only(lookup.rows(tmp_path), what="Training step, peak GPU memory", label="gqa", at=512)
+    assert memory["value"] == 1024 and memory["n"] == len(found["rounds"])
+
+
+def test_costs_by_length_are_means_of_the_processes_medians(committed):
+    files = {name: json.loads((ROOT / f"records/scaling-cpu/{name}.json").read_text()) for name in ("gqa", "sdpa")}
+
+    def of(label):
+        (point,) = (p for p in files[label]["points"] if (p["part"], p["context"]) == ("model", 1024))
+        samples, each = point["samples"]["prefill_s"], len(point["samples"]["prefill_s"]) // point["rounds"]
+        return [statistics.median(samples[i : i + each]) for i in range(0, len(samples), each)]
+
+    row = only(committed, kind="cost by length", label="gqa", at=1024, what="Prefill of the model, time")
+    assert row["value"] == pytest.approx(1e3 * statistics.geometric_mean(of("gqa"))) and row["n"] == len(of("gqa"))
+    assert (row["low"], row["high"]) == pytest.approx((1e3 * min(of("gqa")), 1e3 * max(of("gqa"))))
+    assert row["ratio"] == pytest.approx(statistics.geometric_mean(of("gqa")) / statistics.geometric_mean(of("sdpa")))
+    silent = only(committed, kind="cost by length", label="gqa", at=1024, what="Prefill of the model, energy")
+    assert pd.isna(silent["value"]) and silent["why"] == "not measured: the run used no GPU" and silent["unit"] == "J"
+    assert row["certified"] is None and row["records"] == ["scaling-cpu/gqa.json"] and row["range_of"] == "processes"
+
+
+def test_small_tasks_are_medians_at_the_best_rate(committed):
+    cells = [kinds.load(path)[1] for path in ROOT.glob("records/capability-cpu/recall-linear-*.json")]
+    cells = [cell for cell in cells if cell.setting.convolution]
+    by_rate = {}
+    for cell in cells:
+        (hardest,) = (one for one in cell.results if one.difficulty == 32)
+        by_rate.setdefault(cell.learning_rate, {})[cell.seed] = hardest.scaled_accuracy
+    shared = set.intersection(*map(set, by_rate.values()))
+    best = max(by_rate, key=lambda rate: statistics.median(by_rate[rate][seed] for seed in shared))
+    own = by_rate[best].values()
+    title = next(iter(committed.loc[committed["what"].str.startswith("Recall"), "what"]))
+    assert "convolution" not in title
+    row = only(committed, kind="small tasks", label="linear", at=32, what=title)
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((statistics.median(own), min(own), max(own)))
+    assert row["n"] == len(own) == len(row["records"]) and row["range_of"] == "seeds"
+    assert f"{best:g}" in row["setting"] and all(f"rate{best:g}-" in name for name in row["records"])
