@@ -33,7 +33,7 @@ def table(frame: pd.DataFrame | str, align: str | None = None, quiet=(), bold=()
     )
     places = [("th, td", align)] if align else [(f".col{i}", _side(frame.iloc[:, i])) for i in range(frame.shape[1])]
     styles = [{"selector": of, "props": [("text-align", side)]} for of, side in places]
-    styles += [{"selector": f"td.row{row}", "props": [("opacity", "0.45")]} for row in quiet]
+    styles += [{"selector": f"td.row{row}", "props": [("opacity", "0.7")]} for row in quiet]
     styles += [{"selector": f"td.row{row}", "props": [("font-weight", "bold")]} for row in bold]
     styled = styled.set_table_styles(styles)
     return HTML(without_formulas(styled.to_html()))
