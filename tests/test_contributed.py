@@ -127,6 +127,13 @@ def linked(folder):
     (folder / "a.json").symlink_to(ROOT / "records" / "steps-gpu" / "steps.json")
 
 
+def two_windows(folder):
+    window = {"options": {"window": 16}}
+    runs(folder, lambda label, block: (
+        {"run_parameters": parameters_of(label, block) | window} if (label, block) == ("baseline", 0) else {}
+    ))  # fmt: skip
+
+
 def of_a_stranger(folder):
     lengths(folder, linear={"attention": "mine.py", "label": "mine"})
 
@@ -186,6 +193,7 @@ REFUSED = {
         lambda folder: lengths(folder, linear={"environment": ON_CPU | {"device_name": "another"}}),
         "differ in setting or machine, which no figure joins; a folder for each",
     ),
+    "two definitions by options": (two_windows, "runs called baseline have different options: "),
     "no task of ours": (other_task, "its task 'chess' is none of this code's; they are recall"),
 }
 
@@ -205,6 +213,12 @@ def test_what_cannot_stand_is_refused_by_name(fault, tmp_path, capsys):
 
 def fails(label, block):
     return {"certificate": certificate(causal=False, passed=False)} if label == "baseline" else {}
+
+
+def chosen(folder):
+    runs(folder, blocks=8)
+    for path in folder.glob("*-seed[23]-*.json"):
+        path.unlink()
 
 
 def without_one(folder):
@@ -342,6 +356,7 @@ SAID = {
     ),
     "a lost probe": (lambda folder: probes(folder, **LOST), "1 probe without a result: linear, recall, rate 0.01"),
     "another setting": (lambda folder: probes(folder, **OTHER), "1 probe of another setting than most of their task"),
+    "blocks chosen": (chosen, "of session s1 later blocks are here, and 2, 3 not; "),
     "unsolved": (lambda folder: probes(folder, best=0.5), "recall is not shown: its reference does not solve it"),
     "no reference tried": (lambda folder: probes(folder, labels=("linear",)), "recall is not shown: its reference"),
 }  # fmt: skip

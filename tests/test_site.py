@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import lab
 import pytest
@@ -53,23 +53,11 @@ def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_every_link_leads_somewhere_and_nothing_is_fetched_from_elsewhere(site, parsed):
-    names = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in parsed.items()}
-    wrong = []
+def test_nothing_is_fetched_from_elsewhere_and_every_link_leads_somewhere(site, parsed):
     for path, page in parsed.items():
-        for tag, attribute in ((tag, a) for a in ("href", "src") for tag in page.find_all(attrs={a: True})):
-            parts = urlsplit(tag[attribute])
-            if parts.scheme in ("http", "https"):
-                wrong += [(path.name, tag[attribute])] if tag.name != "a" else []
-                continue
-            if parts.scheme:
-                continue
-            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
-            is_there = target.is_file() and target.is_relative_to(site)
-            if is_there and parts.fragment and target in names:
-                is_there = unquote(parts.fragment) in names[target] or path.name == "lookup.html"
-            wrong += [] if is_there else [(path.relative_to(site).as_posix(), tag[attribute])]
-    assert not wrong
+        for tag in page.find_all(["script", "link", "img", "iframe", "source"]):
+            assert urlsplit(tag.get("src") or tag.get("href") or "").scheme not in ("http", "https"), path
+    build._check_links(site)  # which what is planted below does not pass
 
 
 def test_the_site_is_small_and_holds_every_page(site):
@@ -140,7 +128,15 @@ def test_a_new_variant_and_its_records_appear_without_other_edits(tmp_path, monk
     probe.write(
         probe.Probe.model_validate(cell.model_dump() | changes | {"content_sha256": ""}), root / "records" / "mine"
     )
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("TOKEN")
+    for folder in ("records", "lib", "params"):
+        (root / folder / "notes").symlink_to(secret)
+        (root / folder / "one").symlink_to(secret / "key")
+        (root / folder / "gone").symlink_to(secret / "nothing")
     first = build.build(tmp_path / "site", root).parent
+    assert not [path for path, content in bytes_of(first).items() if b"TOKEN" in content]
     page = BeautifulSoup((first / "variants" / "oneself.html").read_text("utf-8"), "html.parser")
     text = page.get_text(" ", strip=True)
     for said in ("Nobody 2026", "out = V", "Recall", "strength", "12 MiB", "class Attention", "No committed record"):
@@ -156,11 +152,33 @@ def test_a_new_variant_and_its_records_appear_without_other_edits(tmp_path, monk
     again = build.build(first, root).parent  # over what it made, and to the same bytes
     assert bytes_of(again) == before
 
-    (root / "docs" / "numbers.md").write_text("# n\n\n[nowhere](nowhere.md)\n")
-    with pytest.raises(UsageError, match=r"numbers.md.*nowhere"):
-        build.build(first, root)
+    page, cells = root / "docs" / "numbers.md", root / "notebooks" / "train.ipynb"
+    for path, content, said in (
+        (page, "# n\n\n[nowhere](nowhere.md)\n", "numbers.md.*nowhere"),
+        (page, '# n\n\n<img src="none.png" alt="none">\n', "docs/numbers names 'none.png'"),
+        (page, b"\xff\xfe", "docs/numbers.md is no text in UTF-8"),
+        (cells, '{"cells": [{', "notebooks/train.ipynb is no whole notebook"),
+    ):
+        kept = path.read_bytes()
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UsageError, match=said):
+            build.build(first, root)
+        path.write_bytes(kept)
     assert bytes_of(first) == before  # what was there stands
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["project", "site"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["project", "secret", "site"]
+
+
+def test_links_in_code_stay_and_others_lead_into_the_site():
+    text = "`[a](lib/attention/)` [b](lib/attention/)\n\n[c]: records/\n\n```\n[d](figures/)\n```\n[e](../README.md#x) [f](https://a.b/c)"
+    listed = set()
+    assert build._relinked(text, "", ROOT, listed) == (
+        "`[a](lib/attention/)` [b](variants/index.md)\n\n[c]: docs/dataset.md\n\n```\n[d](figures/)\n```\n"
+        "[e](../README.md#x) [f](https://a.b/c)"
+    )
+    assert build._relinked("[p](../params/) [r](../README.md#x)", "docs", ROOT, listed) == (
+        "[p](../params/index.md) [r](../index.md#x)"
+    )
+    assert listed == {"params"}
 
 
 def test_what_cannot_be_made_is_one_sentence(tmp_path, capsys):
@@ -173,6 +191,9 @@ def test_what_cannot_be_made_is_one_sentence(tmp_path, capsys):
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
     assert command.main(["--to", str(tmp_path / "site"), "--records", str(tmp_path / "none")]) == 2
     assert "no folder none/" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert command.main(["--to", str(tmp_path / "file" / "site")]) == 2
+    assert "name another folder" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -228,5 +249,16 @@ def test_numbers_are_filtered_sorted_drawn_and_linked(site, browser):
     expect(other.locator("#lookup-count")).to_contain_text("the first 500 are shown")
     link = page.locator("#lookup-body a").first.get_attribute("href")
     assert re.fullmatch(r"variants/\w+\.html", link) and (site / link).is_file()
+    tasks = "#kind=small+tasks&what=Recall+%28MQAR%29%2C+scaled+accuracy&at=32+pairs&show=value"
+    other.goto((site / "lookup.html").as_uri() + tasks)
+    expect(other.locator("#lookup-body tr").first).to_be_visible()
+    rows = other.locator("#lookup-body tr").count()
+    expect(other.locator("#lookup-chart .mark-symbol path")).to_have_count(rows)  # also at 0 and below
+    expect(other.locator("#lookup-said")).to_have_text("")
+    other.goto((site / "lookup.html").as_uri() + "#look-it-up")  # a heading's, not a view's
+    assert other.url.endswith("#look-it-up") and other.locator("#lookup-body tr").count() < 50
+    for odd in ("#%", "#show=bad&what=%3Cscript%3E", "#at=nowhere"):
+        other.goto((site / "lookup.html").as_uri() + odd)
+        expect(other.locator("#lookup-body tr").first).to_be_visible()
     page.get_by_label("words").fill("nothing is called so")
     expect(page.locator("#lookup-said")).to_contain_text("No number to draw")

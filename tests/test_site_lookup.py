@@ -10,7 +10,7 @@ from make import make_record, write_blocks
 from lib import record
 from lib.errors import UsageError
 from lib.paths import ROOT
-from lib.record import kinds
+from lib.record import kinds, names, probe
 from lib.record import steps as stored
 from lib.site import lookup, lookup_page, pages
 
@@ -152,9 +152,123 @@ def test_small_tasks_are_medians_at_the_best_rate(committed):
     shared = set.intersection(*map(set, by_rate.values()))
     best = max(by_rate, key=lambda rate: statistics.median(by_rate[rate][seed] for seed in shared))
     own = by_rate[best].values()
-    title = next(iter(committed.loc[committed["what"].str.startswith("Recall"), "what"]))
-    assert "convolution" not in title
+    title = "Recall (MQAR), scaled accuracy"  # behind a convolution
     row = only(committed, kind="small tasks", label="linear", at=32, what=title)
     assert (row["value"], row["low"], row["high"]) == pytest.approx((statistics.median(own), min(own), max(own)))
-    assert row["n"] == len(own) == len(row["records"]) and row["range_of"] == "seeds"
-    assert f"{best:g}" in row["setting"] and all(f"rate{best:g}-" in name for name in row["records"])
+    assert row["n"] == len(own) == len(row["records"])
+    assert row["range_of"] == f"seeds at rate {best:g}" and all(f"rate{best:g}-" in name for name in row["records"])
+
+
+def test_what_is_counted_in_a_ratio_is_what_stands_beside_it(tmp_path):
+    write_blocks(tmp_path / "mine", ("baseline", "sdpa"), blocks=6, time_s=20.0)
+    record.write(make_record("baseline", 6, time_s=500.0), tmp_path / "mine")  # of a block without its reference
+    row = only(lookup.rows(tmp_path), label="baseline", what="Training time")
+    assert row["value"] == 20.0 and row["n"] == 6 == len(row["records"]) and row["ratio"] == pytest.approx(1.0)
+
+
+def test_two_definitions_of_one_name_are_refused(tmp_path):
+    write_blocks(tmp_path / "mine", ("sdpa",), blocks=1)
+    other = make_record("sdpa", 1).model_dump()
+    other["parameters"]["options"] = {"window": 16}
+    other["name"] = names.run_name(other["parameters"])
+    record.write(record.Record.model_validate(other), tmp_path / "mine")
+    with pytest.raises(UsageError, match=r"mine: runs called 'sdpa' have different options, .* label of its own"):
+        lookup.rows(tmp_path)
+
+
+def test_what_was_not_measured_or_lies_there_twice_is_refused(tmp_path):
+    steps = kinds.load(ROOT / "records/steps-gpu/steps.json")[1].model_dump() | {"content_sha256": ""}
+    (tmp_path / "a").mkdir()
+    stored.write(stored.Steps.model_validate(steps), tmp_path / "a" / "one.json")
+    lookup.rows(tmp_path)
+    stored.write(stored.Steps.model_validate(steps), tmp_path / "a" / "two.json")
+    with pytest.raises(UsageError, match=r"a/two.json: it is the same record as a/one.json"):
+        lookup.rows(tmp_path)
+    stored.write(stored.Steps.model_validate(steps | {"provenance": "synthetic"}), tmp_path / "a" / "two.json")
+    with pytest.raises(UsageError, match=r"a/two.json: it is synthetic, not measured"):
+        lookup.rows(tmp_path)
+
+
+def test_a_title_that_is_another_s_has_its_label_beside_it(tmp_path):
+    steps = kinds.load(ROOT / "records/steps-gpu/steps.json")[1].model_dump() | {"content_sha256": ""}
+    next(entry for entry in steps["entries"] if entry["label"] == "linear")["title"] = "SDPA"
+    (tmp_path / "a").mkdir()
+    stored.write(stored.Steps.model_validate(steps), tmp_path / "a" / "steps.json")
+    found = lookup.rows(tmp_path)
+    found = found[found["kind"] == "training steps"]
+    assert set(found.loc[found["label"] == "linear", "variant"]) == {"SDPA (linear)"}
+
+
+def cell(folder, label="linear", seed=0, accuracy=0.5, device="a CPU", layers=1, rate=0.001, **changes):
+    found = next(iter(ROOT.glob("records/capability-cpu/recall-sdpa-rate0.001-*.json")))
+    found = probe.load(found).model_dump() | {"label": label, "title": label, "seed": seed, "learning_rate": rate}
+    found["environment"]["device_name"], found["setting"]["layers"] = device, layers
+    found["pattern"] = [mixer | {"attention": label} for mixer in found["pattern"]]
+    for one in found["results"]:
+        one["scaled_accuracy"] = accuracy
+    found |= changes | {"content_sha256": ""}
+    digest = abs(hash((label, seed, device, layers, rate))) % 10**8
+    probe.write(probe.Probe.model_validate(found | {"name": f"recall-{label}-{digest:08}"}), folder)
+
+
+def test_cells_of_other_devices_layers_and_outcomes_are_told_apart(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for seed in range(3):
+        cell(folder, seed=seed, accuracy=0.2)
+        cell(folder, seed=seed, accuracy=0.8, layers=2)
+        cell(folder, seed=seed, accuracy=0.4, device="b GPU")
+        cell(folder, "sdpa", seed=seed, accuracy=0.3)
+    lost = {"outcome": "loss_not_finite", "says": "it diverged", "results": [], "time_s": None}
+    cell(folder, "gqa", **lost)
+    cell(folder, "mla", seed=0, accuracy=0.9)
+    cell(folder, "mla", seed=1, **lost)
+    found = lookup.rows(tmp_path)
+    found = found[(found["kind"] == "small tasks") & ((found["at"] == 32) | found["at"].isna())]
+    linear = found[found["label"] == "linear"]
+    got = {(row.device, row.setting.split(" of ")[0], row.value, int(row.n)) for row in linear.itertuples()}
+    assert got == {("a CPU", "1 layer", 0.2, 3), ("a CPU", "2 layers", 0.8, 3), ("b GPU", "1 layer", 0.4, 3)}
+    assert "sdpa reaches 0.30 where it must reach 0.99" in only(linear, device="a CPU", value=0.2)["note"]
+    gqa = only(found, label="gqa")
+    assert pd.isna(gqa["value"]) and gqa["why"] == "not measured: the loss was not finite" and len(gqa["records"]) == 1
+    assert only(found, label="mla")["note"].startswith("1 of 2 seeds ended without a result")
+    page = pages.variant("linear", lookup.rows(tmp_path), pages.certificates(tmp_path))
+    assert "b GPU" in page and "0.20" in page and "0.80" in page
+
+
+def test_flags_failures_and_failed_certificates_stand_beside_the_numbers(tmp_path):
+    folder = tmp_path / "mine"
+    write_blocks(folder, ("sdpa",), blocks=1)
+    bad = make_record("baseline").certificate.model_copy(update={"causal": False, "passed": False}).model_dump()
+    check = {"check": "busy", "value": 1.0, "limit": 0.5, "verdict": "flagged", "says": "a neighbour"}
+    record.write(make_record("baseline", certificate=bad, checks=[check], flags=["busy"]), folder)
+    failure = record.Failure(
+        name="gqa-seed0-00000000", label="gqa", setting="0" * 8, study=record.StudyPosition(),
+        finished_at="2026-11-25T10:00:00Z", reason="out_of_memory", says="it needed more",
+    )  # fmt: skip
+    record.write_failure(failure, folder)
+    found = lookup.rows(tmp_path)
+    row = only(found, label="baseline", what="Training time")
+    assert row["note"] == "1 of 1 runs flagged: busy" and not row["certified"]
+    page = pages.variant("baseline", found, pages.certificates(tmp_path))
+    assert "fails its certificate; 1 of 1 runs flagged: busy" in page
+    lost = only(found, label="gqa", kind="training runs")
+    assert lost["why"] == "not measured: 1 run ended without a record: out of memory"
+    page = pages.variant("gqa", found, pages.certificates(tmp_path))
+    assert (
+        "Nothing of it was measured" in page and "out of memory" in page and "No committed record holds it" not in page
+    )
+
+
+def test_a_variant_that_gpt2_small_cannot_have_stops_nobody(monkeypatch):
+    def refuses(name, context):
+        if name == "gqa":
+            raise UsageError("gqa has no count")
+        return counts(name, context)
+
+    counts = lookup.by_formula
+    monkeypatch.setattr(lookup, "by_formula", refuses)
+    found = pd.DataFrame(lookup.computed(), columns=list(lookup.COLUMNS)).astype({"at": float, "value": float})
+    assert set(found.loc[found["label"] == "gqa", "why"]) == {"gqa has no count"}
+    nobody = pd.DataFrame(columns=["label", "profile", "sha256", "passed", "n"])
+    assert "gqa has no count" in pages.variant("gqa", found, nobody) and "gqa.md" in pages.variants(found)

@@ -70,10 +70,10 @@ def labels(cells: pd.DataFrame) -> list[str]:
 
 def shown_tasks(cells: pd.DataFrame) -> list[str]:
     """The tasks, in the order of `lib.data.tasks`, of which SDPA shows that they can be learnt here."""
-    return [name for name in TASKS if name in set(cells["task"]) and _why_not_shown(cells, name) is None]
+    return [name for name in TASKS if name in set(cells["task"]) and why_not_shown(cells, name) is None]
 
 
-def _why_not_shown(cells: pd.DataFrame, task: str) -> str | None:
+def why_not_shown(cells: pd.DataFrame, task: str) -> str | None:
     found = summary(cells)
     found = found[(found["task"] == task) & found["hardest"] & (found["convolution"] == TASKS[task].net.convolution)]
     found = found.set_index("label")["median"]
@@ -307,7 +307,7 @@ def _easiest_of(cells: pd.DataFrame, task: str):
 def remarks(cells: pd.DataFrame) -> list[str]:
     """A sentence for each task that is not shown, each cell that failed, and what each failure means."""
     title = dict(zip(cells["label"], cells["title"], strict=True))
-    said = [why for task in TASKS if task in set(cells["task"]) for why in [_why_not_shown(cells, task)] if why]
+    said = [why for task in TASKS if task in set(cells["task"]) for why in [why_not_shown(cells, task)] if why]
     other = cells.drop(in_one_setting(cells).index).drop_duplicates(["label", "task", "rate", "seed", "setting"])
     if len(other):
         said.append(f"Left out, of another setting than most of their task: n = {len(other)}.")

@@ -7,6 +7,7 @@ nothing is refused, 1 where something is, 2 where it was asked wrongly. docs/con
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -33,6 +34,7 @@ from lib.record.folders import Looked, several
 RATES, SEEDS = 3, 5  # that a cell of probes is asked to have, the seeds at its best rate
 VERSIONS = ("torch", "transformers")
 SURE = 0.05
+LATER = 1000  # of so many the blocks of a variant that came later begin (`lib.study.plan`)
 HOW = f"put {{attention: {REFERENCE}, label: {CONTROL}}} among the profile's variants"
 ASKED = {TIME: "time", ENERGY: "joules", turns.METRICS[0]: "time", turns.METRICS[1]: "joules"}
 
@@ -188,6 +190,8 @@ def _runs(where: str, own: list[One]) -> Iterator[Finding]:
     yield from _definitions(where, tables)
     for group in by_setting:
         of = f"{where} ({printable(group.title, 200)})" if len(by_setting) > 1 else where
+        yield from _one_name_each(of, group.runs)
+        yield from _gaps(of, group.runs)
         yield from _blocks(of, group.runs, "block")
         yield from _control(of, [(f"{ASKED[metric]}", group.runs, metric) for metric in (TIME, ENERGY)])
         flags = Counter(flag for flags in group.runs["flags"] for flag in flags)
@@ -221,6 +225,29 @@ def _certificates(where: str, own: list[One]) -> Iterator[Finding]:
         yield said(where, f"drawn apart and not ranked, for the certificate fails: {'; '.join(parts)}")
     if older:
         yield said(where, f"{_files(older)}: the certificate is of one before the whole model was examined")
+
+
+def _one_name_each(where: str, runs: pd.DataFrame) -> Iterator[Finding]:
+    """Whether runs of one label are of one variant's options, since every table joins them."""
+    for label, own in runs.groupby("label"):
+        options = sorted({json.dumps(values["options"], sort_keys=True) for values in own["parameter_values"]})
+        if len(options) > 1:
+            says = f"runs called {printable(label)} have different options: {several(list(map(printable, options)))}"
+            yield refused(where, f"{says}; give those of each a label of their own")
+
+
+def _gaps(where: str, runs: pd.DataFrame) -> Iterator[Finding]:
+    """Which blocks are not there though later ones are: what was left out by its numbers is no sample."""
+    for session, own in runs.dropna(subset=["session", "block"]).groupby("session"):
+        there = set(own["block"].astype(int))
+        begun = {number // LATER * LATER for number in there}
+        gone = sorted(
+            {number for begin in begun for number in range(begin, max(n for n in there if n < begin + LATER))} - there
+        )
+        if gone:
+            blocks = several([str(number) for number in gone])
+            says = f"of session {printable(session, 60)} later blocks are here, and {blocks} not"
+            yield said(where, f"{says}; put them back, or say with the records why they went: not for what they showed")
 
 
 def _blocks(where: str, runs: pd.DataFrame, unit: str) -> Iterator[Finding]:

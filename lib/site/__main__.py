@@ -17,6 +17,10 @@ def main(words: list[str] | None = None) -> int:
         from lib.site.build import build
 
         print(build(given.to.resolve(), records=given.records))
+    except OSError as error:
+        said = f"{given.to} cannot be made: {error.strerror or type(error).__name__}; name another folder, with --to"
+        print(f"python -m lib.site: {said}", file=sys.stderr)
+        return 2
     except UsageError as error:
         print(f"python -m lib.site: {error}", file=sys.stderr)
         return 2

@@ -9,12 +9,16 @@ and the data set made of them (`lib.site.data`), lie in the site as files.
 import contextlib
 import io
 import json
+import os
 import posixpath
 import re
 import shutil
 import tempfile
 import tomllib
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from bs4 import BeautifulSoup
 
 from lib import attention
 from lib.errors import UsageError
@@ -28,9 +32,12 @@ DOCS = ("variants", "numbers", "measurements", "certificate", "capability", "dat
 # what a page may link to
 LINKED = (".github", "figures", "lib", "params", "predictions", "scripts", "tests", "workflow", "LICENSE",
           "CITATION.cff", "Makefile", "environment.yml", "pyproject.toml", "requirements.lock")  # fmt: skip
-NEVER = shutil.ignore_patterns("__pycache__", "out", ".*", "*.pyc", "*.svg", "static")
+NEVER = ("__pycache__", "out", "static")  # folders that no page is about
+NOT_COPIED = (".pyc", ".svg")
 ANSWER_ENDS = "<!-- End of the answer -->"
-LINK = re.compile(r"(?<=\]\()(?!https?:|#)(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?(?=\))")
+# In Markdown a link's path, inline or on a line of its own as "[name]: path"; what is code is found first, and left.
+CODE, PATH = r"(?P<code>^```.*?^```|`[^`\n]*`)", r"(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?"
+LINK = re.compile(rf"{CODE}|(?P<before>\]\(|^\[[^\]\n]+\]: )(?!\w+:|#){PATH}", re.DOTALL | re.MULTILINE)
 NEEDLESS = ("*.map", "*macros.html", "locales")  # of the theme: for its developers, for other languages
 MARK = "attention-study-site"  # a file that says that a folder was made here, so may be replaced
 
@@ -56,6 +63,7 @@ def build(site: Path, root: Path = ROOT, records: Path | None = None) -> Path:
         _stage(source, root, rows, pages.certificates(records))
         _sphinx(source, made, Path(folder, "trees"), root)
         _add_files(made, records, rows)
+        _check_links(made)
         if site.exists():
             site.rename(Path(folder, "before"))
         made.rename(site)
@@ -68,17 +76,17 @@ def _stage(source: Path, root: Path, rows, certificates) -> None:
     for name in LINKED:
         path = root / name
         if path.is_dir():
-            shutil.copytree(path, source / name, ignore=NEVER)
+            _copy(path, source / name)
         elif path.is_file():
-            shutil.copy(path, source / name)
+            shutil.copyfile(path, source / name)
     (source / "docs").mkdir()
     listed: set[str] = set()
     for path in sorted((root / "docs").glob("*.md")):
-        (source / "docs" / path.name).write_text(_relinked(path.read_text("utf-8"), "docs", root, listed), "utf-8")
+        (source / "docs" / path.name).write_text(_relinked(_text(path), "docs", root, listed), "utf-8")
     (source / "notebooks").mkdir()
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         _stage_notebook(path, source / "notebooks" / path.name, root, listed)
-    index = _relinked((root / "README.md").read_text("utf-8"), "", root, listed)
+    index = _relinked(_text(root / "README.md"), "", root, listed)
     (source / "index.md").write_text(_index(index, root), "utf-8")
     (source / "variants").mkdir()
     (source / "variants" / "index.md").write_text(pages.variants(rows), "utf-8")
@@ -89,11 +97,35 @@ def _stage(source: Path, root: Path, rows, certificates) -> None:
         (source / name / "index.md").write_text(pages.folder(source / name, name), "utf-8")
 
 
+def _copy(folder: Path, to: Path, only: set[Path] | None = None) -> None:
+    """The files of a folder, or `only` some: never what a link leads to, which may lie anywhere."""
+    for below, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name not in NEVER or only is not None)
+        for path in (Path(below, name) for name in sorted(names)):
+            is_wanted = path.suffix not in NOT_COPIED if only is None else path in only
+            if is_wanted and path.is_file() and not path.is_symlink():
+                copy = to / path.relative_to(folder)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path.parent.name}/{path.name} is no text in UTF-8; save it as such") from None
+
+
 def _stage_notebook(path: Path, staged: Path, root: Path, listed: set[str]) -> None:
-    notebook = json.loads(path.read_text("utf-8"))
-    for cell in notebook["cells"]:
-        if cell["cell_type"] == "markdown":
-            cell["source"] = _relinked("".join(cell["source"]), "notebooks", root, listed)
+    try:
+        notebook = json.loads(_text(path))
+        for cell in notebook["cells"]:
+            if cell["cell_type"] == "markdown":
+                cell["source"] = _relinked("".join(cell["source"]), "notebooks", root, listed)
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"notebooks/{path.name} is no whole notebook; put it back as it was, or take it out") from None
     staged.write_text(json.dumps(notebook), "utf-8")
 
 
@@ -102,10 +134,12 @@ def _relinked(text: str, here: str, root: Path, listed: set[str]) -> str:
     files (noted in `listed`), the records' folder where they lie."""
 
     def new(found: re.Match) -> str:
+        if found["code"]:
+            return found[0]
         name = posixpath.normpath(posixpath.join(here, found["path"]))
         anchor = found["anchor"] or ""
         stem = name.removeprefix("lib/attention/").removesuffix(".py")
-        if name == "README.md":
+        if name in (".", "README.md"):
             name = "index.md"
         elif name == "lib/attention":
             name = "variants/index.md"
@@ -115,12 +149,12 @@ def _relinked(text: str, here: str, root: Path, listed: set[str]) -> str:
             name = "docs/dataset.md"
         elif name == "figures":
             name = "notebooks/summary.ipynb"  # which draws them
-        elif (root / name).is_dir():
+        elif (root / name).is_dir() and name.split("/")[0] in LINKED and not set(name.split("/")) & set(NEVER):
             listed.add(name)
             name = f"{name}/index.md"
         else:
             return found[0]
-        return posixpath.relpath(name, here or ".") + anchor
+        return found["before"] + posixpath.relpath(name, here or ".") + anchor
 
     return LINK.sub(new, text)
 
@@ -198,7 +232,8 @@ def _sphinx(source: Path, made: Path, trees: Path, root: Path) -> None:
 
 def _add_files(made: Path, records: Path, rows) -> None:
     """The records, the data set, and what the table to look things up in is made of."""
-    shutil.copytree(records, made / "records", ignore=NEVER)
+    held = lookup.held(records, lambda path, *_: path)
+    _copy(records, made / "records", {path for paths in held.values() for path in paths})
     data.write(made / "data", records)
     (made / "_static" / "lookup-rows.js").write_text(lookup_page.script(rows), "utf-8")
     (made / "_static" / "vega.js").write_text(lookup_page.vega(), "utf-8")
@@ -208,3 +243,21 @@ def _add_files(made: Path, records: Path, rows) -> None:
     (made / ".buildinfo").unlink(missing_ok=True)
     (made / ".nojekyll").touch()  # a public host serves _static as well
     (made / MARK).write_text("Made by `python -m lib.site`; it may be replaced.\n", "utf-8")
+
+
+def _check_links(made: Path) -> None:
+    """Raises UsageError for what a page names and the site does not hold: Sphinx looks at Markdown's links alone."""
+    parsed = {path: BeautifulSoup(path.read_text("utf-8"), "html.parser") for path in sorted(made.rglob("*.html"))}
+    names = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in parsed.items()}
+    for path, page in parsed.items():
+        for tag, attribute in ((tag, name) for name in ("href", "src") for tag in page.find_all(attrs={name: True})):
+            parts = urlsplit(tag[attribute])
+            if parts.scheme and not (tag.name != "a" and parts.scheme in ("http", "https")):
+                continue  # elsewhere, where a reader goes by a click, or a picture in the page itself
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            is_there = not parts.scheme and target.is_file() and target.is_relative_to(made.resolve())
+            if is_there and parts.fragment and target in names and "=" not in parts.fragment:
+                is_there = unquote(parts.fragment) in names[target]
+            if not is_there:
+                where = path.relative_to(made).with_suffix("").as_posix()
+                raise UsageError(f"the page {where} names {tag[attribute][:200]!r}, which the site does not hold")

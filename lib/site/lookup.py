@@ -5,6 +5,7 @@ Each row is a level with its n, and where it was paired with SDPA's the ratio, i
 numbers are never joined with those of another.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -22,7 +23,7 @@ from lib.attention import REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
 from lib.model import gpt2_config
-from lib.record import REASONS, folders, probe, scaling, steps
+from lib.record import FAILURES, REASONS, files, folders, probe, scaling, steps
 from lib.record.steps import Steps
 
 GIGA = 1e9
@@ -65,35 +66,62 @@ PATTERNS = {  # and who chooses it, with other windows and sizes
 }
 COLUMNS = (
     "label", "variant", "what", "unit", "better", "at", "at_unit", "profile", "setting", "device", "kind", "value",
-    "low", "high", "range_of", "n", "ratio", "ratio_low", "ratio_high", "verdict", "certified", "why", "records",
+    "low", "high", "range_of", "n", "ratio", "ratio_low", "ratio_high", "verdict", "certified", "note", "why",
+    "records",
 )  # fmt: skip # of the table; every row has them all, None where there is nothing to say
 
 
 def rows(records: Path) -> pd.DataFrame:
-    """`COLUMNS` of every study below a folder of records, and of the formulas. Raises UsageError as `held` does."""
+    """`COLUMNS` of every study below a folder of records, and of the formulas. Raises UsageError as `held` does, and
+    for runs that one name stands for though their options differ."""
     found = list(computed())
-    for folder, files in held(records, lambda path, kind, _: (path, kind)).items():
-        found += of_folder(files, folder.relative_to(records).as_posix())
-    return pd.DataFrame(found, columns=list(COLUMNS)).astype({"at": float, "value": float, "n": "Int64"})
+    for folder, kept in held(records, lambda path, kind, _: (path, kind)).items():
+        found += of_folder(kept, folder.relative_to(records).as_posix())
+    table = pd.DataFrame(found, columns=list(COLUMNS)).astype({"at": float, "value": float, "n": "Int64"})
+    return table.assign(variant=_told_apart(table))
+
+
+def _told_apart(table: pd.DataFrame) -> pd.Series:
+    """Titles, with the label beside one that could be taken for another's, in each study (`style.titles`)."""
+    pairs = table[["profile", "label", "variant"]].drop_duplicates().rename(columns={"variant": "title"})
+    pairs["again"] = pairs.groupby(["profile", "label"]).cumcount()  # a label may have two titles, as of two windows
+    called = {}
+    for (profile, _), own in pairs.groupby(["profile", "again"]):
+        shown = titles(own)
+        called |= {(profile, row.label, row.title): shown[row.label] for row in own.itertuples()}
+    keys = zip(table["profile"], table["label"], table["variant"], strict=True)
+    return pd.Series([called[key] for key in keys], index=table.index)
 
 
 def held(records: Path, keep: Callable) -> dict[Path, list]:
-    """By folder what is to be kept of each record (`folders.look`). Raises UsageError for one that cannot be read: a
-    site is not made of half of what lies there."""
-    looked = list(folders.look([records], keep))
-    wrong = [str(one) for found in looked for one in found.wrong]
-    if wrong:
-        more = f" ({len(wrong) - 1} more: `python -m lib.record` names all)" if len(wrong) > 1 else ""
-        raise UsageError(f"{wrong[0]}{more}")
+    """By folder what is to be kept of each record (`folders.look`). Raises UsageError for one that cannot be read, was
+    not measured, or lies there twice: a site is not made of half of what lies there."""
+    seen: dict[str, Path] = {}
+    odd: list[str] = []
+
+    def kept(path: Path, kind: str, found):
+        where, sign = path.relative_to(records).as_posix(), getattr(found, "content_sha256", "")
+        if getattr(found, "provenance", "measured") != "measured":
+            odd.append(f"{where}: it is {found.provenance}, not measured; take it out")
+        if sign and sign in seen:
+            odd.append(f"{where}: it is the same record as {seen[sign]}; take one out")
+        seen.setdefault(sign, where)
+        return keep(path, kind, found)
+
+    looked = list(folders.look([records], kept))
+    odd = [str(one) for found in looked for one in found.wrong] + odd
+    if odd:
+        more = f" ({len(odd) - 1} more: `python -m lib.analysis.contributed` names all)" if len(odd) > 1 else ""
+        raise UsageError(f"{odd[0]}{more}")
     return {found.path: found.kept for found in looked if found.kept}
 
 
-def of_folder(files: list[tuple[Path, str]], profile: str) -> Iterator[dict]:
-    """The rows of the records of a folder; benchmarks beside others' code, and failed runs, have none."""
-    for kind in dict.fromkeys(kind for _, kind in files):
-        makes = {"run": of_runs, "steps": of_steps, "scaling": of_scaling, "probe": of_probes}.get(kind)
-        if makes is not None:
-            yield from makes([path for path, found in files if found == kind], profile)
+def of_folder(kept: list[tuple[Path, str]], profile: str) -> Iterator[dict]:
+    """The rows of the records of a folder; benchmarks beside others' code have none."""
+    for kind in dict.fromkeys(kind for _, kind in kept):
+        makes = {"run": of_runs, "steps": of_steps, "scaling": of_scaling, "probe": of_probes, "failure": of_failures}
+        if kind in makes:
+            yield from makes[kind]([path for path, found in kept if found == kind], profile)
 
 
 def _row(label: str, title: str, shown: tuple, profile: str, **more) -> dict:
@@ -107,21 +135,25 @@ def _row(label: str, title: str, shown: tuple, profile: str, **more) -> dict:
 
 
 def of_runs(paths: list[Path], profile: str) -> Iterator[dict]:
-    """Whole training runs: levels and ratios by `compare.ratios`, of each group of runs that may be compared."""
-    runs = record.read(paths[0].parent)
+    """Whole training runs: of those that are compared the mean, and the ratio by `compare.ratios`, of each group of
+    runs that may be compared."""
+    runs = pd.DataFrame([files.row(path) | {"path": f"{profile}/{path.name}"} for path in paths])
     for group in compare.groups(runs):
         own, called = group.runs, titles(group.runs)
         certified = own.groupby("label")["certified"].all()
+        compared = compare.comparable(own)
+        for label in labels(own):
+            _check_one_definition(own[own["label"] == label], label, profile)
         for metric, shown in RUNS.items():
-            compared = compare.ratios(own, metric) if metric not in compare.LOSSES else pd.DataFrame({"label": []})
-            table = compared.set_index("label")
+            ratios = compare.ratios(own, metric) if metric not in compare.LOSSES else pd.DataFrame({"label": []})
+            table = ratios.set_index("label")
             for label in labels(own):
-                mine = own[own["label"] == label]
+                mine = compared[compared["label"] == label]
                 where = {
                     "at": mine["parameter_values"].iloc[0]["context"], "at_unit": "tokens", "kind": "training runs",
                     "setting": group.title,
                     "device": mine["device_name"].iloc[0], "certified": bool(certified[label]),
-                    "records": [f"{profile}/{name}.json" for name in sorted(mine["name"])],
+                    "records": sorted(mine["path"]), "note": _flagged(mine),
                 }  # fmt: skip
                 values = mine[metric].dropna()
                 if values.empty:
@@ -131,6 +163,30 @@ def of_runs(paths: list[Path], profile: str) -> Iterator[dict]:
                 if len(values) > 1:
                     number |= {"low": values.min(), "high": values.max(), "range_of": "runs"}
                 yield _row(label, called[label], shown, profile, **where, **number, **_ratio(table, label))
+
+
+def _check_one_definition(mine: pd.DataFrame, label: str, profile: str) -> None:
+    """Raises UsageError where runs of one label and setting are of different options."""
+    options = sorted({json.dumps(values["options"], sort_keys=True) for values in mine["parameter_values"]})
+    if len(options) > 1:
+        said = " and ".join(map(record.printable, options[:2]))
+        raise UsageError(
+            f"{profile}: runs called {label!a} have different options, {said}: give each a label of its own"
+        )
+
+
+def _flagged(mine: pd.DataFrame) -> str | None:
+    flags = sorted({flag for flags in mine["flags"] for flag in flags})
+    return f"{int(mine['flags'].map(bool).sum())} of {len(mine)} runs flagged: {', '.join(flags)}" if flags else None
+
+
+def of_failures(paths: list[Path], profile: str) -> Iterator[dict]:
+    """Runs that ended without a record, a row per label and reason."""
+    failed = pd.DataFrame([files.load_failure(path).model_dump() | {"path": path} for path in paths])
+    for (label, reason), own in failed.groupby(["label", "reason"]):
+        said = f"not measured: {len(own)} run{'s' * (len(own) > 1)} ended without a record: {FAILURES[reason]}"
+        where = {"kind": "training runs", "records": sorted(f"{profile}/{path.name}" for path in own["path"])}
+        yield _row(label, label, RUNS["time_s"], profile, why=said, **where)
 
 
 def _ratio(table: pd.DataFrame, label: str) -> dict:
@@ -207,39 +263,77 @@ def of_scaling(paths: list[Path], profile: str) -> Iterator[dict]:
             if (point.label, point.context) in ratios.index:
                 row = ratios.loc[(point.label, point.context)]
                 number |= {"ratio": row["ratio"], "ratio_low": row["low"], "ratio_high": row["high"]}
+                if row["n"] != point.n:
+                    number["note"] = f"the ratio is of {row['n']:.0f} processes"
             yield _row(point.label, point.title, shown, profile, **where, **number)
 
 
 def of_probes(paths: list[Path], profile: str) -> Iterator[dict]:
-    """What variants can do: the median of scaled accuracy over the seeds of the best rate, and the seeds' range."""
-    cells = probe.load_all(paths[0].parent)
-    files: dict[tuple, list[str]] = {}
+    """What variants can do: the median of scaled accuracy over the seeds of the best rate, and the seeds' range.
+
+    Cells of different devices or numbers of layers are never joined. What has no median has the reason.
+    """
+    apart: dict[tuple, list] = {}
+    for path in paths:
+        cell = probe.load(path)
+        apart.setdefault((cell.environment["device_name"], cell.setting.layers, cell.label), []).append(cell)
+    layers_of: dict[tuple, set] = {}
+    for device, layers, label in apart:
+        layers_of.setdefault((device, label), set()).add(layers)
+    by_device: dict[tuple, list] = {}  # those of a label's fewest layers stand with the others, as in the notebook
+    for (device, layers, label), cells in apart.items():
+        fewest = min(layers_of[device, label]) == layers
+        by_device.setdefault((device, None if fewest else (label, layers)), []).extend(cells)
+    for (device, _), cells in by_device.items():
+        yield from _of_cells(cells, device, profile)
+
+
+def _of_cells(cells: list[probe.Probe], device: str, profile: str) -> Iterator[dict]:
+    frame, shown = probe.frame(cells), capability.summary
+    by_cell: dict[tuple, list[probe.Probe]] = {}
     for one in cells:
-        files.setdefault((one.label, one.setting.task, one.setting.convolution, one.learning_rate), []).append(one.name)
-    device = cells[0].environment["device_name"]
-    for row in capability.summary(probe.frame(cells)).itertuples():
-        task = TASKS.get(row.task)
-        behind = "" if row.convolution else ", without a convolution before it"
-        shown = (f"{task.title if task else row.task}, scaled accuracy{behind}", "share", 1, "higher")
-        names = files[(row.label, row.task, row.convolution, row.rate)]
-        where = {
-            "at": row.difficulty, "at_unit": task.unit if task else "difficulty", "kind": "small tasks",
-            "setting": f"best rate: {row.rate:g}", "device": device,
-            "records": [f"{profile}/{name}.json" for name in sorted(names)],
-        }  # fmt: skip
-        number = {"value": row.median, "low": row.low, "high": row.high, "range_of": "seeds", "n": row.n}
-        yield _row(row.label, row.title, shown, profile, **where, **number)
+        by_cell.setdefault((one.label, one.setting.task, one.setting.convolution), []).append(one)
+    found = shown(frame) if frame["accuracy"].notna().any() else pd.DataFrame(columns=["label", "task", "convolution"])
+    unsolved = {name: capability.why_not_shown(frame, name) for name in set(found["task"]) & set(TASKS)}
+    for (label, name, convolution), own in by_cell.items():
+        task = TASKS.get(name)
+        behind = "" if convolution else ", without a convolution before it"
+        what = (f"{task.title if task else name}, scaled accuracy{behind}", "share", 1, "higher")
+        unit = task.unit if task else "difficulty"
+        rows = found[(found["label"] == label) & (found["task"] == name) & (found["convolution"] == convolution)]
+        net = own[0].setting
+        setting = f"{net.layers} layer{'s' * (net.layers > 1)} of {net.width}, {net.steps} steps, the best of its rates"
+        where = {"at_unit": unit, "kind": "small tasks", "setting": setting, "device": device}
+        if rows.empty:
+            outcomes = sorted({probe.OUTCOMES[one.outcome] for one in own if one.outcome != "measured"})
+            said = "; ".join(outcomes) or "in another setting than most cells of this task"
+            links = sorted(f"{profile}/{one.name}.json" for one in own)
+            yield _row(label, own[0].title, what, profile, why=f"not measured: {said}", records=links, **where)
+        for row in rows.itertuples():
+            at_rate = [one for one in own if one.learning_rate == row.rate]
+            lost = sum(one.outcome != "measured" for one in at_rate)
+            notes = [f"{lost} of {len(at_rate)} seeds ended without a result"] if lost else []
+            notes += [unsolved[name]] if unsolved.get(name) and convolution == task.net.convolution else []
+            number = {"value": row.median, "low": row.low, "high": row.high, "n": row.n, "at": row.difficulty}
+            links = sorted(f"{profile}/{one.name}.json" for one in at_rate)
+            number |= {"range_of": f"seeds at rate {row.rate:g}", "note": "; ".join(notes) or None}
+            yield _row(label, row.title, what, profile, records=links, **where, **number)
 
 
 def computed() -> Iterator[dict]:
     """Every variant that has a file, and the usual patterns, by its own formulas: what needs no run."""
     for name in (*attention.variants(), *PATTERNS):
         for context in CONTEXTS:
-            label, title, number = by_formula(name, context)
+            where = {"at": context, "at_unit": "tokens", "kind": "computed", "device": "any, by formula"}
+            where["setting"] = "12 layers of 768, 12 heads, one sequence"
+            try:
+                label, title, number = by_formula(name, context)
+            except UsageError as error:  # of one variant, so the others' pages stand
+                for shown in COMPUTED.values():
+                    yield _row(attention.label(name), attention.label(name), shown, "formulas", why=str(error), **where)
+                continue
             for key, shown in COMPUTED.items():
                 reference = by_formula(REFERENCE, context)[2][key]
-                where = {"at": context, "at_unit": "tokens", "kind": "computed", "device": "any, by formula"}
-                where["setting"] = "12 layers of 768, 12 heads, one sequence"
                 ratio = {} if name == REFERENCE else {"ratio": number[key] / reference}
                 yield _row(label, title, shown, "formulas", value=number[key], **where, **ratio)
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import pandas as pd
 
 from lib import attention
-from lib.analysis.style import MIB
 from lib.attention import REFERENCE
 from lib.site import lookup
 
@@ -37,12 +36,12 @@ def variant(name: str, rows: pd.DataFrame, certificates: pd.DataFrame) -> str:
     """The page of one variant: what it is, what it costs and can do, whether it is what it says, and its file."""
     file = attention.find(name)
     made = attention.load(name)
-    title = lookup.by_formula(name, lookup.CONTEXTS[0])[1]
+    title = called(name, rows)
     mine = rows[rows["label"] == name]
     first, *rest = _docstring(file).split("\n\n")
     parts = [
         f"# {escaped(title)}",
-        f"`{name}` · {escaped(made.paper)}",
+        f"`{name}` · {escaped(getattr(made, 'paper', 'its file names no paper'))}",
         _prose(first),
         *map(_prose, rest),
         "## What it costs",
@@ -62,6 +61,17 @@ def variant(name: str, rows: pd.DataFrame, certificates: pd.DataFrame) -> str:
         f"```{{literalinclude}} ../lib/attention/{name}.py\n:language: python\n```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def called(name: str, rows: pd.DataFrame) -> str:
+    """The title of a variant as it is by default."""
+    return rows.loc[(rows["label"] == attention.label(name)) & (rows["kind"] == "computed"), "variant"].iloc[0]
+
+
+def _said(row) -> str:
+    """What is to be known of a number: its verdict, that its variant failed, what disturbed it."""
+    verdict = row.verdict if row.certified is not False else "fails its certificate"
+    return escaped("; ".join(said for said in (verdict, row.note) if isinstance(said, str))) or "–"
 
 
 def _docstring(file: Path) -> str:
@@ -94,22 +104,23 @@ def ratio(row) -> str:
 def _costs(mine: pd.DataFrame, name: str) -> str:
     measured = mine[mine["value"].notna()]
     if measured.empty:
-        return NOT_MEASURED.format(name=name)
+        return NOT_MEASURED.format(name=name) if mine.empty else "Nothing of it was measured; why stands below."
     measured = measured.assign(place=measured["kind"].map(ORDER)).sort_values(
         ["place", "profile", "setting", "what", "at"], kind="stable"
     )
     said = []
-    for (_, profile, setting, device), part in measured.groupby(["place", "profile", "setting", "device"], sort=False):
+    keys = ["place", "profile", "setting", "device", "variant"]
+    for (_, profile, setting, device, title), part in measured.groupby(keys, sort=False, dropna=False):
         shown = [
             {
                 "what": f"{escaped(row.what)}, at {row.at:,.0f} {row.at_unit}",
                 "measured": number(row.value, row.unit), "÷ SDPA": ratio(row), "n": row.n,
-                "verdict": row.verdict or "–",
+                "verdict": _said(row),
             }
             for row in part.itertuples()
         ]  # fmt: skip
         where = setting if f"on {device}" in setting else f"{setting}, on {device}"
-        said += [f"**{escaped(profile)}**: {escaped(where)}", table(shown)]
+        said += [f"**{escaped(profile)}**, as {escaped(title)}: {escaped(where)}", table(shown)]
     return "\n\n".join(said)
 
 
@@ -121,15 +132,23 @@ def _abilities(mine: pd.DataFrame, name: str) -> str:
         )
     rows = [
         {
-            "task": escaped(row.what), "difficulty": f"{row.at:,.0f} {row.at_unit}",
+            "as": escaped(row.variant), "task": escaped(row.what), "difficulty": f"{row.at:,.0f} {row.at_unit}",
             "median of its seeds": f"{row.value:.2f}", "their range": f"{row.low:.2f} to {row.high:.2f}", "n": row.n,
+            "records, device": escaped(f"{row.profile}, {row.device}"), "to be known": _said(row),
         }
-        for row in mine.itertuples()
+        for row in mine[mine["value"].notna()].itertuples()
     ]  # fmt: skip
-    return "0 is guessing, 1 is right, at the best of its learning rates.\n\n" + table(rows)
+    about = (
+        "0 is guessing, 1 is right, at the best of its learning rates, in small nets: **as** says which sizes of it "
+        "were tried, which may differ from those above."
+    )
+    return f"{about}\n\n{table(rows)}" if rows else "Nothing of it was measured; why stands below."
 
 
 def _formulas(mine: pd.DataFrame) -> str:
+    mine = mine[mine["value"].notna()]
+    if mine.empty:
+        return "GPT-2 small cannot have it; why stands below."
     rows = [
         {"what": escaped(row.what), "tokens": f"{row.at:,.0f}", "counted": number(row.value, row.unit),
          "÷ SDPA": ratio(row)}
@@ -202,16 +221,18 @@ def certificates(records: Path) -> pd.DataFrame:
 
 def variants(rows: pd.DataFrame) -> str:
     """The list of all variants: what each is in a line, and what it keeps of a long sequence."""
-    whole = lookup.by_formula(REFERENCE, lookup.CONTEXTS[-1])[2]["cache"]
     measured = rows[rows["kind"].isin(ORDER) & rows["value"].notna()]
     lines = []
+    counted = rows[(rows["kind"] == "computed") & (rows["at"] == lookup.CONTEXTS[-1])].set_index(["label", "what"])
     for name in attention.variants():
-        _, title, counts = lookup.by_formula(name, lookup.CONTEXTS[-1])
         first = _docstring(attention.find(name)).split("\n\n")[0]
         seen = sorted(set(measured.loc[measured["label"] == name, "profile"]))
+        cache = counted.loc[(name, lookup.COMPUTED["cache"][0])]
+        share = 1.0 if name == REFERENCE else cache["ratio"]
+        held = f"{cache['value']:,.1f} MiB ({100 * share:.1f} %)" if cache["value"] >= 0 else "–"
         lines.append({
-            "variant": f"[{escaped(title)}]({name}.md)", "what it does": _prose(first),
-            "cache at 32,768 tokens": f"{counts['cache'] / MIB:,.1f} MiB ({100 * counts['cache'] / whole:.1f} %)",
+            "variant": f"[{escaped(called(name, rows))}]({name}.md)", "what it does": _prose(first),
+            "cache at 32,768 tokens": held,
             "measured in": escaped(", ".join(seen)) if seen else "no record yet",
         })  # fmt: skip
     about = (

@@ -21,7 +21,7 @@
   const ratioOf = (row) => (row.ratio === null ? "–" : row.ratio.toFixed(3) + span(row.ratio_low, row.ratio_high));
   const rangeOf = (row) =>
     row.low === null ? "" : `${row.range_of} from ${number(row.low)} to ${number(row.high)} ${row.unit}`;
-  const saidOf = (row) => row.why || [row.verdict, row.certified === false ? "fails its certificate" : null]
+  const saidOf = (row) => row.why || [row.verdict, row.certified === false ? "fails its certificate" : null, row.note]
     .filter((said, place, all) => said && all.indexOf(said) === place).join("; ") || "–";
   const COLUMNS = [ // title, what it sorts by, what it shows, the filter that says it for all rows where it is set
     ["variant", (row) => row.variant.toLowerCase(), (row) => row.variant],
@@ -36,14 +36,16 @@
   ];
 
   function read() {
-    const given = new URLSearchParams(decodeURIComponent(location.hash.slice(1)) === "" ? "" : location.hash.slice(1));
-    view = location.hash.length > 1 ? { show: "ratio", sort: "÷ SDPA", order: "ascending", ...Object.fromEntries(given) } : { ...START };
+    const given = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+    if (!["ratio", "value"].includes(given.show)) delete given.show;
+    view = { show: "ratio", sort: "÷ SDPA", order: "ascending", ...given };
   }
   function write() {
     const kept = Object.entries(view).filter(([, value]) => value !== "");
     const hash = `#${new URLSearchParams(kept)}`;
-    history.replaceState(null, "", hash);
     byId("lookup-link").href = hash;
+    if (!isView() && location.hash) return; // a reader is at a heading
+    history.replaceState(null, "", hash);
   }
 
   const keeps = (row, names) => names.every((name) => !view[name] || valueOf(row, name) === view[name]);
@@ -84,7 +86,8 @@
     made.append(...[content].flat());
     return made;
   }
-  const link = (path, text) => element("a", text, { href: `records/${path}` });
+  const pathOf = (path) => `records/${path.split("/").map(encodeURIComponent).join("/")}`;
+  const link = (path, text) => element("a", text, { href: pathOf(path) });
   function recordsOf(row) {
     const [first, ...more] = row.records;
     if (!first) return [row.profile];
@@ -141,13 +144,14 @@
       at_text: atOf(row), measured: row.value === null ? "–" : `${number(row.value)} ${row.unit}`,
       beside: ratioOf(row), n: row.n === null ? "–" : row.n, said: saidOf(row),
       certificate: row.certified === false ? "failed" : row.certified ? "passed" : "not of these records",
-      record: row.records[0] ? `records/${row.records[0]}` : null,
-    })).filter((row) => row.x !== null && row.x > 0);
+      record: row.records[0] ? pathOf(row.records[0]) : null,
+    })).filter((row) => row.x !== null);
   }
 
   async function plot(some) {
     const points = plotted(some);
-    const measures = new Set(points.map((row) => row.what)), studies = new Set(points.map((row) => row.profile + row.setting));
+    const measures = new Set(points.map((row) => row.what)), studies = new Set(points.map((row) => 
+      [row.profile, row.kind === "small tasks" ? "" : row.setting, row.device, row.at].join()));
     const said = byId("lookup-said"), where = byId("lookup-chart");
     if (chart) { chart.finalize(); chart = null; }
     where.replaceChildren();
@@ -166,6 +170,12 @@
       : "";
     const spec = structuredClone(views[overLengths ? "lines" : "dots"]);
     spec.datasets = { rows: points };
+    if (points.some((row) => row.x <= 0)) { // which a logarithm has no place for
+      spec.layer.forEach((layer) => ["x", "y"].forEach((axis) => {
+        if (layer.encoding[axis]?.field === "x") layer.encoding[axis].scale = { type: "linear", padding: 20 };
+      }));
+      spec.layer.forEach((layer) => { delete layer.transform; });
+    }
     spec.title = axis;
     spec.config = { ...spec.config, ...colours() };
     const made = await window.vegaEmbed(where, spec, { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", logLevel: 1 });
@@ -188,8 +198,9 @@
   byId("lookup-show").addEventListener("change", (event) => { view.show = event.target.value; draw(); });
   byId("lookup-text").addEventListener("input", (event) => { view.text = event.target.value; draw(); });
   byId("lookup-all").addEventListener("click", () => { view = { show: view.show, sort: view.sort, order: view.order }; draw(); });
-  window.addEventListener("hashchange", () => { read(); draw(); });
+  const isView = () => location.hash.includes("="); // else the hash is a heading's
+  window.addEventListener("hashchange", () => { if (isView()) { read(); draw(); } });
   new MutationObserver(() => draw()).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
-  read();
+  if (isView()) read();
   draw();
 })();
