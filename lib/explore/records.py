@@ -21,7 +21,8 @@ def records(folder: str = "records") -> Screen:
     """The records of a folder's folders: a figure or a ranking of those variants that are picked, and one in full."""
     found, root = {}, paths.from_root(folder)
     depths = (*FOLDERS, *(f"{depth}/{record.DEVICE_FOLDER}*" for depth in FOLDERS))
-    for path in sorted({path for depth in depths for path in root.glob(depth)}):
+    there = {path for depth in depths for path in root.glob(depth)}
+    for path in sorted(there, key=lambda path: (path.relative_to(root).as_posix().startswith("by-"), path)):
         if path.name.startswith(OF_OTHER_KINDS) or not any(path.glob("*.json")):
             continue
         runs = record.read(path)

@@ -206,7 +206,6 @@ def _sphinx(source: Path, made: Path, trees: Path, root: Path) -> None:
             "navigation_with_keys": False,
             "navbar_persistent": [],  # the sidebar has the search
             "use_download_button": False,
-            "article_footer_items": ["prev-next.html"],
             "footer_start": [],
         },
         "html_static_path": [str(STATIC)],

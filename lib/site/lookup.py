@@ -225,6 +225,10 @@ def of_steps(paths: list[Path], profile: str) -> Iterator[dict]:
                     if metric == "peak_memory_bytes" and entry.label != REFERENCE and len(turns):
                         whole = turns[(turns["label"] == REFERENCE) & (turns["context"] == size.context)][metric].max()
                         beside = {"ratio": level / whole}  # NaN where SDPA has none
+                    lost = mine.loc[mine[metric].isna(), "energy_null_reason"].dropna()
+                    if len(lost) and metric == "energy_j_per_step":
+                        reasons = "; ".join(sorted({REASONS[code] for code in lost}))
+                        number["note"] = f"{len(lost)} of {len(mine)} rounds without joules: {reasons}"
                     yield _row(entry.label, entry.title, shown, profile, range_of="rounds", **where, **number, **beside)
 
 

@@ -36,7 +36,8 @@ html_theme.sidebar_secondary.remove: true
 # Look it up
 
 What the committed records hold of each variant and pattern, beside SDPA's in the same block, round or length where
-there is one. A range or an interval stands in the tooltip, and behind each number its records. The address holds the
+there is one. A range or an interval stands in the tooltip, and behind each number its records. A click on a dot opens
+the first of them; a cross, and a row in italics, are of a variant that failed its certificate. The address holds the
 view, so a link to it shows the same. What each number means: [how to read the numbers](docs/numbers.md); all of it to
 take away: [the data set](docs/dataset.md).
 
@@ -45,7 +46,7 @@ take away: [the data set](docs/dataset.md).
 <noscript>A script filters this table. Without one: <a href="data/measurements.csv.gz">all as CSV</a>.</noscript>
 <div class="lookup-filters" role="group" aria-label="Filters">
 {filters}
-<label>words<input id="lookup-text" type="search" placeholder="linear, window ..."></label>
+<label>words<input id="lookup-text" type="search" placeholder="linear, window"></label>
 <label>draw<select id="lookup-show"><option value="ratio">ratio to SDPA</option>
 <option value="value">measured number</option></select></label>
 <button id="lookup-all" type="button">show all</button>

@@ -221,7 +221,7 @@ def certificates(records: Path) -> pd.DataFrame:
 
 def variants(rows: pd.DataFrame) -> str:
     """The list of all variants: what each is in a line, and what it keeps of a long sequence."""
-    measured = rows[rows["kind"].isin(ORDER) & rows["value"].notna()]
+    measured = rows[rows["kind"].isin((*ORDER, "small tasks")) & rows["value"].notna()]
     lines = []
     counted = rows[(rows["kind"] == "computed") & (rows["at"] == lookup.CONTEXTS[-1])].set_index(["label", "what"])
     for name in attention.variants():

@@ -50,9 +50,10 @@
 
   const keeps = (row, names) => names.every((name) => !view[name] || valueOf(row, name) === view[name]);
   function found() {
-    const words = (view.text || "").toLowerCase().split(/\s+/).filter(Boolean);
+    const either = (view.text || "").toLowerCase().split(",").map((part) => part.split(/\s+/).filter(Boolean));
+    const wanted = either.filter((part) => part.length);
     const text = (row) => `${row.variant} ${row.label} ${row.what} ${row.setting || ""}`.toLowerCase();
-    return rows.filter((row) => keeps(row, FILTERS) && words.every((word) => text(row).includes(word)));
+    return rows.filter((row) => keeps(row, FILTERS) && (!wanted.length || wanted.some((part) => part.every((word) => text(row).includes(word)))));
   }
 
   function offer() {
@@ -158,7 +159,9 @@
     if (!points.length || measures.size > 1) {
       said.textContent = points.length
         ? "Pick one \u201cwhat\u201d to draw it: numbers of different things share no axis."
-        : `No number to draw here${view.show === "ratio" ? " beside SDPA: show the measured numbers instead" : ""}.`;
+        : !some.length ? "No row fits all filters: \u201cshow all\u201d drops them."
+          : some.every((row) => row.value === null) ? "Nothing of this was measured; the table says why."
+            : "None of these stands beside SDPA: draw the measured number instead.";
       return;
     }
     const lengths = new Set(points.map((row) => row.at));
@@ -178,7 +181,7 @@
     }
     spec.title = axis;
     spec.config = { ...spec.config, ...colours() };
-    const made = await window.vegaEmbed(where, spec, { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", logLevel: 1 });
+    const made = await window.vegaEmbed(where, spec, { actions: { export: true, source: false, compiled: false, editor: false }, renderer: "svg", logLevel: 1, tooltip: { theme: document.documentElement.dataset.theme } });
     chart = made;
     where.querySelector("summary")?.setAttribute("aria-label", "save the chart");
     where.querySelector("svg")?.setAttribute("aria-label", `${axis}: ${sorted(some).slice(0, 12).map((row) => `${row.variant} ${view.show === "ratio" ? ratioOf(row) : number(row.value)}`).join("; ")}`);
