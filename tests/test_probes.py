@@ -129,6 +129,10 @@ def test_a_loss_that_is_not_finite_is_a_result_of_its_own():
         ({"variants": [{"attention": "sdpa", "options": {"sdpa": {"window": 16}}}]}, "sdpa has no option 'window'"),
         ({"variants": [{"attention": "sdpa", "option": {}}]}, "there is no parameter 'option'"),
         ({"variants": ["sdpa", "sdpa"]}, "sdpa stands twice for recall"),
+        (
+            {"variants": [{"attention": "gqa", "options": {"gqa": {"kv_heads": groups}}} for groups in (1, 2)]},
+            "two variants or patterns are called 'gqa'; give one of them another label",
+        ),
         ({"variants": [{"attention": "sdpa", "label": 3}]}, "label must be str, not 3"),
         ({"variants": [{"attention": "sdpa", "label": ["a"]}]}, "label must be str, not ['a']"),
         ({"variants": [{"attention": ["sdpa"]}]}, "attention must be str, not ['sdpa']"),

@@ -219,6 +219,8 @@ def test_cells_of_other_devices_layers_and_outcomes_are_told_apart(tmp_path):
         cell(folder, seed=seed, accuracy=0.8, layers=2)
         cell(folder, seed=seed, accuracy=0.4, device="b GPU")
         cell(folder, "sdpa", seed=seed, accuracy=0.3)
+        cell(folder, "kda", seed=seed, accuracy=0.1)
+        cell(folder, "kda", seed=seed, accuracy=0.7, title="KDA, otherwise", rate=0.003)
     lost = {"outcome": "loss_not_finite", "says": "it diverged", "results": [], "time_s": None}
     cell(folder, "gqa", **lost)
     cell(folder, "mla", seed=0, accuracy=0.9)
@@ -229,6 +231,9 @@ def test_cells_of_other_devices_layers_and_outcomes_are_told_apart(tmp_path):
     got = {(row.device, row.setting.split(" of ")[0], row.value, int(row.n)) for row in linear.itertuples()}
     assert got == {("a CPU", "1 layer", 0.2, 3), ("a CPU", "2 layers", 0.8, 3), ("b GPU", "1 layer", 0.4, 3)}
     assert "sdpa reaches 0.30 where it must reach 0.99" in only(linear, device="a CPU", value=0.2)["note"]
+    kda = found[found["label"] == "kda"]
+    assert dict(zip(kda["variant"], kda["value"], strict=True)) == {"kda": 0.1, "KDA, otherwise": 0.7}
+    assert not set(only(kda, value=0.1)["records"]) & set(only(kda, value=0.7)["records"])
     gqa = only(found, label="gqa")
     assert pd.isna(gqa["value"]) and gqa["why"] == "not measured: the loss was not finite" and len(gqa["records"]) == 1
     assert only(found, label="mla")["note"].startswith("1 of 2 seeds ended without a result")

@@ -38,7 +38,7 @@ def at_best(cells: pd.DataFrame) -> pd.DataFrame:
     that every rate has (or all, where they share none); the middle one of equals."""
     cells = in_one_setting(cells)
     usable, kept = cells.dropna(subset=["accuracy"]), []
-    for _, own in usable.groupby(["label", "task", "convolution", "setting"], sort=False):
+    for _, own in usable.groupby(["label", "title", "task", "convolution", "setting"], sort=False):
         hardest = own[own["difficulty"] == own["difficulty"].max()]
         shared = set.intersection(*(set(part["seed"]) for _, part in hardest.groupby("rate")))
         medians = (hardest[hardest["seed"].isin(shared)] if shared else hardest).groupby("rate")["scaled"].median()

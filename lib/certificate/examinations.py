@@ -611,7 +611,10 @@ def _left_behind(twins: Twins) -> float:
 
 @torch.no_grad()
 def _left_behind_timed(twins: Twins) -> tuple[float, float]:
-    """The same of the first and the last layer in the run's precision: how far, and how far rounding may take it."""
+    """The same of the first and the last layer in the run's precision: how far, and how far rounding may take it.
+
+    Twice what other checks allow: what is left behind is off by tenths, and by chance few tokens round the same way.
+    """
     pairs, worst = list(twins.layers()), (0.0, 1.0)
     hidden = twins.hidden(2, min(40, twins.setting.length), twins.device, torch.float32)
     exact = hidden.to(twins.exact_device, torch.float64)
@@ -629,7 +632,7 @@ def _left_behind_timed(twins: Twins) -> tuple[float, float]:
             turned = torch.rand(its.shape, dtype=torch.float64) + 0.5
             its.mul_(turned.to(its))
             mine.copy_(its)
-        given, expected, allowed = both(), twin.reference(exact), _allowed(twins, twin, exact)
+        given, expected, allowed = both(), twin.reference(exact), 2 * _allowed(twins, twin, exact)
         for form in given:
             off = deviation(form, expected.to(form.device))
             if not off / allowed <= worst[0] / worst[1]:

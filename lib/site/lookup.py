@@ -296,15 +296,20 @@ def _of_cells(cells: list[probe.Probe], device: str, profile: str) -> Iterator[d
     frame, shown = probe.frame(cells), capability.summary
     by_cell: dict[tuple, list[probe.Probe]] = {}
     for one in cells:
-        by_cell.setdefault((one.label, one.setting.task, one.setting.convolution), []).append(one)
-    found = shown(frame) if frame["accuracy"].notna().any() else pd.DataFrame(columns=["label", "task", "convolution"])
+        by_cell.setdefault((one.label, one.title, one.setting.task, one.setting.convolution), []).append(one)
+    found = (
+        shown(frame)
+        if frame["accuracy"].notna().any()
+        else pd.DataFrame(columns=["label", "title", "task", "convolution"])
+    )
     unsolved = {name: capability.why_not_shown(frame, name) for name in set(found["task"]) & set(TASKS)}
-    for (label, name, convolution), own in by_cell.items():
+    for (label, title, name, convolution), own in by_cell.items():
         task = TASKS.get(name)
         behind = "" if convolution else ", without a convolution before it"
         what = (f"{task.title if task else name}, scaled accuracy{behind}", "share", 1, "higher")
         unit = task.unit if task else "difficulty"
         rows = found[(found["label"] == label) & (found["task"] == name) & (found["convolution"] == convolution)]
+        rows = rows[rows["title"] == title]
         net = own[0].setting
         setting = f"{net.layers} layer{'s' * (net.layers > 1)} of {net.width}, {net.steps} steps, the best of its rates"
         where = {"at_unit": unit, "kind": "small tasks", "setting": setting, "device": device}
@@ -312,7 +317,7 @@ def _of_cells(cells: list[probe.Probe], device: str, profile: str) -> Iterator[d
             outcomes = sorted({probe.OUTCOMES[one.outcome] for one in own if one.outcome != "measured"})
             said = "; ".join(outcomes) or "in another setting than most cells of this task"
             links = sorted(f"{profile}/{one.name}.json" for one in own)
-            yield _row(label, own[0].title, what, profile, why=f"not measured: {said}", records=links, **where)
+            yield _row(label, title, what, profile, why=f"not measured: {said}", records=links, **where)
         for row in rows.itertuples():
             at_rate = [one for one in own if one.learning_rate == row.rate]
             lost = sum(one.outcome != "measured" for one in at_rate)

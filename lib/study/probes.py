@@ -103,6 +103,10 @@ def cells(made: Plan) -> list[Cell]:
     doubled = next((cell for cell in found if names.count(cell.name) > 1), None)
     if doubled:
         raise UsageError(f"{doubled.label} stands twice for {doubled.setting.task}; leave one out")
+    called: dict[tuple, tuple] = {}
+    for cell in found:  # one name for two would be one row of every table
+        if called.setdefault((cell.setting.task, cell.label), cell.pattern) != cell.pattern:
+            raise UsageError(f"two variants or patterns are called {cell.label!r}; give one of them another label")
     return found
 
 
