@@ -28,7 +28,9 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def parsed(site):
-    return {path: BeautifulSoup(path.read_text("utf-8"), "html.parser") for path in sorted(site.rglob("*.html"))}
+    return {
+        path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in sorted(site.rglob("*.html"))
+    }
 
 
 def small_root(folder: Path) -> Path:
@@ -137,13 +139,13 @@ def test_a_new_variant_and_its_records_appear_without_other_edits(tmp_path, monk
         (root / folder / "gone").symlink_to(secret / "nothing")
     first = build.build(tmp_path / "site", root).parent
     assert not [path for path, content in bytes_of(first).items() if b"TOKEN" in content]
-    page = BeautifulSoup((first / "variants" / "oneself.html").read_text("utf-8"), "html.parser")
+    page = BeautifulSoup((first / "variants" / "oneself.html").read_text(encoding="utf-8"), "html.parser")
     text = page.get_text(" ", strip=True)
     for said in ("Nobody 2026", "out = V", "Recall", "strength", "12 MiB", "class Attention", "No committed record"):
         assert said in text, said
-    assert "oneself.html" in (first / "variants" / "index.html").read_text("utf-8")
-    assert '"oneself"' in (first / "_static" / "lookup-rows.js").read_text("utf-8")
-    index = BeautifulSoup((first / "index.html").read_text("utf-8"), "html.parser")
+    assert "oneself.html" in (first / "variants" / "index.html").read_text(encoding="utf-8")
+    assert '"oneself"' in (first / "_static" / "lookup-rows.js").read_text(encoding="utf-8")
+    index = BeautifulSoup((first / "index.html").read_text(encoding="utf-8"), "html.parser")
     links = {tag.get_text(): tag["href"] for tag in index.find_all("a", href=True)}
     assert links["one"] == "variants/sdpa.html" and links["all"] == "variants/index.html"
     assert (first / "params" / "index.html").is_file()
@@ -152,20 +154,25 @@ def test_a_new_variant_and_its_records_appear_without_other_edits(tmp_path, monk
     again = build.build(first, root).parent  # over what it made, and to the same bytes
     assert bytes_of(again) == before
 
-    page, cells = root / "docs" / "numbers.md", root / "notebooks" / "train.ipynb"
-    for path, content, said in (
-        (page, "# n\n\n[nowhere](nowhere.md)\n", "numbers.md.*nowhere"),
-        (page, '# n\n\n<img src="none.png" alt="none">\n', "docs/numbers names 'none.png'"),
-        (page, b"\xff\xfe", "docs/numbers.md is no text in UTF-8"),
-        (cells, '{"cells": [{', "notebooks/train.ipynb is no whole notebook"),
-    ):
-        kept = path.read_bytes()
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(UsageError, match=said):
-            build.build(first, root)
-        path.write_bytes(kept)
+    (root / "docs" / "numbers.md").write_text("# n\n\n[nowhere](nowhere.md)\n")
+    with pytest.raises(UsageError, match=r"numbers.md.*nowhere"):
+        build.build(first, root)
     assert bytes_of(first) == before  # what was there stands
     assert sorted(path.name for path in tmp_path.iterdir()) == ["project", "secret", "site"]
+
+
+def test_what_is_no_page_is_named(tmp_path):
+    page, notebook = tmp_path / "docs" / "page.html", tmp_path / "notebooks" / "one.ipynb"
+    for path, content in ((page, b'<img src="none.png">'), (notebook, b'{"cells": [{')):
+        path.parent.mkdir()
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"the page docs/page names 'none.png', which the site does not hold"):
+        build._check_links(tmp_path)
+    with pytest.raises(UsageError, match=r"notebooks/one.ipynb is no whole notebook"):
+        build._stage_notebook(notebook, tmp_path / "staged", ROOT, set())
+    page.write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match=r"docs/page.html is no text in UTF-8"):
+        build._text(page)
 
 
 def test_links_in_code_stay_and_others_lead_into_the_site():

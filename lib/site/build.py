@@ -82,19 +82,19 @@ def _stage(source: Path, root: Path, rows, certificates) -> None:
     (source / "docs").mkdir()
     listed: set[str] = set()
     for path in sorted((root / "docs").glob("*.md")):
-        (source / "docs" / path.name).write_text(_relinked(_text(path), "docs", root, listed), "utf-8")
+        (source / "docs" / path.name).write_text(_relinked(_text(path), "docs", root, listed), encoding="utf-8")
     (source / "notebooks").mkdir()
     for path in sorted((root / "notebooks").glob("*.ipynb")):
         _stage_notebook(path, source / "notebooks" / path.name, root, listed)
     index = _relinked(_text(root / "README.md"), "", root, listed)
-    (source / "index.md").write_text(_index(index, root), "utf-8")
+    (source / "index.md").write_text(_index(index, root), encoding="utf-8")
     (source / "variants").mkdir()
-    (source / "variants" / "index.md").write_text(pages.variants(rows), "utf-8")
+    (source / "variants" / "index.md").write_text(pages.variants(rows), encoding="utf-8")
     for name in attention.variants():
-        (source / "variants" / f"{name}.md").write_text(pages.variant(name, rows, certificates), "utf-8")
-    (source / "lookup.md").write_text(lookup_page.page(rows), "utf-8")
+        (source / "variants" / f"{name}.md").write_text(pages.variant(name, rows, certificates), encoding="utf-8")
+    (source / "lookup.md").write_text(lookup_page.page(rows), encoding="utf-8")
     for name in sorted(listed):
-        (source / name / "index.md").write_text(pages.folder(source / name, name), "utf-8")
+        (source / name / "index.md").write_text(pages.folder(source / name, name), encoding="utf-8")
 
 
 def _copy(folder: Path, to: Path, only: set[Path] | None = None) -> None:
@@ -111,7 +111,7 @@ def _copy(folder: Path, to: Path, only: set[Path] | None = None) -> None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise UsageError(f"{path.parent.name}/{path.name} is no text in UTF-8; save it as such") from None
 
@@ -126,7 +126,7 @@ def _stage_notebook(path: Path, staged: Path, root: Path, listed: set[str]) -> N
         if isinstance(error, UsageError):
             raise
         raise UsageError(f"notebooks/{path.name} is no whole notebook; put it back as it was, or take it out") from None
-    staged.write_text(json.dumps(notebook), "utf-8")
+    staged.write_text(json.dumps(notebook), encoding="utf-8")
 
 
 def _relinked(text: str, here: str, root: Path, listed: set[str]) -> str:
@@ -188,7 +188,7 @@ def _sphinx(source: Path, made: Path, trees: Path, root: Path) -> None:
     from sphinx.application import Sphinx
     from sphinx.util.docutils import docutils_namespace, patch_docutils
 
-    version = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    version = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     settings = {
         "project": "The attention study",
         "author": "the attention study's authors",
@@ -234,19 +234,21 @@ def _add_files(made: Path, records: Path, rows) -> None:
     held = lookup.held(records, lambda path, *_: path)
     _copy(records, made / "records", {path for paths in held.values() for path in paths})
     data.write(made / "data", records)
-    (made / "_static" / "lookup-rows.js").write_text(lookup_page.script(rows), "utf-8")
-    (made / "_static" / "vega.js").write_text(lookup_page.vega(), "utf-8")
+    (made / "_static" / "lookup-rows.js").write_text(lookup_page.script(rows), encoding="utf-8")
+    (made / "_static" / "vega.js").write_text(lookup_page.vega(), encoding="utf-8")
     for pattern in NEEDLESS:
         for path in sorted((made / "_static").rglob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     (made / ".buildinfo").unlink(missing_ok=True)
     (made / ".nojekyll").touch()  # a public host serves _static as well
-    (made / MARK).write_text("Made by `python -m lib.site`; it may be replaced.\n", "utf-8")
+    (made / MARK).write_text("Made by `python -m lib.site`; it may be replaced.\n", encoding="utf-8")
 
 
 def _check_links(made: Path) -> None:
     """Raises UsageError for what a page names and the site does not hold: Sphinx looks at Markdown's links alone."""
-    parsed = {path: BeautifulSoup(path.read_text("utf-8"), "html.parser") for path in sorted(made.rglob("*.html"))}
+    parsed = {
+        path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in sorted(made.rglob("*.html"))
+    }
     names = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in parsed.items()}
     for path, page in parsed.items():
         for tag, attribute in ((tag, name) for name in ("href", "src") for tag in page.find_all(attrs={name: True})):
