@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -123,6 +124,11 @@ class Attention(nn.Module):
 def test_a_new_variant_and_its_records_appear_without_other_edits(tmp_path, monkeypatch):
     root = small_root(tmp_path / "project")
     (root / "lib" / "attention" / "oneself.py").write_text(NEW)
+    for name in attention.variants():  # by whose modules other tests in this process go on
+        attention.load(name)
+        module = sys.modules[f"lib.attention.{name}"]
+        monkeypatch.setitem(sys.modules, f"lib.attention.{name}", module)
+        monkeypatch.setattr(attention, name, module)
     monkeypatch.setattr(attention, "HERE", root / "lib" / "attention")
     cell = probe.load(next(ROOT.glob("records/capability-cpu/recall-sdpa-*.json")))
     mixer = {"attention": "oneself", "options": {}, "attention_sha256": "0" * 64}
