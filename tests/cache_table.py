@@ -14,20 +14,11 @@ if __name__ == "__main__":
 from lib import attention
 from lib.model import gpt2_config
 from lib.paths import ROOT
+from lib.site.lookup import PATTERNS
 
 PAGE = ROOT / "docs" / "variants.md"
 BEGIN, END = "<!-- the table, written by tests/cache_table.py -->", "<!-- end of the table -->"
 CONTEXT, ELEMENT_BYTES, MIB = 32_768, 2, 1 << 20
-PATTERNS = {  # and who chooses it, with other windows and sizes
-    "sliding_window,sdpa": "as in Gemma 2",
-    "sliding_window,sliding_window,sliding_window,sliding_window,sliding_window,sdpa": "as in Gemma 3",
-    "sinks,sdpa": "as in gpt-oss, which has sinks in both",
-    "linear,linear,linear,sdpa": "three to one",
-    "retention,retention,retention,sdpa": "three to one",
-    "mamba2,mamba2,mamba2,sdpa": "three to one",
-    "gated_deltanet,gated_deltanet,gated_deltanet,gated": "as in Qwen3-Next",
-    "kda,kda,kda,mla": "as in Kimi Linear",
-}
 
 
 def held(name: str) -> tuple[str, float]:
