@@ -82,7 +82,7 @@ FIRST = (
     Stage("versions", ("{python}", "-c", VERSIONS), 5, 60),
 )
 STEPS_COMMAND = ("{python}", "-m", "lib.study.steps", "{profile}", "--write", "{file}", "--within-s", "{within_s}")
-STEPS = Stage("steps", STEPS_COMMAND, 120)
+STEPS = tuple(Stage(profile, STEPS_COMMAND, 120) for profile in ("steps_gpu_today", "steps_gpu"))
 # Seconds of a run on an H100: the arithmetic is in the profiles' comments.
 BLOCKS = (Blocks("gpu_512", 9, 120), Blocks("gpu_4096", 9, 120), Blocks("gpu_phases", 9, 180, most=1))
 BLOCK_COMMAND = (
@@ -586,7 +586,7 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [stage.name for stage in (*FIRST, STEPS, *BENCHMARKS)] + [blocks.profile for blocks in BLOCKS]
+    names = [stage.name for stage in (*FIRST, *STEPS, *BENCHMARKS)] + [blocks.profile for blocks in BLOCKS]
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder for the results")
     parser.add_argument("--budget-s", type=float, default=540, metavar="S", help="seconds for all of it (540)")
     resumed = "what earlier sessions left; their runs are not run again"
@@ -622,12 +622,13 @@ def main(words: list[str] | None = None) -> int:
         for stage in FIRST:
             if stage.name not in options.skip and (gpu or stage.command[0] != "nvidia-smi"):
                 session.run(stage)
-        if STEPS.name not in options.skip:
-            profile = ROOT / "params" / "steps_gpu.yaml"
+        for stage in STEPS:
+            profile = ROOT / "params" / f"{stage.name}.yaml"
             if options.rehearse:
-                profile = session.work / "steps.yaml"
+                profile = session.work / f"{stage.name}.yaml"
                 profile.write_text(TINY_STEPS, encoding="utf-8")
-            session.run(STEPS, profile=str(profile), file=str(session.steps / "steps.json"))
+            if stage.name not in options.skip:
+                session.run(stage, profile=str(profile), file=str(session.steps / f"{stage.name}.json"))
         profiles, overhead_profile = {}, ROOT / "params" / "gpu_512.yaml"
         for blocks in BLOCKS:
             path = ROOT / "params" / f"{blocks.profile}.yaml"

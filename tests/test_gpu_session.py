@@ -41,7 +41,7 @@ def script(monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "BLOCK_COMMAND", study())
-    monkeypatch.setattr(module, "STEPS", module.Stage("steps", ("{python}", "-c", "print('stepped')"), 0))
+    monkeypatch.setattr(module, "STEPS", (module.Stage("steps_gpu", ("{python}", "-c", "print('stepped')"), 0),))
     monkeypatch.setattr(module, "gpu_list", lambda: "GPU 0: a stand-in (UUID: GPU-1)")
     return module
 
@@ -114,7 +114,7 @@ def test_first_stages_run_in_order_and_a_failing_one_stops_nothing(script, tmp_p
     found = [(stage["name"], stage["exit_code"], stage["outcome"]) for stage in stages(tmp_path / "out")]
     assert found[:2] == [("facts", 0, "fine"), ("broken", 3, "no luck")]
     assert found[2][:2] == ("absent", 127) and "cannot start" in found[2][2]
-    assert found[3] == ("steps", 0, "stepped") and found[4][:2] == ("bench", 0)
+    assert found[3] == ("steps_gpu", 0, "stepped") and found[4][:2] == ("bench", 0)
     assert packed(tmp_path / "out", "benchmarks") == ["benchmarks/a.csv"]
 
 
@@ -236,7 +236,7 @@ spec.loader.exec_module(module)
 module.has_gpu = lambda: True
 module.BLOCK_COMMAND = {study(then=f"open({str(ready)!r}, 'w').write('x')" + chr(10) + HANG)!r}
 module.FIRST, module.BLOCKS = (), (module.Blocks("gpu_512", 1, 1), module.Blocks("gpu_4096", 1, 1))
-module.STEPS = module.Stage("steps", ("true",), 0)
+module.STEPS = (module.Stage("steps_gpu", ("true",), 0),)
 module.BENCHMARKS = (module.Stage("bench", ("true",), 0),)
 sys.exit(module.main(["--out", {str(tmp_path / "out")!r}, "--budget-s", "600"]))
 """
@@ -329,13 +329,14 @@ def test_rounds_of_training_steps_come_back_and_are_gone_on_with(script, tmp_pat
     """The stage's file lies among the records, and where the next session's stage looks for it."""
     code = "import json, sys; path, left = sys.argv[1:]; assert 0 < float(left) < 60; "
     code += "open(path, 'a').write(json.dumps({'kind': 'steps'}) if not open(path, 'a').tell() else ' ')"
-    monkeypatch.setattr(script, "STEPS", script.Stage("steps", (*python(code), "{file}", "{within_s}"), 0, 60))
+    stage = script.Stage("steps_gpu", (*python(code), "{file}", "{within_s}"), 0, 60)
+    monkeypatch.setattr(script, "STEPS", (stage,))
     monkeypatch.setattr(script, "FIRST", ())
     skipped = ["--skip", *(blocks.profile for blocks in script.BLOCKS), *(stage.name for stage in script.BENCHMARKS)]
     for folder, earlier in (("one", []), ("two", ["--from", str(tmp_path / "one")])):
         assert script.main(["--out", str(tmp_path / folder), "--budget-s", "90", *earlier, *skipped]) == 0
         with tarfile.open(tmp_path / folder / "records.tar.gz") as tar:
-            content = tar.extractfile("steps/steps.json").read()
+            content = tar.extractfile("steps/steps_gpu.json").read()
     assert content == b'{"kind": "steps"} '
 
 
@@ -365,7 +366,7 @@ def test_all_well_is_exit_0_and_skipped_stages_do_not_run(script, tmp_path, monk
     monkeypatch.setattr(script, "BENCHMARKS", (script.Stage("three", python("raise SystemExit(1)"), 0),))
     skipped = ["--skip", "one", "gpu_512", "gpu_4096", "gpu_phases", "three"]
     assert script.main(["--out", str(tmp_path / "out"), "--budget-s", "60", *skipped]) == 0
-    assert [stage["name"] for stage in stages(tmp_path / "out")] == ["two", "steps"]
+    assert [stage["name"] for stage in stages(tmp_path / "out")] == ["two", "steps_gpu"]
 
 
 def test_a_rehearsal_is_the_real_profile_in_tiny(script):
