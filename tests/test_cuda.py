@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_attention import HASHES
 from test_training import P, make_rows
+from transformers.cache_utils import Cache
 
 from lib import attention, certificate, training
 from lib.certificate import variant
@@ -161,3 +162,36 @@ def test_the_gpu_s_busy_fraction_is_a_share_and_leaves_no_trace(name):
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
     assert 0 < trainer.busy_fraction().joules <= 1
     assert all(torch.equal(one, other) for one, other in zip(before, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["gated_deltanet", "kda", "mamba2", "retention"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [2, 64, 200])
+def test_fla_s_kernels_give_what_the_chunks_in_float64_give(name, dtype, length):
+    """Output, gradients and the state behind a text that is read in two pieces, left padding in it."""
+    pytest.importorskip("fla")
+    torch.manual_seed(0)
+    plain, fused = (attention.load(name)(gpt2_config(1, 128, 2, 512, 2), 0, **own).to(CUDA) for own in ({}, FLA))
+    for weight in plain.parameters():
+        torch.nn.init.normal_(weight, 0.0, 0.1)
+    fused.load_state_dict(plain.state_dict())
+    plain, fused = plain.double(), fused.to(dtype)
+    x = torch.randn(3, length + 65, 128, device=CUDA)
+    padding = torch.ones(3, length + 65, dtype=torch.bool, device=CUDA)
+    padding[1, : length // 2] = False
+    found = []
+    for layer in (plain, fused):
+        y = x.to(next(layer.parameters()).dtype).requires_grad_()
+        cache = Cache(layers=[layer.new_cache()])
+        pieces = [
+            layer(piece, past_key_values=cache, padding_mask=padding[:, :end])[0]
+            for piece, end in ((y[:, :length], length), (y[:, length:], length + 65))
+        ]
+        out = torch.cat(pieces, dim=1) * padding[..., None]
+        out.square().sum().backward()
+        found.append((out, y.grad, cache.layers[0].state, *(weight.grad for weight in layer.parameters())))
+    for theirs, ours in zip(*found, strict=True):
+        assert (ours.double() - theirs).norm() <= {torch.bfloat16: 0.03, torch.float32: 0.005}[dtype] * theirs.norm()
+
+
+FLA = {"kernels": "fla"}

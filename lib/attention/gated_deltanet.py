@@ -8,6 +8,7 @@ goes the state. O(T C (c + D)) time, O(T C c / D) memory; decoding costs O(C D) 
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ class Attention(nn.Module):
     )
     needs_no_positions = True  # a state knows what came last
 
-    def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64, heads=0):
+    def __init__(self, config, layer_idx, gate=True, beta_max=1, chunk=64, heads=0, kernels="torch"):
         super().__init__()
         if type(heads) is not int or heads < 0:
             raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
@@ -40,8 +41,11 @@ class Attention(nn.Module):
             )
         if not isinstance(gate, bool):
             raise ValueError(f"gate must be true (states decay) or false (DeltaNet), not {gate!r}")
+        if kernels not in ("torch", "fla"):
+            raise ValueError(f"kernels must be 'torch', or 'fla' for fla-core's on CUDA, not {kernels!r}")
         self.layer_idx = layer_idx
         self.gate, self.beta_max, self.chunk = gate, beta_max, chunk  # chunk: c
+        self.kernels = kernels
         self.heads = heads  # H
         self.width = config.n_embd  # C
         self.head_width = config.n_embd // heads  # D
@@ -58,7 +62,8 @@ class Attention(nn.Module):
 
     @property
     def title(self):
-        return ("Gated DeltaNet" if self.gate else "DeltaNet") + (", beta 2" if self.beta_max == 2 else "")
+        name = ("Gated DeltaNet" if self.gate else "DeltaNet") + (", beta 2" if self.beta_max == 2 else "")
+        return name + (", fla kernels" if self.kernels == "fla" else "")
 
     def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
@@ -79,6 +84,8 @@ class Attention(nn.Module):
             state = zero_state(k, v) if state is None else state
             if T == 1:
                 out, state = self._recurrent(q, k, v, beta, g, state)
+            elif self.kernels == "fla" and takes_kernels(q, seq_idx):
+                out, state = self._fused(q, k, v, beta, g, state, qkv.dtype)
             else:
                 out, state = self._chunked(q, k, v, beta, g, state, seq_idx)
             if layer is not None:
@@ -140,6 +147,15 @@ class Attention(nn.Module):
         return torch.cat(out, dim=2)[:, :, :T], state
 
     @staticmethod
+    def _fused(q, k, v, beta, g, state, dtype):
+        """As `_chunked`, by fla-core's kernels (github.com/fla-org/flash-linear-attention) on q, k, v of `dtype`."""
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # on CUDA alone
+
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))  # theirs has time before heads
+        out, state = chunk_gated_delta_rule(q, k, v, g.mT, beta.mT, 1.0, state, output_final_state=True)
+        return at_least_fp32(out).transpose(1, 2), state
+
+    @staticmethod
     def sized(config, context, numbers):
         """Fewer heads are wider, and a state has a number per pair of a head's channels."""
         fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
@@ -198,6 +214,20 @@ def documents(seq_idx, N, c):
         chunks[..., None] == chunks[..., None, :], (chunks == before)[..., None], (chunks == end)[..., None],
         (before == end)[..., None],
     )  # fmt: skip
+
+
+def takes_kernels(x, seq_idx):
+    """Whether fla-core's kernels are for these numbers; what they lack, and what only counts, has PyTorch's form.
+
+    Raises ValueError where they cannot be had, since another form in their stead would be timed as theirs.
+    """
+    if x.dtype == torch.float64 or x.is_meta:
+        return False
+    if not x.is_cuda or find_spec("fla") is None:
+        raise ValueError("kernels 'fla' need CUDA and fla-core (pip install fla-core einops); else leave kernels out")
+    if seq_idx is not None:
+        raise ValueError("kernels 'fla' take one document a row; leave kernels out for rows of several")
+    return True
 
 
 def at_least_fp32(x):

@@ -10,6 +10,7 @@ that does not grow.
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,10 @@ NORM_EPSILON = 1e-5  # both as transformers' Kimi Linear has them
 
 
 class Attention(nn.Module):
-    title = "KDA (Kimi Linear)"
     paper = "Kimi Team 2025, Kimi Linear, sections 3 and 4 (arXiv 2510.26692)"
     needs_no_positions = True  # a state knows what came last
 
-    def __init__(self, config, layer_idx, chunk=16, heads=0):
+    def __init__(self, config, layer_idx, chunk=16, heads=0, kernels="torch"):
         super().__init__()
         if type(heads) is not int or heads < 0:
             raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
@@ -37,8 +37,10 @@ class Attention(nn.Module):
             raise ValueError(
                 f"chunk must be a power of two, since it is halved again and again (16 is usual), not {chunk!r}"
             )
+        if kernels not in ("torch", "fla"):
+            raise ValueError(f"kernels must be 'torch', or 'fla' for fla-core's on CUDA, not {kernels!r}")
         self.layer_idx = layer_idx
-        self.chunk = chunk  # c
+        self.chunk, self.kernels = chunk, kernels  # chunk: c
         self.heads = heads  # H
         self.width = config.n_embd  # C
         self.head_width = config.n_embd // heads  # D
@@ -54,6 +56,10 @@ class Attention(nn.Module):
         self.A = nn.Parameter(torch.empty(self.heads).uniform_(1, 16).log())
         # `attn_pdrop` has nothing to act on: the weights of a query never exist, only the state does.
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
+
+    @property
+    def title(self):
+        return "KDA (Kimi Linear)" + (", fla kernels" if self.kernels == "fla" else "")
 
     def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
@@ -75,6 +81,8 @@ class Attention(nn.Module):
             state = zero_state(k, v) if state is None else state
             if T == 1:
                 out, state = self._recurrent(q, k, v, beta, g, state)
+            elif self.kernels == "fla" and takes_kernels(q, seq_idx):
+                out, state = self._fused(q, k, v, beta, g, state, qkv.dtype)
             else:
                 out, state = self._chunked(q, k, v, beta, g, state, seq_idx)
             if layer is not None:
@@ -148,6 +156,15 @@ class Attention(nn.Module):
         return found.squeeze(-3), since.squeeze(-3), until.squeeze(-3)
 
     @staticmethod
+    def _fused(q, k, v, beta, g, state, dtype):
+        """As `_chunked`, by fla-core's kernels (github.com/fla-org/flash-linear-attention) on q, k, v of `dtype`."""
+        from fla.ops.kda import chunk_kda  # on CUDA alone
+
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))  # theirs has time before heads
+        out, state = chunk_kda(q, k, v, g.transpose(1, 2), beta.mT, 1.0, state, output_final_state=True)
+        return at_least_fp32(out).transpose(1, 2), state
+
+    @staticmethod
     def sized(config, context, numbers):
         """Fewer heads are wider, and a state has a number per pair of a head's channels."""
         fits = [heads for heads in range(1, config.n_embd + 1) if config.n_embd % heads == 0]
@@ -203,6 +220,20 @@ def documents(seq_idx, N, c):
         chunks[..., None] == chunks[..., None, :], (chunks == before)[..., None], (chunks == end)[..., None],
         (before == end)[..., None],
     )  # fmt: skip
+
+
+def takes_kernels(x, seq_idx):
+    """Whether fla-core's kernels are for these numbers; what they lack, and what only counts, has PyTorch's form.
+
+    Raises ValueError where they cannot be had, since another form in their stead would be timed as theirs.
+    """
+    if x.dtype == torch.float64 or x.is_meta:
+        return False
+    if not x.is_cuda or find_spec("fla") is None:
+        raise ValueError("kernels 'fla' need CUDA and fla-core (pip install fla-core einops); else leave kernels out")
+    if seq_idx is not None:
+        raise ValueError("kernels 'fla' take one document a row; leave kernels out for rows of several")
+    return True
 
 
 def at_least_fp32(x):

@@ -10,6 +10,7 @@ wide as attention here (expand 1); in a model of Mamba-2 alone it is twice as wi
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -21,11 +22,10 @@ EPSILON = 1e-5  # of the norm: the authors'
 
 
 class Attention(nn.Module):
-    title = "Mamba-2"
     paper = "Dao and Gu 2024, Transformers are SSMs, sections 5 to 7 (arXiv 2405.21060)"
     needs_no_positions = True  # a state knows what came last
 
-    def __init__(self, config, layer_idx, state=128, conv=4, chunk=64):
+    def __init__(self, config, layer_idx, state=128, conv=4, chunk=64, kernels="torch"):
         super().__init__()
         if config.n_embd % config.n_head:
             raise ValueError(f"heads must divide width: {config.n_head} heads do not divide {config.n_embd}")
@@ -39,8 +39,11 @@ class Attention(nn.Module):
             )
         if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
+        if kernels not in ("torch", "fla"):
+            raise ValueError(f"kernels must be 'torch', or 'fla' for fla-core's on CUDA, not {kernels!r}")
         self.layer_idx = layer_idx
         self.state, self.conv, self.chunk = state, conv, chunk  # N, K, c
+        self.kernels = kernels
         self.heads = config.n_head  # H
         self.width = config.n_embd  # C
         self.head_width = config.n_embd // config.n_head  # D
@@ -58,6 +61,10 @@ class Attention(nn.Module):
             self.taps_bias = nn.Parameter(torch.zeros(self.mixed))
         # `attn_pdrop` has nothing to act on: the weights of a query never exist, only the state does.
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
+
+    @property
+    def title(self):
+        return "Mamba-2" + (", fla kernels" if self.kernels == "fla" else "")
 
     def forward(self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, **_):
         B, T, C = hidden_states.shape
@@ -82,6 +89,8 @@ class Attention(nn.Module):
                 kept = decay.exp().repeat_interleave(self.head_width, dim=-1)  # (B, 1, C)
                 state = torch.addcmul(k.mT @ value.flatten(2), state, kept)
                 out = (q @ state).view_as(x)
+            elif self.kernels == "fla" and takes_kernels(q, seq_idx):
+                out, state = self._fused(q, k, value, decay, state, z.dtype)
             else:
                 out, state = self._chunked(q, k, value, decay, state, seq_idx)
             if layer is not None:
@@ -157,6 +166,17 @@ class Attention(nn.Module):
         return out.flatten(1, 2)[:, :T], state
 
     @staticmethod
+    def _fused(q, k, v, g, state, dtype):
+        """As `_chunked`, by fla-core's kernels (github.com/fla-org/flash-linear-attention) on q, k, v of `dtype`."""
+        from fla.ops.simple_gla import chunk_simple_gla  # on CUDA alone
+
+        H = v.shape[2]
+        q, k = (x[:, :, None].expand(-1, -1, H, -1).to(dtype) for x in (q, k))  # theirs knows no shared ones
+        state = state.unflatten(2, (H, -1)).transpose(1, 2)  # (B, H, N, D)
+        out, state = chunk_simple_gla(q, k, v.to(dtype), g, scale=1.0, initial_state=state, output_final_state=True)
+        return at_least_fp32(out), state.transpose(1, 2).flatten(2)
+
+    @staticmethod
     def sized(config, context, numbers):
         """The state's numbers a channel, beside what the usual convolution over four tokens keeps."""
         C = config.n_embd
@@ -216,6 +236,20 @@ def documents(seq_idx, n, c):
         chunks[..., None] == chunks[..., None, :], (chunks == before)[..., None], (chunks == end)[..., None],
         (before == end)[..., None],
     )  # fmt: skip
+
+
+def takes_kernels(x, seq_idx):
+    """Whether fla-core's kernels are for these numbers; what they lack, and what only counts, has PyTorch's form.
+
+    Raises ValueError where they cannot be had, since another form in their stead would be timed as theirs.
+    """
+    if x.dtype == torch.float64 or x.is_meta:
+        return False
+    if not x.is_cuda or find_spec("fla") is None:
+        raise ValueError("kernels 'fla' need CUDA and fla-core (pip install fla-core einops); else leave kernels out")
+    if seq_idx is not None:
+        raise ValueError("kernels 'fla' take one document a row; leave kernels out for rows of several")
+    return True
 
 
 def at_least_fp32(x):

@@ -7,6 +7,8 @@ GPT-2's have learned positions. Training goes in chunks of c tokens, decayed sco
 O(T C (c + D)) time, O(T C (1 + c / D + D / c)) memory; decoding costs O(C D) a token from a cache that does not grow.
 """
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -18,13 +20,12 @@ EPSILON = 1e-6  # of the norm
 
 
 class Attention(nn.Module):
-    title = "RetNet"
     paper = (
         "Sun et al. 2023, Retentive Network, sections 2.1 to 2.3 (arXiv 2307.08621); at scale: MiniMax 2025, "
         "MiniMax-01, section 2.2 (arXiv 2501.08313)"
     )
 
-    def __init__(self, config, layer_idx, chunk=64, heads=0):
+    def __init__(self, config, layer_idx, chunk=64, heads=0, kernels="torch"):
         super().__init__()
         if type(heads) is not int or heads < 0:
             raise ValueError(f"heads must be a whole number that divides width, or 0 for the model's, not {heads!r}")
@@ -35,8 +36,10 @@ class Attention(nn.Module):
             raise ValueError("heads of its own are not as wide as Llama's rotary positions; leave heads out")
         if type(chunk) is not int or chunk < 1:
             raise ValueError(f"chunk must be a whole number of tokens, at least 1 (64 is usual), not {chunk!r}")
+        if kernels not in ("torch", "fla"):
+            raise ValueError(f"kernels must be 'torch', or 'fla' for fla-core's on CUDA, not {kernels!r}")
         self.layer_idx = layer_idx
-        self.chunk = chunk  # c
+        self.chunk, self.kernels = chunk, kernels  # chunk: c
         self.heads = heads  # H
         self.width = config.n_embd  # C
         self.head_width = config.n_embd // heads  # D
@@ -45,6 +48,10 @@ class Attention(nn.Module):
         self.norm = nn.Parameter(torch.ones(self.head_width))
         # `attn_pdrop` has nothing to act on: the weights of a query never exist, only the state does.
         self.residual_dropout = nn.Dropout(config.resid_pdrop)
+
+    @property
+    def title(self):
+        return "RetNet" + (", fla kernels" if self.kernels == "fla" else "")
 
     def forward(
         self, hidden_states, past_key_values=None, padding_mask=None, seq_idx=None, position_embeddings=None, **_
@@ -67,6 +74,8 @@ class Attention(nn.Module):
             if T == 1:
                 state = state * self._log_decay(q, real).exp()[..., None] + k.mT @ v
                 out = q @ state
+            elif self.kernels == "fla" and takes_kernels(q, seq_idx):
+                out, state = self._fused(q, k, v, state, real, qkv.dtype)
             else:
                 out, state = self._chunked(q, k, v, state, real, seq_idx)
             if layer is not None:
@@ -106,6 +115,15 @@ class Attention(nn.Module):
             state = torch.addcmul(new, state, kept)
         out = ((q @ k.mT) * decay) @ v + (q * since) @ torch.stack(before, dim=2)
         return out.flatten(2, 3)[:, :, :T], state
+
+    def _fused(self, q, k, v, state, real, dtype):
+        """As `_chunked`, by fla-core's kernels (github.com/fla-org/flash-linear-attention) on q, k, v of `dtype`."""
+        from fla.ops.simple_gla import chunk_simple_gla  # on CUDA alone
+
+        g = self._log_decay(q, real).expand(q.shape[:3]).mT  # (B, T, H)
+        q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))  # theirs has time before heads
+        out, state = chunk_simple_gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
+        return at_least_fp32(out).transpose(1, 2), state
 
     @staticmethod
     def sized(config, context, numbers):
@@ -158,6 +176,20 @@ def documents(seq_idx, N, c):
         chunks[..., None] == chunks[..., None, :], (chunks == before)[..., None], (chunks == end)[..., None],
         (before == end)[..., None],
     )  # fmt: skip
+
+
+def takes_kernels(x, seq_idx):
+    """Whether fla-core's kernels are for these numbers; what they lack, and what only counts, has PyTorch's form.
+
+    Raises ValueError where they cannot be had, since another form in their stead would be timed as theirs.
+    """
+    if x.dtype == torch.float64 or x.is_meta:
+        return False
+    if not x.is_cuda or find_spec("fla") is None:
+        raise ValueError("kernels 'fla' need CUDA and fla-core (pip install fla-core einops); else leave kernels out")
+    if seq_idx is not None:
+        raise ValueError("kernels 'fla' take one document a row; leave kernels out for rows of several")
+    return True
 
 
 def at_least_fp32(x):

@@ -736,7 +736,7 @@ def _unlike(twins: Twins) -> dict[int, torch.nn.Module]:
 
 
 def _core_flops(layer, small, width: int):
-    T, hidden = COUNTED_AT, torch.randn(1, COUNTED_AT, width)
+    T, hidden = COUNTED_AT, torch.randn(1, COUNTED_AT, width, dtype=torch.float64)
     products, elementwise = counts.core_operations(layer, hidden)
     useful, dense = layer.core_flops(T), layer.core_flops(T, dense=True)
     step = counts.step_operations(layer, hidden)
@@ -792,7 +792,7 @@ def _exponents(twins: Twins, count) -> dict[str, float]:
     many positions, since what derives from them grows too."""
     width, found = 8 * twins.setting.heads, {}
     for n in (COUNTED_AT, 2 * COUNTED_AT):
-        hidden = torch.randn(1, n, width)
+        hidden = torch.randn(1, n, width, dtype=torch.float64)
         for name, layer in twins.layers_for(n, width).items():
             found.setdefault(name, []).append(count(layer, hidden))
     return {name: counts.exponent(*pair) for name, pair in found.items()}

@@ -128,11 +128,12 @@ class Twins:
         return attention.by_part(self.name, self.options)
 
     def layers_for(self, positions: int, width: int | None = None) -> dict[str, torch.nn.Module]:
-        """One layer of each variant on the CPU, for counting: of as many positions as it is given tokens."""
+        """One layer of each variant on the CPU, for counting: of as many positions as it is given tokens, in float64,
+        which counts alike and which variants with kernels of their own compute without them."""
         s = self.setting
         config = gpt2_config(1, width or s.width, s.heads, positions, VOCABULARY, convolution=s.convolution)
         return {
-            name: convolution.add(variant(config, 0, **own), config, 0).float().eval()
+            name: convolution.add(variant(config, 0, **own), config, 0).double().eval()
             for name, (variant, own) in self.parts.items()
         }
 

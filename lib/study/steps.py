@@ -185,13 +185,15 @@ def _run(made: Plan, size: Size) -> SimpleNamespace:
     )  # fmt: skip
 
 
-def examined_as(made: Plan, device: torch.device) -> certificate.Setting:
+def examined_as(made: Plan, device: torch.device, attention_name: str = attention.REFERENCE) -> certificate.Setting:
     """For the certificate: the model that is timed, trained at the shortest size, with two of its layers, which are
-    alike, and up to `EXAMINED_TOKENS`. All of it, in float64, would take more of a lent GPU than what is measured."""
+    alike, or all of a longer pattern, and up to `EXAMINED_TOKENS`. All of it, in float64, would take more of a lent GPU
+    than what is measured."""
     shortest = min(made.sizes, key=lambda size: size.context)
     longest = max(size.context for size in made.sizes)
+    layers = max(EXAMINED_LAYERS, len(attention.parts(attention_name)))
     return certificate.Setting(
-        layers=min(made.layers, EXAMINED_LAYERS), width=made.width, heads=made.heads,
+        layers=min(made.layers, layers), width=made.width, heads=made.heads,
         positions=min(longest, max(shortest.context, EXAMINED_TOKENS)), context=shortest.context,
         batch_size=shortest.batch_size, device=device.type, precision=devices.resolve_precision(made.precision, device),
     )  # fmt: skip
@@ -221,7 +223,8 @@ class Session:
         entries = []
         for entry in entries_of(made):
             self.say(f"{entry.label}: certificate, weights")
-            passed = bool(certificate.certify(entry.attention, entry.options, examined_as(made, self.device))["passed"])
+            examined = examined_as(made, self.device, entry.attention)
+            passed = bool(certificate.certify(entry.attention, entry.options, examined)["passed"])
             self.benches[entry.label] = bench = Bench(entry, made, self.device)
             facts = {name: getattr(entry, name) for name in ("label", "title", "options")}
             facts |= {"attention": paths.portable(entry.attention), "certified": passed}
