@@ -184,7 +184,7 @@ def test_fla_s_kernels_give_what_the_chunks_in_float64_give(name, dtype, length)
         y = x.to(next(layer.parameters()).dtype).requires_grad_()
         cache = Cache(layers=[layer.new_cache()])
         pieces = [
-            layer(piece, past_key_values=cache, padding_mask=padding[:, :end])[0]
+            layer(piece.contiguous(), past_key_values=cache, padding_mask=padding[:, :end])[0]
             for piece, end in ((y[:, :length], length), (y[:, length:], length + 65))
         ]
         out = torch.cat(pieces, dim=1) * padding[..., None]
