@@ -379,3 +379,76 @@ def test_the_readme_says_what_the_committed_records_say():
     found = evidence.read(paths.ROOT / answer.STEPS, paths.ROOT / answer.CELLS)
     assert answer.put(page, answer.markdown(found)) == page
     assert {entry.label for entry in found.found.entries} == {*attention.STUDY_ORDER, CONTROL}
+    assert len(found.all) == len(list((paths.ROOT / answer.STEPS).glob("*.json"))) > 1
+
+
+def made_beside(ratios: dict, **changes) -> steps.Steps:
+    """`made_steps` of another session, five rounds: twice as slow a machine, and `x_` before the variants' labels."""
+    made = made_steps({label: 2 * ratios.get(label, 1.0) for label in LABELS}, **changes)
+    entries = [
+        entry if entry.attention == "sdpa"
+        else entry.model_copy(update={"label": f"x_{entry.label}", "title": f"X {entry.title}"})
+        for entry in made.entries
+    ]  # fmt: skip
+    own = {entry.label for entry in entries}
+    rounds = [
+        one.model_copy(update={"turns": [
+            turn if turn.label in own else turn.model_copy(update={"label": f"x_{turn.label}"}) for turn in one.turns
+        ]}) for one in made.rounds[:5]
+    ]  # fmt: skip
+    return made.model_copy(update={"entries": entries, "rounds": rounds})
+
+
+def test_variants_of_another_session_are_compared_with_its_own_sdpa_and_named_with_its_noise():
+    found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [made_beside({"gqa": 0.5})])
+    assert found.ratio("x_gqa", 512, evidence.TIME).ratio == pytest.approx(0.5, rel=0.01)
+    assert found.ratio("gqa", 512, evidence.TIME).ratio == pytest.approx(0.8, rel=0.01)
+    assert found.cheapest(512, evidence.TIME, found.others).labels == ["x_gqa"]
+    line = next(line for line in answer.how_sure(found) if line.startswith("Of another session"))
+    assert "X GQA, X LINEAR, X SLIDING_WINDOW and X MLA; 5 rounds in turns" in line.replace("\\", "")
+    assert "not balanced; SDPA against itself took" in line and answer.briefly_sure(found).count("8 and 5 rounds") == 1
+    assert answer.how_sure(found)[-1].startswith("9 of 9 variants")
+    answer_figure.picture(found)
+
+
+def test_two_of_different_sessions_share_the_place_where_their_ratios_are_not_told_apart():
+    """Welch's t of the ratios by round, since no round has both."""
+    apart, same = (
+        evidence.Evidence(made_steps({"gqa": 0.5}), made_cells(), [made_beside({"mla": other})])
+        for other in (0.55, 0.5005)
+    )
+    assert apart.cheapest(512, evidence.TIME, apart.others).labels == ["gqa"]
+    assert sorted(same.cheapest(512, evidence.TIME, same.others).labels) == ["gqa", "x_mla"]
+
+
+def test_steps_of_another_setting_or_device_are_no_evidence_together(tmp_path):
+    first, other = made_steps({}), made_beside({})
+    elsewhere = other.model_copy(update={"environment": other.environment | {"device_name": "Another"}})
+    longer = other.model_copy(update={"setting": other.setting.model_copy(update={"layers": 3})})
+    for two in (elsewhere, longer):
+        with pytest.raises(UsageError, match="other settings or devices"):
+            evidence.Evidence(first, None, [two])
+    with pytest.raises(UsageError, match="no record of steps in"):
+        evidence.read(tmp_path, tmp_path)
+    steps.write(other, tmp_path / "a.json")
+    steps.write(first, tmp_path / "b.json")
+    found = evidence.read(tmp_path, paths.ROOT / answer.CELLS)
+    assert [len(one.rounds) for one in found.all] == [8, 5]
+
+
+def test_a_variant_for_which_the_gpu_waits_is_named_with_its_shares():
+    made = made_steps({})
+    busy = {"sdpa": {512: 0.9}, "gqa": {512: 0.94}, "linear": {512: 0.4}}
+    said = answer.how_sure(evidence.Evidence(made.model_copy(update={"busy": busy}), None))
+    assert any(line.startswith("The GPU computed 90% to 94% of a step at 512 tokens;") for line in said)
+    assert any("waited for Python, in LINEAR (40% at 512 tokens)" in line for line in said)
+
+
+def test_what_a_pattern_keeps_is_told_beside_as_many_layers_of_sdpa():
+    cells = made_cells(gqa=1.0)
+    of_two = cells["label"] == "gqa"
+    cells.loc[of_two, "setting"] = cells.loc[of_two, "setting"].str.replace('"layers":1', '"layers":2')
+    cells.loc[cells["label"] == "sdpa", "state_bytes"], cells.loc[of_two, "state_bytes"] = 1000, 500
+    found = evidence.Evidence(made_steps({}), cells)
+    assert (found.recall["gqa"].layers, found.recall["gqa"].state_share) == (2, 0.25)
+    assert any("one layer (two for GQA) behind" in line for line in answer.how_sure(found))

@@ -340,6 +340,21 @@ def test_an_option_of_another_kind_is_refused_by_its_name_or_stands_for_what_it_
                 assert type(value) is kind or value is default, (option, value)
 
 
+@pytest.mark.parametrize("name", ["gated_deltanet", "kda", "mamba2", "retention"])
+def test_kernels_that_are_not_there_are_one_sentence_and_never_another_form_in_their_stead(name):
+    """test_cuda.py holds what they compute. In float64, which they lack, and in counts the chunks stand for them."""
+    own, fused = (attention.load(name)(gpt2_config(1, 32, 4, 64, 2), 0, kernels=kind) for kind in ("torch", "fla"))
+    assert fused.title == f"{own.title}, fla kernels"
+    x = torch.randn(2, 20, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"need CUDA and fla-core \(pip install fla-core einops\); else leave"):
+            fused.to(dtype)(x.to(dtype))
+    fused.double().load_state_dict(own.double().state_dict())
+    assert torch.equal(fused(x.double())[0], own(x.double())[0])
+    with pytest.raises(ValueError, match="kernels must be 'torch', or 'fla' for fla-core's on CUDA, not 'triton'"):
+        attention.load(name)(gpt2_config(1, 32, 4, 64, 2), 0, kernels="triton")
+
+
 def test_a_file_without_the_class_is_refused(tmp_path):
     (tmp_path / "empty.py").write_text("x = 1\n")
     with pytest.raises(ValueError, match="defines no class `Attention`"):

@@ -125,10 +125,26 @@ def test_what_runs_out_of_memory_beside_the_others_is_measured_alone(tmp_path, m
     assert tables.table(found).set_index(["context", "variant"]).loc[("16", "Linear (elu+1)"), "÷ SDPA"] == "–"
 
 
-def test_an_error_that_is_no_lack_of_memory_is_not_taken_for_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(study.Bench, "prepare", lambda *_: (_ for _ in ()).throw(RuntimeError("shape mismatch")))
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        measure(tmp_path / "steps.json")
+@pytest.mark.parametrize("who", ["linear", "sdpa"])
+def test_an_error_that_is_no_lack_of_memory_is_noted_once_and_ends_all_only_where_nothing_is_left_to_compare_with(
+    who, tmp_path, monkeypatch
+):
+    tried, prepare = [], study.Bench.prepare
+
+    def broken(bench, context, window_s):
+        if bench.entry.label == who:
+            tried.append(context)
+            raise RuntimeError("shape mismatch")
+        prepare(bench, context, window_s)
+
+    monkeypatch.setattr(study.Bench, "prepare", broken)
+    if who == "sdpa":
+        with pytest.raises(RuntimeError, match="shape mismatch"):
+            measure(tmp_path / "steps.json")
+        return
+    found = measure(tmp_path / "steps.json", rounds=1)
+    assert found.failed == {"linear": dict.fromkeys(tried, "RuntimeError: shape mismatch")} and len(tried) == 2
+    assert {turn.label for turn in found.rounds[0].turns} == {entry.label for entry in found.entries} - {"linear"}
 
 
 @pytest.mark.parametrize(

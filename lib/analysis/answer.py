@@ -13,17 +13,19 @@ from pathlib import Path
 import pandas as pd
 
 from lib import paths
+from lib.analysis import compare, style
 from lib.analysis import evidence as records
-from lib.analysis import style
+from lib.analysis import steps as tables
 from lib.analysis.answer_figure import headline, picture
 from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall
 from lib.analysis.words import cost, counted, joined
 from lib.attention import CONTROL
 from lib.errors import UsageError
 
-STEPS = "records/steps-gpu/steps.json"
+STEPS = "records/steps-gpu"
 CELLS = "records/capability-cpu"
 LAUNCH_BOUND = 0.95  # share of a step that the GPU computes, below which its time is partly Python's
+WAITING = 0.8  # the same, below which a variant is named for it
 LITTLE = 0.96  # of SDPA's cost: what is above saves less than twice what counts as equivalent
 BEGIN, END = "<!-- The answer: written by `python -m lib.analysis.answer` -->", "<!-- End of the answer -->"
 
@@ -146,16 +148,30 @@ def _tried_as(evidence: Evidence) -> str:
     return f" Kept there, of SDPA's memory: {', '.join(parts)}." if parts else ""
 
 
-def _busy(evidence: Evidence) -> str | None:
-    """Where the GPU waited for Python."""
-    said = []
+def _busy(evidence: Evidence) -> list[str]:
+    """Where the GPU waited for Python: a little in all, and most of the time in some."""
+    said, waiting = [], {}
     for context in dict.fromkeys((evidence.short, evidence.long)):
-        shares = [by[context] for by in evidence.found.busy.values() if by.get(context) is not None]
-        if shares and min(shares) < LAUNCH_BOUND:
-            said.append(f"{min(shares):.0%} to {max(shares):.0%} of a step at {context:,} tokens")
-    if not said:
-        return None
-    return f"The GPU computed {joined(said)}; the rest is Python's, and a few percent of difference may go with it."
+        shares = {
+            label: by[context] for label, record in evidence.source.items()
+            if (by := record.busy.get(label, {})).get(context) is not None
+        }  # fmt: skip
+        for label in [label for label, share in shares.items() if share < WAITING]:
+            waiting.setdefault(label, []).append(f"{shares.pop(label):.0%} at {context:,}")
+        if shares and min(shares.values()) < LAUNCH_BOUND:
+            said.append(f"{min(shares.values()):.0%} to {max(shares.values()):.0%} of a step at {context:,} tokens")
+    lines = []
+    if said:
+        lines.append(
+            f"The GPU computed {joined(said)}; the rest is Python's, and a few percent of difference may go with it."
+        )
+    if waiting:
+        names = joined([f"{_name(evidence, label)} ({', '.join(shares)} tokens)" for label, shares in waiting.items()])
+        lines.append(
+            f"It computed less of a step, and waited for Python, in {names}: plain PyTorch is timed here, kernel by "
+            "kernel, and fused kernels would take less."
+        )
+    return lines
 
 
 def how_sure(evidence: Evidence) -> list[str]:
@@ -175,13 +191,16 @@ def how_sure(evidence: Evidence) -> list[str]:
     )
     if control:
         said.append(f"Noise: SDPA against itself took {joined(control)} tokens.")
-    if _busy(e):
-        said.append(_busy(e))
+    said += [_beside(e, record) for record in e.all[1:]]
+    said += _busy(e)
     if e.recall:
-        n = min(one.n for one in e.recall.values())
+        shown = {label: one for label, one in e.recall.items() if label in e.entries}
+        n = min(one.n for one in (shown or e.recall).values())
+        deep = [_name(e, label) for label, one in shown.items() if one.layers > 1]
+        depths = "one layer" + (f" (two for {joined(deep)})" if deep else "")
         rates = "one rate" if e.rates == 1 else f"the best of {NUMBERS.get(e.rates, e.rates)} rates"
         said.append(
-            f"Recall: {PAIRS} pairs in 128 tokens, one layer behind a short convolution, {rates}, "
+            f"Recall: {PAIRS} pairs in 128 tokens, {depths} behind a short convolution, {rates}, "
             f"the median of {n} or more seeds, on a CPU.{_tried_as(e)}"
         )
     gone = [_name(e, label) for label, count in e.cache.items() if count != count]
@@ -204,6 +223,21 @@ def how_sure(evidence: Evidence) -> list[str]:
     return said
 
 
+def _beside(evidence: Evidence, record) -> str:
+    """What is of another session than the first line's."""
+    e = evidence
+    names = joined([_name(e, label) for label, source in e.source.items() if source is record])
+    order = "balanced" if compare.balanced(tables.runs(record, e.short)) else "not balanced"
+    control = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.control(record, at, TIME)) is not None]
+    joules = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.control(record, at, ENERGY)) is not None]
+    noise = f"; SDPA against itself took {joined(control)} tokens there" if control else "; without an A/A control"
+    noise += f", and joules {joined(joules)}" if joules else ""
+    return (
+        f"Of another session, with an SDPA of its own beside them: {names}; {counted(len(record.rounds), 'round')} in "
+        f"turns within {_minutes(record)}, their order {order}{noise}."
+    )
+
+
 def briefly_sure(evidence: Evidence) -> str:
     """What the answer rests on in a sentence, above `how_sure`."""
     e = evidence
@@ -212,7 +246,7 @@ def briefly_sure(evidence: Evidence) -> str:
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
     passed = sum(entry.certified for entry in entries)
     return (
-        f"How sure is that: {counted(len(e.found.rounds), 'round')} in turns on one {escaped(e.machine)}, paired "
+        f"How sure is that: {rounds(e)} in turns on one {escaped(e.machine)}, paired "
         f"ratios with 95 % intervals{noise}; {passed} of {len(entries)} variants certified. All of it"
     )
 
@@ -223,6 +257,12 @@ def _minutes(found) -> str:
         return "no time"
     minutes = max(1, round((found.finished_at - found.rounds[0].begun_at).total_seconds() / 60))
     return "a minute" if minutes == 1 else f"{minutes} minutes"
+
+
+def rounds(evidence: Evidence) -> str:
+    """How many there are, of each record."""
+    numbers = [str(len(record.rounds)) for record in evidence.all]
+    return f"{joined(numbers)} rounds" if len(numbers) > 1 else counted(len(evidence.found.rounds), "round")
 
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -298,7 +338,7 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
             own.append("recall not tried")
         own += evidence.rises(label, TIME) + evidence.rises(label, ENERGY)
         for context in dict.fromkeys((evidence.short, evidence.long)):
-            why = evidence.found.failed.get(label, {}).get(context)
+            why = evidence.failed.get(label, {}).get(context)
             if why is not None:
                 own.append(f"no result at {context:,} ({escaped(why)})")
         if evidence.weights(label):
@@ -332,7 +372,9 @@ def put(page: str, text: str) -> str:
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lib.analysis.answer", description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=Path, default=paths.ROOT / STEPS, help="the record of `lib.study.steps`")
+    parser.add_argument(
+        "--steps", type=Path, default=paths.ROOT / STEPS, help="a record of `lib.study.steps`, or a folder of some"
+    )
     parser.add_argument("--cells", type=Path, default=paths.ROOT / CELLS, help="the folder of `lib.study.probes`")
     parser.add_argument("--page", type=Path, default=paths.ROOT / "README.md", help="where the answer is written")
     parser.add_argument("--figures", type=Path, default=paths.ROOT / "figures", help="where the picture is written")

@@ -53,10 +53,11 @@ def _around(figure, e: Evidence):
     figure.text(
         0.0, -0.35 / size[1],
         f"Time, joules, memory: training steps of GPT-2 ({setting.layers} layers of {setting.width}, "
-        f"{setting.precision}) on {e.machine}, {len(e.found.rounds)} rounds in turns; 95 % intervals where they "
-        "are wider than the marks.\n"
-        f"Recall: {PAIRS} pairs in 128 tokens, a point a seed, the tick their median; a window of 16 stands for the "
-        "window. Cache: by each variant's own definition, bf16.",
+        f"{setting.precision}) on {e.machine}, {joined([str(len(record.rounds)) for record in e.all])} rounds in "
+        "turns; 95 % intervals where they are wider than the marks.\n"
+        "Grey numbers: not told apart from SDPA, or too few rounds with joules. Cache: by each variant's definition, "
+        f"bf16.\nRecall: {PAIRS} pairs in 128 tokens, a point a seed, the tick their median; a window of 16 stands for "
+        "the window.",
         fontsize=9, color=QUIET, va="top",
     )  # fmt: skip
 
@@ -119,7 +120,7 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
         for label, y in places.items():
             row = e.ratio(label, context, metric)
             if row is None:
-                why = e.found.failed.get(label, {}).get(context)
+                why = e.failed.get(label, {}).get(context)
                 if why:
                     axis.annotate(f"{context:,}: {why}", (1.05, y + up), va="center", fontsize=8, color=QUIET)
                 continue
@@ -138,12 +139,14 @@ def _ratio(axis, row, y: float, face: str):
     if not np.isnan(row.low):
         axis.plot([row.low, row.high], [y, y], color=PALE, linewidth=5, solid_capstyle="butt", zorder=1)
     axis.plot([row.ratio], [y], "o", color=BLUE, markerfacecolor=face, markersize=7, zorder=2)
+    color = BLUE if row.verdict == "significantly different" else QUIET
     if abs(np.log(row.ratio)) > np.log(WORTH_A_WORD):
         more = row.ratio > 1
         end = np.nanmax([row.ratio, row.high]) if more else np.nanmin([row.ratio, row.low])
         axis.annotate(
-            factor(row), (end, y), xytext=(7 if more else -7, 0), fontsize=9, color=BLUE,
-            textcoords="offset points", ha="left" if more else "right", va="center",
+            factor(row), (end, y), xytext=(7 if more else -7, 0), fontsize=9, color=color,
+            style="normal" if color == BLUE else "italic", textcoords="offset points",
+            ha="left" if more else "right", va="center",
         )  # fmt: skip
 
 

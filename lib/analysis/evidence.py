@@ -5,8 +5,12 @@ variant's own count of its cache. A variant is *cheaper* only where it is certif
 significantly below 1; of several, those that are not told apart from the lowest share the place. It *recalls* if
 each of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the README's words of it, `answer_figure` its
 picture.
+
+Steps may be of several records: other variants under the same conditions, each beside an SDPA of its own. A ratio is of
+one record; where two records meet, so do their ratios, unpaired.
 """
 
+import json
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from scipy import stats
 
 from lib import attention
 from lib.analysis import capability, compare
@@ -43,7 +48,8 @@ class Recall(NamedTuple):
     high: float
     n: int
     title: str  # what was asked: a window has another width here
-    state_share: float  # of what SDPA keeps in the same net
+    layers: int
+    state_share: float  # of what SDPA keeps in a net of as many layers
 
 
 class Pick(NamedTuple):
@@ -54,28 +60,46 @@ class Pick(NamedTuple):
 
 
 class Evidence:
-    """What the records say. `found`: the steps; `cells`: of `lib.record.probe.frame`, or None where there are none."""
+    """What the records say. `found`: the steps; `cells`: of `lib.record.probe.frame`, or None where there are none;
+    `beside`: steps of other variants under the same conditions, of which a label that was there before is left out.
+    """
 
-    def __init__(self, found: Steps, cells: pd.DataFrame | None):
-        self.found, self.entries = found, {entry.label: entry for entry in found.entries}
-        if not any(one.turns for one in found.rounds):
-            raise UsageError("the record of steps has no turn yet; `python -m lib.study.steps --write` adds rounds")
-        if REFERENCE not in self.entries:
-            raise UsageError(f"the record of steps lacks {REFERENCE}, which all ratios are to")
-        titles = Counter(entry.title for entry in found.entries if entry.label != CONTROL)
+    def __init__(self, found: Steps, cells: pd.DataFrame | None, beside: list[Steps] = ()):
+        self.found, self.all = found, [found, *beside]
+        self.entries, self.source = {}, {}  # by label: its entry, and the record that it is of
+        for one in self.all:
+            if not any(done.turns for done in one.rounds):
+                raise UsageError("the record of steps has no turn yet; `python -m lib.study.steps --write` adds rounds")
+            if REFERENCE not in {entry.label for entry in one.entries}:
+                raise UsageError(f"the record of steps lacks {REFERENCE}, which all ratios are to")
+            if _conditions(one) != _conditions(found):
+                raise UsageError("two records of steps are of other settings or devices, so no evidence together")
+            for entry in one.entries:
+                if self.entries.setdefault(entry.label, entry) is entry:
+                    self.source[entry.label] = one
+        titles = Counter(entry.title for entry in self.entries.values() if entry.label != CONTROL)
         self.title = {
-            entry.label: f"{entry.title} ({entry.label})" if titles[entry.title] > 1 else entry.title
-            for entry in found.entries
+            label: f"{entry.title} ({label})" if titles[entry.title] > 1 else entry.title
+            for label, entry in self.entries.items()
         }
-        self.ratios = tables.ratios(found).set_index(["context", "metric", "label"])
+        self.ratios = self._own(tables.ratios).set_index(["context", "metric", "label"])
         self.lengths = [size.context for size in found.setting.sizes]
         self.short, self.long = min(self.lengths), max(self.lengths)
-        self.turns = steps.frame(found)
+        self.turns = self._own(steps.frame)
+        self.failed = {label: one.failed[label] for label, one in self.source.items() if label in one.failed}
         self.memory = self.turns.groupby(["context", "label"])["peak_memory_bytes"].max()
         self.cache = {label: self._cache(entry) for label, entry in self.entries.items()}
         self.recall = _recall(cells) if cells is not None else {}
         self.rates = cells.loc[cells["task"] == TASK, "rate"].nunique() if cells is not None else 0
         self.points = _points(cells) if cells is not None else pd.DataFrame(columns=["label", "scaled"])
+
+    def _own(self, table) -> pd.DataFrame:
+        """A table of each record, with the rows of the labels that are taken from it."""
+        found = []
+        for one in self.all:
+            rows = table(one)
+            found.append(rows[[self.source[label] is one for label in rows["label"]]])
+        return pd.concat(found, ignore_index=True)
 
     def _cache(self, entry) -> float:
         """Bytes that a whole model keeps of one sequence of `CACHE_CONTEXT` tokens.
@@ -121,6 +145,12 @@ class Evidence:
         row = self.ratios.loc[key] if key in self.ratios.index else None
         return None if row is None or np.isnan(row.ratio) else row
 
+    def control(self, record: Steps, context: int, metric: str):
+        """A record's A/A control as `ratio` has it."""
+        found = compare.ratios(tables.runs(record, context), metric)
+        rows = [row for row in found.itertuples() if row.label == CONTROL and not np.isnan(row.ratio)]
+        return rows[0] if rows else None
+
     def memory_at(self, context: int) -> dict[str, float]:
         """Bytes by label; empty where none, or not SDPA's, was counted."""
         found = self.memory.dropna()
@@ -129,7 +159,7 @@ class Evidence:
 
     def untold(self, context: int, metric: str) -> str | None:
         """Why nobody is compared with SDPA there; None where somebody is."""
-        why = self.found.failed.get(REFERENCE, {}).get(context)
+        why = self.failed.get(REFERENCE, {}).get(context)
         if why is not None:
             return f"SDPA has no result ({why})"
         if not self.entries[REFERENCE].certified:
@@ -152,11 +182,29 @@ class Evidence:
             if (row := self.ratio(label, context, metric)) is not None
             and row.ratio < 1 and row.verdict == "significantly different"
         ]  # fmt: skip
-        ranks = compare.ranks(tables.runs(self.found, context), metric)
-        lower = sorted((label for label in lower if label in ranks), key=lambda label: ranks[label])
-        first = min((ranks[label][0] for label in lower), default=0)
-        best = [label for label in lower if ranks[label][0] == first]
-        return Pick(best, [cost(self.ratio(label, context, metric)) for label in best])
+        leaders = []
+        for record in self.all:
+            ranks = compare.ranks(tables.runs(record, context), metric)
+            own = sorted((x for x in lower if x in ranks and self.source[x] is record), key=lambda x: ranks[x])
+            leaders += [[label for label in own if ranks[label][0] == ranks[own[0]][0]]] if own else []
+
+        def lowest(labels):
+            return min(labels, key=lambda label: self.ratio(label, context, metric).ratio)
+
+        best = min(leaders, key=lambda labels: self.ratio(lowest(labels), context, metric).ratio, default=[])
+        found = [
+            label for labels in leaders for label in labels
+            if labels is best or not self._told_apart(label, lowest(best), context, metric, len(leaders) - 1)
+        ]  # fmt: skip
+        return Pick(found, [cost(self.ratio(label, context, metric)) for label in found])
+
+    def _told_apart(self, one: str, other: str, context: int, metric: str, comparisons: int) -> bool:
+        """Whether ratios to SDPA of two records differ: Welch's t of their logarithms by round, Bonferroni."""
+        logs = []
+        for label in (one, other):
+            turns = tables.runs(self.source[label], context).pivot(index="block", columns="label", values=metric)
+            logs.append(np.log(turns[label] / turns[REFERENCE]).dropna())
+        return stats.ttest_ind(*logs, equal_var=False).pvalue < 0.05 / comparisons
 
     def smallest(self, bytes_of: dict, among: list[str]) -> Pick:
         """Of `among` those that need the fewest bytes, if fewer than SDPA; counts, so there is no interval."""
@@ -195,12 +243,14 @@ def _rows_of_recall(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _recall(cells: pd.DataFrame) -> dict[str, Recall]:
-    rows = _rows_of_recall(cells)
-    reference = rows.loc[rows["label"] == REFERENCE, "state_bytes"].max()
-    return {
-        row.label: Recall(row.median, row.low, row.high, row.n, row.title, row.state_bytes / reference)
-        for row in rows.itertuples()
-    }
+    rows, found = _rows_of_recall(cells), {}
+    layer_bytes = rows.loc[rows["label"] == REFERENCE, "state_bytes"].max()  # SDPA itself is tried in one layer
+    settings = cells[cells["task"] == TASK].groupby("label")["setting"].first()
+    for row in rows.itertuples():
+        layers = json.loads(settings[row.label])["layers"]
+        numbers = row.median, row.low, row.high, row.n
+        found[row.label] = Recall(*numbers, row.title, layers, row.state_bytes / (layers * layer_bytes))
+    return found
 
 
 def _points(cells: pd.DataFrame) -> pd.DataFrame:
@@ -209,12 +259,25 @@ def _points(cells: pd.DataFrame) -> pd.DataFrame:
     return best[best["difficulty"] == best["difficulty"].max()][["label", "scaled"]]
 
 
-def read(steps_file: Path, cells_folder: Path) -> Evidence:
-    """The evidence in these records. Raises UsageError where the steps are none or made up, or the folder is none."""
-    found = steps.load(steps_file)
-    if found.provenance != "measured":
-        raise UsageError(f"{steps_file.name} is {found.provenance}, not measured: no evidence")
+def _conditions(found: Steps) -> tuple:
+    setting, packages = found.setting, found.environment.get("packages", {})
+    return setting, found.environment["device_name"], packages.get("torch")
+
+
+def read(where: Path, cells_folder: Path) -> Evidence:
+    """The evidence in these records: of the file of steps `where`, or of all in that folder, the most rounds first.
+
+    Raises UsageError where the steps are none or made up, or the folder is none.
+    """
+    files = sorted(where.glob("*.json")) if where.is_dir() else [where]
+    if not files:
+        raise UsageError(f"there is no record of steps in {where.name}/")
+    records = [steps.load(file) for file in files]
+    for file, one in zip(files, records, strict=True):
+        if one.provenance != "measured":
+            raise UsageError(f"{file.name} is {one.provenance}, not measured: no evidence")
     if not cells_folder.is_dir():
         raise UsageError(f"there is no folder {cells_folder.name}/ of `lib.study.probes`")
     cells = probe.frame(probe.load_all(cells_folder)) if any(cells_folder.glob("*.json")) else None
-    return Evidence(found, cells)
+    first, *beside = sorted(records, key=lambda one: -len(one.rounds))
+    return Evidence(first, cells, beside)

@@ -238,7 +238,7 @@ class Session:
         )  # fmt: skip
 
     def prepare(self, found: Steps) -> Steps:
-        """First steps of all at all lengths; what runs out of memory even alone is noted as failed."""
+        """First steps of all at all lengths; what runs out of memory even alone, or fails, is noted as failed."""
         failed = {label: dict(lengths) for label, lengths in found.failed.items()}
         for size in self.made.sizes:
             for label in self.benches:
@@ -259,9 +259,14 @@ class Session:
                     bench.prepare(context, self.made.window_s)
                     self.alone |= {(context, label)} if tried else set()
                     return None
-            except (OutOfMemory, MemoryError, RuntimeError) as error:
-                says = _out_of_memory(error)
+            except Exception as error:  # of one variant: the others' minutes on a GPU are not lost with it
+                full = isinstance(error, (OutOfMemory, MemoryError)) or is_out_of_memory(str(error))
+                if not full and label == attention.REFERENCE:  # nothing can be compared with it
+                    raise
+                says = f"{'out of memory' if full else type(error).__name__}: {record.printable(error, 200)}"
             bench.let_go()
+            if not full:
+                break
         return says
 
     @contextlib.contextmanager
@@ -345,14 +350,6 @@ def order(labels: list[str], number: int) -> list[str]:
     if len(others) < len(labels):
         found.insert(number % len(labels), attention.CONTROL)
     return found
-
-
-def _out_of_memory(error: Exception) -> str:
-    """What ran out, in one line. Raises the error where it is another."""
-    says = (str(error).strip().splitlines() or ["no memory left"])[0][:200]
-    if isinstance(error, (OutOfMemory, MemoryError)) or is_out_of_memory(str(error)):
-        return f"out of memory: {says}"
-    raise error
 
 
 def measure(made: Plan, path: Path, within_s: float = math.inf, say=print) -> Steps:
