@@ -46,7 +46,8 @@ def test_a_row_is_what_the_record_says(tmp_path):
 def test_every_committed_number_stands_with_its_reason_or_value(committed):
     found = committed
     assert (found.groupby("what")["unit"].nunique() == 1).all()  # or one axis would hold two units
-    memory = found[(found["what"] == "Training step, peak GPU memory") & (found["at"] == 8192)].set_index("label")
+    memory = found[(found["what"] == "Training step, peak GPU memory") & (found["at"] == 8192)]
+    memory = memory[[names == ["steps-gpu/steps.json"] for names in memory["records"]]].set_index("label")
     assert memory.loc["gqa", "ratio"] == memory.loc["gqa", "value"] / memory.loc["sdpa", "value"]
     assert (found["value"].notna() != found["why"].notna()).all()
     assert set(found["kind"]) == {"computed", "training runs", "training steps", "cost by length", "small tasks"}
