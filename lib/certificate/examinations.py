@@ -36,6 +36,7 @@ FLOOR = {"fp32": 1e-5, "bf16": 0.03}  # root mean square that rounding alone may
 WORSE = 4.0  # how much further than its reference of rounded weights a layer may be, which rounds on the way as well
 GRADIENTS_WORSE = 5.0  # and its gradients: a product more on the way
 LENGTH = 0.08  # relative, of a gradient along the right one
+TOKEN_LENGTH = 0.02  # the same of the median token's, which no single value moves
 STEP = 1e-7  # relative; of a finite difference in float64
 WIDE, NOISY = 1e-5, 0.02  # where the function itself rounds to fp32: a wider step, and the most noise allowed for
 SLOPE = 1e-4  # relative; what such a difference may be off
@@ -205,6 +206,10 @@ def _of_layer(twins: Twins, layer, twin):
     if off > allowed and s.precision != "fp32":
         allowed, is_steady = max(allowed, _allowed_of_gradients(twins, twin, exact)), False
     yield "precision", "gradients, training", off, allowed
+    tokens, exact_tokens = (found[: hidden.numel()].view(-1, s.width) for found in (ours, theirs))
+    slopes = (tokens * exact_tokens).sum(-1) / exact_tokens.square().sum(-1)  # a few may be what rounding makes of them
+    at_token = abs(slopes.nanmedian().item() - 1)
+    yield "precision", "length of the median token's gradient along float64's, training", at_token, TOKEN_LENGTH
     along = abs((ours @ theirs / (theirs @ theirs)).item() - 1)  # rounding turns them, and leaves their length
     yield "precision", "length of the gradients along float64's, training", along, LENGTH if is_steady else allowed
 
