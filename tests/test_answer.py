@@ -96,6 +96,13 @@ def test_joules_have_a_pick_of_their_own_and_none_where_they_were_not_counted():
     assert "joules" not in answer.how_sure(found)[0]
 
 
+def test_who_takes_the_fewest_joules_is_named_where_that_is_another():
+    for ratios in ({"gqa": 0.8, "mla": 2.0}, {"gqa": 0.8, "linear": 0.5, "mla": 2.0}):  # joules go the other way
+        said = say(ratios)[1]
+        assert re.search(r"GQA(\*\*,|:) training time (19|20).*; the fewest joules takes MLA: ÷ (1\.9|2\.0)", said)
+    assert "fewest joules" not in say({"gqa": 0.8})[1] and "fewest joules" not in say({"mla": 2.0}, joules=False)[1]
+
+
 def test_time_and_joules_share_a_row_where_they_share_pick_and_cost():
     rows = [
         ("time, 512 tokens", "A", "1", "c"),

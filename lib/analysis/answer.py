@@ -51,13 +51,14 @@ def sentences(evidence: Evidence) -> list[str]:
             little = all(e.ratio(label, context, TIME).ratio > LITTLE for label in pick.labels)
             at += " little is to be gained over SDPA:" if little else " take"
             known = "" if e.recall else "; what it recalls is not known"
-            said.append(f"{at} {_names(e, pick)}**, {_savings(e, pick, context)}{known}.")
+            joules = _in_joules(e, context, keepers if e.recall else others, pick)
+            said.append(f"{at} {_names(e, pick)}**, {_savings(e, pick, context)}{known}{joules}.")
             continue
         lost = joined([_lost(e, label) for label in free.labels])
         then = (
             f"Where recall counts take {_names(e, kept)}: {_savings(e, kept, context)}"
             if kept.labels else "Where recall counts keep SDPA: nothing that recalls is significantly faster"
-        )  # fmt: skip
+        ) + _in_joules(e, context, keepers, kept)  # fmt: skip
         said.append(
             f"{at} take {_names(e, free)} if recall does not count**: beside SDPA, {_savings(e, free, context)}; "
             f"{lost}. {then}."
@@ -72,6 +73,15 @@ def sentences(evidence: Evidence) -> list[str]:
             + "."
         )
     return said
+
+
+def _in_joules(evidence: Evidence, context: int, among: list[str], by_time: Pick) -> str:
+    """Who of them takes the fewest joules, where that is another than by time."""
+    pick = evidence.cheapest(context, ENERGY, among)
+    if not pick.labels or set(pick.labels) & set(by_time.labels):
+        return ""
+    takes = "takes" if len(pick.labels) == 1 else "take"
+    return f"; the fewest joules {takes} {_names(evidence, pick)}: {joined(pick.ratios)}"
 
 
 def _without_a_price(evidence: Evidence, cache: Pick, among: list[str]) -> str:
