@@ -57,9 +57,8 @@ def test_where_nothing_is_faster_the_answer_is_sdpa():
 def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recalls_with_its_own_saving():
     found, said = say({"linear": 0.2, "gqa": 0.8})
     assert "take LINEAR if recall does not count**: beside SDPA, training time ÷ 5.0 [" in said
-    assert (
-        "LINEAR recalls 29% [28%, 30%] of 32 facts. Where recall counts take GQA: training time " in said
-    )  # the median seed
+    recalls = "LINEAR recalls 29% [28%, 30%] of 32 facts after 800 steps of training"  # the median seed
+    assert f"{recalls}. Where recall counts take GQA: training time " in said
     assert re.search(r"take GQA: training time (19|20)\.\d % less \[", said)
     assert answer_figure.headline(found) == ["512 tokens: LINEAR, training time ÷ 5.0, if recall is not needed."]
     table = answer.limits(found).set_index("if you are limited by")

@@ -137,7 +137,7 @@ def _lost(evidence: Evidence, label: str) -> str:
         return f"what {name} recalls was not tried"
     other = found.title != evidence.entries[label].title
     who = f"{escaped(found.title)}, tried in its place," if other else name
-    return f"{who} recalls {_share(found)} of {PAIRS} facts"
+    return f"{who} recalls {_share(found)} of {PAIRS} facts after {found.steps:,} steps of training"
 
 
 def _share(found: Recall) -> str:
@@ -207,11 +207,13 @@ def how_sure(evidence: Evidence) -> list[str]:
         shown = {label: one for label, one in e.recall.items() if label in e.entries}
         n = min(one.n for one in (shown or e.recall).values())
         deep = [_name(e, label) for label, one in shown.items() if one.layers > 1]
+        steps = joined([f"{count:,}" for count in sorted({one.steps for one in (shown or e.recall).values()})])
         depths = "one layer" + (f" (two for {joined(deep)})" if deep else "")
         rates = "one rate" if e.rates == 1 else f"the best of {NUMBERS.get(e.rates, e.rates)} rates"
         said.append(
-            f"Recall: {PAIRS} pairs in 128 tokens, {depths} behind a short convolution, {rates}, "
-            f"the median of {n} or more seeds, on a CPU.{_tried_as(e)}"
+            f"Recall: {PAIRS} pairs in 128 tokens, {depths} behind a short convolution, {steps} steps at {rates}, "
+            f"the median of {n} or more seeds, on a CPU; who is slower to learn it counts as one that does not."
+            f"{_tried_as(e)}"
         )
     gone = [_name(e, label) for label, count in e.cache.items() if count != count]
     said.append(

@@ -56,10 +56,15 @@ def _around(figure, e: Evidence):
         f"{setting.precision}) on {e.machine}, {joined([str(len(record.rounds)) for record in e.all])} rounds in "
         "turns; 95 % intervals where they are wider than the marks.\n"
         "Grey numbers: not told apart from SDPA, or too few rounds with joules. Cache: by each variant's definition, "
-        f"bf16.\nRecall: {PAIRS} pairs in 128 tokens, a point a seed, the tick their median; a window of 16 stands for "
-        "the window.",
+        f"bf16.\nRecall: {PAIRS} pairs in 128 tokens{_steps(e)}, a point a seed, the tick their median; a window of 16 "
+        "stands for the window.",
         fontsize=9, color=QUIET, va="top",
     )  # fmt: skip
+
+
+def _steps(e: Evidence) -> str:
+    counts = sorted({one.steps for one in e.recall.values()})
+    return f" after {joined([f'{count:,}' for count in counts])} steps of training" if counts else ""
 
 
 def headline(evidence: Evidence) -> list[str]:

@@ -49,6 +49,7 @@ class Recall(NamedTuple):
     n: int
     title: str  # what was asked: a window has another width here
     layers: int
+    steps: int  # of training; who has not begun to learn by then counts as one that does not recall
     state_share: float  # of what SDPA keeps in a net of as many layers
 
 
@@ -247,9 +248,10 @@ def _recall(cells: pd.DataFrame) -> dict[str, Recall]:
     layer_bytes = rows.loc[rows["label"] == REFERENCE, "state_bytes"].max()  # SDPA itself is tried in one layer
     settings = cells[cells["task"] == TASK].groupby("label")["setting"].first()
     for row in rows.itertuples():
-        layers = json.loads(settings[row.label])["layers"]
-        numbers = row.median, row.low, row.high, row.n
-        found[row.label] = Recall(*numbers, row.title, layers, row.state_bytes / (layers * layer_bytes))
+        net = json.loads(settings[row.label])
+        layers, numbers = net["layers"], (row.median, row.low, row.high, row.n)
+        share = row.state_bytes / (layers * layer_bytes)
+        found[row.label] = Recall(*numbers, row.title, layers, net["steps"], share)
     return found
 
 
