@@ -51,6 +51,8 @@ def test_where_nothing_is_faster_the_answer_is_sdpa():
     found, said = say({})
     assert "**At 512 tokens keep SDPA**: nothing trains in significantly less time." in said
     assert found.cheapest(512, evidence.TIME, found.others).labels == []
+    dearer = say({"linear": 1.5, "mla": 1.2})[0]
+    assert dearer.cheapest(512, evidence.TIME, dearer.others).labels == []
     assert answer_figure.headline(found) == ["512 tokens: keep SDPA; nothing trains in significantly less time."]
 
 
@@ -121,7 +123,7 @@ def test_what_fails_its_certificate_is_never_picked_and_is_named():
     made = made_steps({"linear": 0.1})
     entries = [e.model_copy(update={"certified": e.label != "linear"}) for e in made.entries]
     found = evidence.Evidence(made.model_copy(update={"entries": entries}), made_cells())
-    assert "LINEAR" not in " ".join(answer.sentences(found))
+    assert "LINEAR" not in " ".join(answer.sentences(found)) and "linear" not in found.others
     assert answer.how_sure(found)[-1].endswith("not picked: LINEAR.")
 
 
