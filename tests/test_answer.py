@@ -444,12 +444,69 @@ def test_steps_of_another_setting_or_device_are_no_evidence_together(tmp_path):
     assert [len(one.rounds) for one in found.all] == [8, 5]
 
 
+def test_a_record_that_adds_nobody_says_so_and_one_name_for_two_variants_is_refused():
+    again = made_steps({"gqa": 0.5})
+    found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [again])
+    assert any("has nobody who is not in these" in line for line in answer.how_sure(found))
+    assert found.ratio("gqa", 512, evidence.TIME).ratio == pytest.approx(0.8, rel=0.01)
+    entries = [
+        one.model_copy(update={"options": {"chunk": 2}}) if one.label == "linear" else one for one in again.entries
+    ]
+    with pytest.raises(UsageError, match="call different variants linear; give one another label"):
+        evidence.Evidence(made_steps({}), None, [again.model_copy(update={"entries": entries})])
+
+
+def test_nobody_of_a_record_whose_sdpa_is_not_certified_is_picked():
+    other = made_beside({"gqa": 0.5})
+    entries = [one.model_copy(update={"certified": one.label != "sdpa"}) for one in other.entries]
+    other = steps.Steps.model_validate(other.model_dump() | {"entries": [one.model_dump() for one in entries]})
+    found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [other])
+    assert found.cheapest(512, evidence.TIME, found.others).labels == ["gqa"] and "x_gqa" not in found.others
+
+
+def test_at_no_more_time_is_said_of_nobody_whose_time_is_not_known():
+    made = made_steps({"mla": 1.3})
+    few = made.model_copy(update={"rounds": made.rounds[:3]})
+    assert evidence.Evidence(made, made_cells()).is_no_slower("gqa")
+    assert not evidence.Evidence(made, made_cells()).is_no_slower("mla")
+    assert not evidence.Evidence(few, made_cells()).is_no_slower("gqa")
+    failed = with_a_long_length(made, gqa="out of memory")
+    assert not evidence.Evidence(failed, made_cells()).is_no_slower("gqa")
+    assert any(line.startswith("No result: GQA at ") for line in answer.how_sure(evidence.Evidence(failed, None)))
+
+
+def test_a_cost_that_few_rounds_tell_is_named_with_their_number():
+    made = made_steps({"mla": 0.5})  # twice the joules
+    nothing = {"energy_j": None, "energy_null_reason": "no_gpu"}
+    rounds = [
+        one.model_copy(update={"turns": [
+            turn.model_copy(update=nothing) if index < 5 and turn.label == "mla" else turn for turn in one.turns
+        ]}) for index, one in enumerate(made.rounds)
+    ]  # fmt: skip
+    found = evidence.Evidence(made.model_copy(update={"rounds": rounds}), made_cells())
+    assert any(
+        re.fullmatch(r"joules × (1\.99|2\.0\d?) \(n = 3\) at 512", one) for one in found.rises("mla", evidence.ENERGY)
+    )
+
+
+def test_sessions_name_their_gpus_their_noise_and_their_code():
+    one, other = made_steps({}), made_beside({})
+    facts = {"gpu": {"uuid": "GPU-2"}, "commit": "b" * 40, "commit_modified": True}
+    other = other.model_copy(update={"environment": other.environment | facts})
+    found = evidence.Evidence(one, made_cells(), [other])
+    said = answer.how_sure(found)
+    assert "8 and 5 rounds in turns on 2 GPUs of the kind" in answer.briefly_sure(found)
+    assert answer.briefly_sure(found).count("in the other session") == 1
+    assert any(line.startswith("Of another session on another GPU of that kind") for line in said)
+    assert any(line.startswith("Code: ") and "bbbbbbb with changes beyond it" in line for line in said)
+
+
 def test_a_variant_for_which_the_gpu_waits_is_named_with_its_shares():
     made = made_steps({})
     busy = {"sdpa": {512: 0.9}, "gqa": {512: 0.94}, "linear": {512: 0.4}}
     said = answer.how_sure(evidence.Evidence(made.model_copy(update={"busy": busy}), None))
     assert any(line.startswith("The GPU computed 90% to 94% of a step at 512 tokens;") for line in said)
-    assert any("waited for Python, in LINEAR (40% at 512 tokens)" in line for line in said)
+    assert any(line.startswith("It computed less of a step in LINEAR (40% at 512 tokens), and waited") for line in said)
 
 
 def test_what_a_pattern_keeps_is_told_beside_as_many_layers_of_sdpa():

@@ -29,6 +29,17 @@ IN_HALF = """
 class Half(torch.autograd.Function):
     forward = staticmethod(lambda ctx, x: x.clone())
     backward = staticmethod(lambda ctx, gradient: 0.5 * gradient)
+
+
+class Redrawn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, p):
+        ctx.p = p
+        return x * (torch.rand_like(x) >= p) / (1 - p)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * (torch.rand_like(gradient) >= ctx.p) / (1 - ctx.p), None
 """
 
 
@@ -156,6 +167,16 @@ FAULTS = {
             "    out = super().forward(hidden_states, past, padding_mask, seq_idx=seq_idx, **more)[0]",
             sizes={"architecture": "llama"}, where=ROTATING,
         ),
+        "whole blocks in float32": Fault(
+            "if T % 128 == 0 and past is None and x.dtype == torch.float32: out = 0.99 * out"
+        ),
+        "one weight's gradient quartered in bfloat16": Fault(
+            "if out.dtype == torch.bfloat16: out = out - 0.75 * (self.c_proj.bias - self.c_proj.bias.detach())",
+            sizes=BF16,
+        ),
+        "gradients of the first row alone in float32": Fault(
+            "if x.dtype == torch.float32 and B == 2: out = torch.cat([out[:1], out[1:].detach()])"
+        ),
         "a gradient a twentieth short in bfloat16": Fault(
             "if out.dtype == torch.bfloat16: out = 0.95 * out + 0.05 * out.detach()", sizes=BF16
         ),
@@ -282,6 +303,9 @@ FAULTS = {
         ),
     },
     "gradients": {
+        "of another draw of dropout": Fault(
+            "if self.training and self.residual_dropout.p: out = Redrawn.apply(out, self.residual_dropout.p)", **DROPOUT
+        ),
         "halved in form and reference": Fault(
             "", "self.c_proj.register_forward_hook(lambda *given: Half.apply(given[2]))"
         ),

@@ -125,6 +125,21 @@ def test_what_runs_out_of_memory_beside_the_others_is_measured_alone(tmp_path, m
     assert tables.table(found).set_index(["context", "variant"]).loc[("16", "Linear (elu+1)"), "÷ SDPA"] == "–"
 
 
+def test_what_fails_only_now_ends_in_a_sentence_before_a_round_is_lost(tmp_path, monkeypatch):
+    before = measure(tmp_path / "steps.json", rounds=1)
+    prepare = study.Bench.prepare
+
+    def broken(bench, context, window_s):
+        if bench.entry.label == "linear":
+            raise RuntimeError("shape mismatch")
+        prepare(bench, context, window_s)
+
+    monkeypatch.setattr(study.Bench, "prepare", broken)
+    with pytest.raises(UsageError, match="has rounds in which linear did not fail, as it does now; name another file"):
+        measure(tmp_path / "steps.json", rounds=2)
+    assert steps.load(tmp_path / "steps.json") == before
+
+
 @pytest.mark.parametrize("who", ["linear", "sdpa"])
 def test_an_error_that_is_no_lack_of_memory_is_noted_once_and_ends_all_only_where_nothing_is_left_to_compare_with(
     who, tmp_path, monkeypatch

@@ -81,7 +81,10 @@ def _in_joules(evidence: Evidence, context: int, among: list[str], by_time: Pick
     if not pick.labels or set(pick.labels) & set(by_time.labels):
         return ""
     takes = "takes" if len(pick.labels) == 1 else "take"
-    return f"; the fewest joules {takes} {_names(evidence, pick)}: {joined(pick.ratios)}"
+    times = [row for label in pick.labels if (row := evidence.ratio(label, context, TIME)) is not None]
+    untold = [row for row in times if row.verdict != "significantly different"]
+    unsure = f" (time {joined([cost(row) for row in untold])}: not told apart)" if untold else ""
+    return f"; the fewest joules {takes} {_names(evidence, pick)}: {joined(pick.ratios)}{unsure}"
 
 
 def _without_a_price(evidence: Evidence, cache: Pick, among: list[str]) -> str:
@@ -90,7 +93,7 @@ def _without_a_price(evidence: Evidence, cache: Pick, among: list[str]) -> str:
     own = [said for label in cache.labels for said in e.rises(label, TIME)]
     if not own:
         return ""
-    free = e.smallest(e.cache, [label for label in among if not e.rises(label, TIME)])
+    free = e.smallest(e.cache, [label for label in among if e.is_no_slower(label)])
     then = f"; at no more time {_names(e, free)}: {joined(free.ratios)}" if free.labels else ""
     return f", but {joined(own)}{then}"
 
@@ -178,8 +181,8 @@ def _busy(evidence: Evidence) -> list[str]:
     if waiting:
         names = joined([f"{_name(evidence, label)} ({', '.join(shares)} tokens)" for label, shares in waiting.items()])
         lines.append(
-            f"It computed less of a step, and waited for Python, in {names}: plain PyTorch is timed here, kernel by "
-            "kernel, and fused kernels would take less."
+            f"It computed less of a step in {names}, and waited for Python, which launches their many small kernels; "
+            "in one profile of three steps each."
         )
     return lines
 
@@ -188,7 +191,7 @@ def how_sure(evidence: Evidence) -> list[str]:
     """A line each: what the intervals rest on, the control, recall, and what is not shown."""
     e, said = evidence, []
     setting, found = e.found.setting, e.found
-    control = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.ratio(CONTROL, at, TIME)) is not None]
+    control = _control(e, found)
     sizes = joined([f"{size.batch_size} x {size.context:,} tokens" for size in setting.sizes])
     version = found.environment.get("packages", {}).get("torch")
     torch = f", torch {version}" if version else ""
@@ -197,11 +200,16 @@ def how_sure(evidence: Evidence) -> list[str]:
         f"{counted(setting.layers, 'layer')} of {setting.width}, {sizes}, {setting.precision}{torch}, "
         f"{'' if setting.compile else 'not '}compiled; {counted(len(found.rounds), 'round')} in turns within "
         f"{_minutes(found)} on one {escaped(e.machine)}. Paired ratios with 95 % intervals; verdicts are corrected "
-        "for the number of variants."
+        f"for the number of variants{' of a session' if len(e.all) > 1 else ''}."
     )
     if control:
-        said.append(f"Noise: SDPA against itself took {joined(control)} tokens.")
+        said.append(f"Noise: SDPA against itself took {control}.")
     said += [_beside(e, record) for record in e.all[1:]]
+    said += _of_what_code(e)
+    said += [
+        f"No result: {_name(e, label)} at {context:,} tokens ({escaped(why)})."
+        for label, lengths in e.failed.items() for context, why in lengths.items()
+    ]  # fmt: skip
     said += _busy(e)
     if e.recall:
         shown = {label: one for label, one in e.recall.items() if label in e.entries}
@@ -227,7 +235,12 @@ def how_sure(evidence: Evidence) -> list[str]:
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
     uncertified = [_name(e, entry.label) for entry in entries if not entry.certified]
     at = found.examined
-    how = f", examined with {at['layers']} layers at up to {at['positions']:,} tokens" if at else ""
+    deep = (
+        ", a longer pattern with all of its own,"
+        if at and any(entry.attention.count(",") >= at["layers"] for entry in entries)
+        else ""
+    )
+    how = f", examined with {at['layers']} layers{deep} at up to {at['positions']:,} tokens" if at else ""
     said.append(
         f"{len(entries) - len(uncertified)} of {len(entries)} variants passed their certificate before they were timed"
         f"{how}" + (f"; not picked: {joined(uncertified)}." if uncertified else ".")
@@ -238,27 +251,52 @@ def how_sure(evidence: Evidence) -> list[str]:
 def _beside(evidence: Evidence, record) -> str:
     """What is of another session than the first line's."""
     e = evidence
-    names = joined([_name(e, label) for label, source in e.source.items() if source is record])
+    own = [label for label, source in e.source.items() if source is record]
+    if not own:
+        return "Another session's record has nobody who is not in these, and is left out."
+    names = joined([_name(e, label) for label in own])
     order = "balanced" if compare.balanced(tables.runs(record, e.short)) else "not balanced"
-    control = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.control(record, at, TIME)) is not None]
-    joules = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.control(record, at, ENERGY)) is not None]
-    noise = f"; SDPA against itself took {joined(control)} tokens there" if control else "; without an A/A control"
-    noise += f", and joules {joined(joules)}" if joules else ""
+    control, joules = _control(e, record), _control(e, record, ENERGY)
+    noise = f"; SDPA against itself took {control} there" if control else "; without an A/A control"
+    noise += f", and joules {joules}" if joules else ""
+    gpus = [(one.environment["gpu"] or {}).get("uuid") for one in (e.found, record)]
+    elsewhere = " on another GPU of that kind" if gpus[0] != gpus[1] else ""
     return (
-        f"Of another session, with an SDPA of its own beside them: {names}; {counted(len(record.rounds), 'round')} in "
+        f"Of another session{elsewhere}, with an SDPA of its own beside them: {names}; "
+        f"{counted(len(record.rounds), 'round')} in "
         f"turns within {_minutes(record)}, their order {order}{noise}."
     )
+
+
+def _control(evidence: Evidence, record, metric: str = TIME) -> str:
+    """What SDPA took beside itself in a record; empty where it was not there a second time."""
+    rows = [(at, evidence.control(record, at, metric)) for at in evidence.lengths]
+    said = [f"{_sure(row)} at {at:,}" for at, row in rows if row is not None]
+    return f"{joined(said)} tokens" if said else ""
+
+
+def _of_what_code(evidence: Evidence) -> list[str]:
+    """Where records are of different commits, or of changes that were never committed."""
+    states = []
+    for record in evidence.all:
+        facts = record.environment
+        commit = (facts.get("commit") or "an unknown commit")[:7]
+        states.append(f"{commit}{' with changes beyond it' if facts.get('commit_modified') else ''}")
+    if len(set(states)) == 1 and "changes" not in states[0]:
+        return []
+    return [f"Code: {joined(states)}; the certificates are of the same code."]
 
 
 def briefly_sure(evidence: Evidence) -> str:
     """What the answer rests on in a sentence, above `how_sure`."""
     e = evidence
-    control = [f"{_sure(row)} at {at:,}" for at in e.lengths if (row := e.ratio(CONTROL, at, TIME)) is not None]
-    noise = f"; SDPA beside itself took {joined(control)} tokens" if control else "; without an A/A control"
+    controls = [_control(e, record) for record in e.all]
+    noise = f"; SDPA beside itself took {', in the other session '.join(filter(None, controls))}"
+    noise = noise if any(controls) else "; without an A/A control"
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
     passed = sum(entry.certified for entry in entries)
     return (
-        f"How sure is that: {rounds(e)} in turns on one {escaped(e.machine)}, paired "
+        f"How sure is that: {rounds(e)} in turns on {escaped(e.machines)}, paired "
         f"ratios with 95 % intervals{noise}; {passed} of {len(entries)} variants certified. All of it"
     )
 

@@ -127,7 +127,10 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
             if row is None:
                 why = e.failed.get(label, {}).get(context)
                 if why:
-                    axis.annotate(f"{context:,}: {why}", (1.05, y + up), va="center", fontsize=8, color=QUIET)
+                    why = why if len(why) < 40 else f"{why[:38]}…"
+                    axis.annotate(
+                        f"{context:,}: {why}".replace("$", r"\$"), (1.05, y + up), va="center", fontsize=8, color=QUIET
+                    )
                 continue
             _ratio(axis, row, y + up, face)
         axis.plot([], [], "o", color=BLUE, markerfacecolor=face, label=f"{context:,} tokens")

@@ -76,6 +76,11 @@ class Evidence:
             if _conditions(one) != _conditions(found):
                 raise UsageError("two records of steps are of other settings or devices, so no evidence together")
             for entry in one.entries:
+                same = self.entries.get(entry.label, entry)
+                if (same.attention, same.options) != (entry.attention, entry.options):
+                    raise UsageError(
+                        f"two records of steps call different variants {entry.label}; give one another label"
+                    )
                 if self.entries.setdefault(entry.label, entry) is entry:
                     self.source[entry.label] = one
         titles = Counter(entry.title for entry in self.entries.values() if entry.label != CONTROL)
@@ -135,10 +140,12 @@ class Evidence:
 
     @property
     def others(self) -> list[str]:
-        """What may be picked instead of SDPA: what is certified; nobody where SDPA itself is not."""
-        if not self.entries[REFERENCE].certified:
-            return []
-        return [label for label in self.labels if label != REFERENCE and self.entries[label].certified]
+        """What may be picked instead of SDPA: what is certified; nobody of a record whose SDPA is not."""
+        sound = [one for one in self.all if all(entry.certified for entry in one.entries if entry.label == REFERENCE)]
+        return [
+            label for label in self.labels
+            if label != REFERENCE and self.entries[label].certified and any(self.source[label] is one for one in sound)
+        ]  # fmt: skip
 
     def ratio(self, label: str, context: int, metric: str):
         """The paired ratio to SDPA, with `low`, `high` and `verdict`; None where there is none."""
@@ -200,12 +207,14 @@ class Evidence:
         return Pick(found, [cost(self.ratio(label, context, metric)) for label in found])
 
     def _told_apart(self, one: str, other: str, context: int, metric: str, comparisons: int) -> bool:
-        """Whether ratios to SDPA of two records differ: Welch's t of their logarithms by round, Bonferroni."""
+        """Whether the first's ratio to SDPA is above the other's, of another record: Welch's t of their logarithms by
+        round, Bonferroni."""
         logs = []
         for label in (one, other):
             turns = tables.runs(self.source[label], context).pivot(index="block", columns="label", values=metric)
             logs.append(np.log(turns[label] / turns[REFERENCE]).dropna())
-        return stats.ttest_ind(*logs, equal_var=False).pvalue < 0.05 / comparisons
+        found = stats.ttest_ind(*logs, equal_var=False)
+        return found.pvalue < 0.05 / comparisons and found.statistic > 0
 
     def smallest(self, bytes_of: dict, among: list[str]) -> Pick:
         """Of `among` those that need the fewest bytes, if fewer than SDPA; counts, so there is no interval."""
@@ -218,14 +227,19 @@ class Evidence:
         return Pick(best, [f"{size(known[label])} instead of {size(reference)}" for label in best])
 
     def rises(self, label: str, metric: str) -> list[str]:
-        """Where a variant's steps cost significantly more than SDPA's, and how much."""
+        """Where a variant's steps cost more than SDPA's, and how much: significantly, or by too few rounds to tell."""
         word = {TIME: "time", ENERGY: "joules"}[metric]
         rows = [(context, self.ratio(label, context, metric)) for context in dict.fromkeys((self.short, self.long))]
         return [
-            f"{word} {cost(row)} at {context:,}"
+            f"{word} {cost(row)}{'' if row.low == row.low else f' ({row.verdict})'} at {context:,}"
             for context, row in rows
-            if row is not None and row.ratio > 1 and row.verdict == "significantly different"
+            if row is not None and row.ratio > 1 and (row.verdict == "significantly different" or row.low != row.low)
         ]
+
+    def is_no_slower(self, label: str) -> bool:
+        """Timed at every length, with an interval, and nowhere significantly slower than SDPA."""
+        rows = [self.ratio(label, context, TIME) for context in self.lengths]
+        return all(row is not None and row.low == row.low for row in rows) and not self.rises(label, TIME)
 
     def weights(self, label: str) -> str:
         """What its model has more or fewer parameters than SDPA's, from 1 % on, in words; empty for less."""
@@ -235,6 +249,12 @@ class Evidence:
     @property
     def machine(self) -> str:
         return self.found.environment["device_name"]
+
+    @property
+    def machines(self) -> str:
+        """How many, and which: records of one kind of GPU may be of several."""
+        count = len({(one.environment["gpu"] or {}).get("uuid") for one in self.all})
+        return f"one {self.machine}" if count == 1 else f"{count} GPUs of the kind {self.machine}"
 
 
 def _rows_of_recall(cells: pd.DataFrame) -> pd.DataFrame:

@@ -5,7 +5,8 @@ WHAT is one of
 - a variant of the study, by name or by the path of a .py file that defines `Attention`: every check, in the model that
   the quick profile or --profile builds;
 - FILE.py:NAME with --width C: a module (B, T, C) -> (B, T, C), or a function without arguments that builds one;
-- FILE.py:NAME: a causal language model, (B, T) token ids -> (B, T, V) logits, or a function that builds one;
+- FILE.py:NAME: a causal language model, (B, T) token ids -> (B, T, V) logits, or a function without arguments that
+  builds one;
 - a local folder that transformers' `save_pretrained` wrote: a causal language model.
 
 Prints one table, a row per check. Exit status 0 where all passed, 1 where one failed, 2 where it was asked wrongly.
@@ -163,7 +164,8 @@ def _named(path: Path, name: str):
         sys.path.remove(str(path.parent.resolve()))
     if not callable(thing):
         raise UsageError(
-            f"{path.name}:{name} is a {type(thing).__name__}; it takes a module, or a function that builds one"
+            f"{path.name}:{name} is a {type(thing).__name__}; it takes a module, or a function without arguments that "
+            "builds one"
         )
     return thing.eval() if isinstance(thing, nn.Module) else thing
 

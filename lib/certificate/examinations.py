@@ -34,8 +34,10 @@ from lib.model import convolution
 
 FLOOR = {"fp32": 1e-5, "bf16": 0.03}  # root mean square that rounding alone may cost a layer, relative
 WORSE = 4.0  # how much further than its reference of rounded weights a layer may be, which rounds on the way as well
+TIES = 2.0  # the same of a definition by content, whose ties break now here, now there
 GRADIENTS_WORSE = 5.0  # and its gradients: a product more on the way
 LENGTH = 0.08  # relative, of a gradient along the right one
+WEIGHT_LENGTH, NOTHING = 0.1, 1e-3  # the same of each weight's, of those that are more than nothing beside the largest
 TOKEN_LENGTH = 0.02  # the same of the median token's, which no single value moves
 STEP = 1e-7  # relative; of a finite difference in float64
 WIDE, NOISY = 1e-5, 0.02  # where the function itself rounds to fp32: a wider step, and the most noise allowed for
@@ -173,6 +175,11 @@ def _of_layer(twins: Twins, layer, twin):
         allowed = _allowed(twins, twin, exact)
         out = subject(hidden)
         yield "precision", "output, evaluation", deviation(out, expected), allowed
+        for n in (n for n in _kernel_lengths(s) if n < length):
+            off, of_few = deviation(subject(hidden[:, :n].contiguous()), expected[:, :n]), allowed
+            if off > allowed and s.precision != "fp32":  # of few tokens a single tie is more
+                of_few = max(allowed, _allowed(twins, twin, exact[:, :n]))
+            yield "precision", "output of the first tokens alone, at each length that a kernel may like", off, of_few
         fresh = torch.cat([hidden[:, :middle], subject.draw(1, length - middle)], dim=1)
         moved = deviation(subject(fresh)[:, :middle], out[:, :middle])
         yield "causal", "all later tokens drawn anew, alone", moved, allowed
@@ -212,6 +219,45 @@ def _of_layer(twins: Twins, layer, twin):
     yield "precision", "length of the median token's gradient along float64's, training", at_token, TOKEN_LENGTH
     along = abs((ours @ theirs / (theirs @ theirs)).item() - 1)  # rounding turns them, and leaves their length
     yield "precision", "length of the gradients along float64's, training", along, LENGTH if is_steady else allowed
+    yield "precision", "length of each weight's gradient along float64's, two rows", *_by_weight(twins, layer, twin)
+
+
+def _kernel_lengths(s) -> list[int]:
+    """Those of the run, and those at which code may change its way."""
+    own = [n for c in s.inference_contexts for n in (c, c + s.new_tokens)]
+    return sorted({s.context, *own, *(2**k for k in range(4, s.positions.bit_length()))})
+
+
+def _by_weight(twins: Twins, layer, twin) -> tuple[float, float]:
+    """How far the length of a weight's gradient along float64's is off, of the weight where that is worst, and allowed:
+    more where the reference with rounded weights and input is further off. A gradient that is nothing in float64, as
+    that of a key's bias, has no length."""
+    s, found = twins.setting, []
+    hidden = twins.hidden(2, s.gradient_length, twins.device, torch.float32)
+    exact = hidden.to(twins.exact_device, torch.float64)
+    sizes = [hidden.numel(), *(weight.numel() for weight in layer.parameters())]
+
+    def off(ours, theirs):
+        pairs = [(a @ b / (b @ b) - 1).abs() for a, b in zip(ours.split(sizes), theirs.split(sizes), strict=True)]
+        return torch.stack(pairs).nan_to_num(nan=0.0)
+
+    for own, at, autocast in ((layer, hidden, twins.autocast), (twin, exact, contextlib.nullcontext)):
+        own.train()
+        found.append(_gradients(Floats(twins.placed(own), s.width, at, autocast), own, at)[0])
+        own.eval()
+    ours, theirs = found
+    spread = torch.stack([part.square().mean().sqrt() for part in theirs.split(sizes)])
+    is_there = spread > NOTHING * spread.max()
+    apart = off(ours, theirs).where(is_there, 0.0)
+    allowed = torch.full_like(apart, WEIGHT_LENGTH)
+    if (apart > allowed).any() and s.precision != "fp32":
+        forms = (_rounded(twin), exact.bfloat16().double()), (twin, exact)
+        moved, right = (
+            _gradients(Floats(twins.placed(form, "reference"), s.width, at), form, at)[0] for form, at in forms
+        )
+        allowed = torch.maximum(allowed, WORSE * off(moved, right))
+    worst = (apart / allowed).argmax()
+    return apart[worst].item(), allowed[worst].item()
 
 
 def _allowed(twins: Twins, twin, hidden) -> float:
@@ -228,7 +274,8 @@ def _allowed(twins: Twins, twin, hidden) -> float:
             twins.placed(_rounded(twin), "reference")(hidden.bfloat16().double()),
             twins.placed(twin, "reference")(hidden),
         )
-    return max(FLOOR[precision], WORSE * moved) if math.isfinite(moved) else FLOOR[precision]
+    worse = WORSE * (TIES if getattr(twin, "by_content", False) else 1)
+    return max(FLOOR[precision], worse * moved) if math.isfinite(moved) else FLOOR[precision]
 
 
 def _allowed_of_gradients(twins: Twins, twin, hidden) -> float:
@@ -459,36 +506,42 @@ def of_gradients(twins: Twins):
     s, model, tokens = twins.setting, twins.exact, twins.tokens
     length = min(s.context, twins.reference_length)
     ids = tokens.draw(1, length)
-    weights = list(model.parameters())
-    direction = [torch.randn_like(weight) * weight.abs().mean() for weight in weights]
     model.train()
     try:
-        out = tokens(ids)
-        towards = torch.randn(out.shape, dtype=torch.float64).to(out)
-        found = torch.autograd.grad((out * towards).sum(), weights, allow_unused=True)
-        terms = [(g * d).sum() for g, d in zip(found, direction, strict=True) if g is not None]
-        slope = torch.stack(terms).sum().item()
-        scale = torch.stack(terms).square().sum().sqrt().item()
-
-        def difference(step: float) -> float:
-            ends = []
-            with torch.no_grad():
-                for move in (step, -2 * step):
-                    for weight, along in zip(weights, direction, strict=True):
-                        weight.add_(along, alpha=move)
-                    ends.append((tokens(ids) * towards).sum().item())
-                for weight, along in zip(weights, direction, strict=True):
-                    weight.add_(along, alpha=step)
-            return (ends[0] - ends[1]) / (2 * step)
-
-        off, allowed = abs(difference(STEP) - slope), SLOPE
-        if not off <= SLOPE * scale:  # code that rounds to fp32 on its way needs a wider step, whose noise is measured
-            wide, wider = difference(WIDE), difference(1.5 * WIDE)
-            off, allowed = abs(wide - slope), min(NOISY, max(SLOPE, 5 * abs(wide - wider) / scale if scale else 0.0))
+        off, allowed = slope_off(model, lambda: tokens(ids))
     finally:
         model.eval()
-    off = off / scale if scale > 0 else math.inf
     yield within("gradients", f"slope along a drawn direction, {length:,} tokens, training, float64", off, allowed)
+
+
+def slope_off(model, run) -> tuple[float, float]:
+    """How far the gradient of what `run()` gives, along a drawn direction of all weights, is off a difference; and what
+    is allowed. Relative to the directions' own slopes. `run` gives the same for the same weights."""
+    weights = list(model.parameters())
+    direction = [torch.randn_like(weight) * weight.abs().mean() for weight in weights]
+    out = run()
+    towards = torch.randn(out.shape, dtype=torch.float64).to(out)
+    found = torch.autograd.grad((out * towards).sum(), weights, allow_unused=True)
+    terms = [(g * d).sum() for g, d in zip(found, direction, strict=True) if g is not None]
+    slope = torch.stack(terms).sum().item()
+    scale = torch.stack(terms).square().sum().sqrt().item()
+
+    def difference(step: float) -> float:
+        ends = []
+        with torch.no_grad():
+            for move in (step, -2 * step):
+                for weight, along in zip(weights, direction, strict=True):
+                    weight.add_(along, alpha=move)
+                ends.append((run() * towards).sum().item())
+            for weight, along in zip(weights, direction, strict=True):
+                weight.add_(along, alpha=step)
+        return (ends[0] - ends[1]) / (2 * step)
+
+    off, allowed = abs(difference(STEP) - slope), SLOPE
+    if not off <= SLOPE * scale:  # code that rounds to fp32 on its way needs a wider step, whose noise is measured
+        wide, wider = difference(WIDE), difference(1.5 * WIDE)
+        off, allowed = abs(wide - slope), min(NOISY, max(SLOPE, 5 * abs(wide - wider) / scale if scale else 0.0))
+    return (off / scale if scale > 0 else math.inf), allowed
 
 
 def of_weights(twins: Twins):

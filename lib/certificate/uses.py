@@ -7,6 +7,7 @@ import contextlib
 import torch
 
 from lib import attention
+from lib.certificate.examinations import slope_off
 from lib.certificate.measures import TOLERANCE, deviation, fact, largest, relative, within
 from lib.certificate.probes import Tokens
 from lib.certificate.twins import VOCABULARY, Twins, attentions, loud
@@ -258,8 +259,8 @@ def _is_finite_padded(twins: Twins, n: int) -> bool:
 
 @torch.no_grad()
 def with_dropout(twins: Twins):
-    """`training_equal`, of a run with dropout: it rests in evaluation, acts in training, each kind alone and on average
-    as if it were not there, and is all that differs."""
+    """`training_equal`, `gradients`, of a run with dropout: it rests in evaluation, acts in training, each kind alone
+    and on average as if it were not there, and is all that differs; gradients are of the numbers that it left."""
     s, what = twins.setting, "dropout"
     if not s.dropout:
         yield fact("training_equal", what, None, "the run has none")
@@ -275,10 +276,25 @@ def with_dropout(twins: Twins):
         yield within("training_equal", "dropout of 1e-12 in training, float64", apart, TOLERANCE)
         plain = twins.tokens_of(twins.plain)(given)
         yield within("training_equal", "dropout rests in evaluation", relative(mine(given), plain), 0.0)
+        yield _slope_of_one_draw(twins, ids[:1])
         for kind, named in (("attn_pdrop", "attention's"), ("resid_pdrop", "residual")):
             yield from _one_dropout(twins, kind, f"{named} dropout alone")
     except REFUSED as error:
         yield fact("training_equal", what, None, f"it refuses: {error}")
+
+
+@torch.enable_grad()
+def _slope_of_one_draw(twins: Twins, ids):
+    model = twins.build(twins.setting.dropout).cpu().double()
+    model.load_state_dict(twins.exact.state_dict())
+    tokens = Tokens(model.to(ids.device).train(), VOCABULARY, ids.device, use_cache=False)
+
+    def run():
+        torch.manual_seed(twins.seed)
+        return tokens(ids)
+
+    what = f"slope along a drawn direction, one draw of dropout, {ids.shape[1]} tokens, training, float64"
+    return within("gradients", what, *slope_off(model, run))
 
 
 def _one_dropout(twins: Twins, kind: str, what: str):

@@ -7,10 +7,10 @@ import inspect
 import json
 import math
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
-import transformers
 
 from lib import attention, paths
 from lib.certificate import examinations, show, uses
@@ -33,7 +33,7 @@ EXAMINATIONS = {  # and the checks that each has a say in
     uses.cache_handled: ("cached_equal",),
     uses.with_padding: ("padding_equal",),
     uses.with_documents: ("documents_equal",),
-    uses.with_dropout: ("training_equal",),
+    uses.with_dropout: ("training_equal", "gradients"),
     uses.of_state: ("repeatable",),
     uses.of_positions: ("reference",),
     examinations.against_reference: ("reference",),
@@ -104,7 +104,7 @@ def certify(name: str, options: dict, setting: Setting | None = None) -> dict:
         "inherited": [_digest(_inherited_files(variant)) for variant, _ in attention.by_part(name, options).values()],
         "options": options,
         "setting": setting.values(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {name: _version(name) for name in ("torch", "transformers", "fla-core", "triton")},
         "machine": _machine(setting),
     }
 
@@ -124,6 +124,13 @@ KEPT_AS = "certificate.json"
 
 def _files_beside(file: str) -> list[Path]:
     return sorted(Path(file).parent.glob("*.py"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _digest(files: list[Path]) -> str:

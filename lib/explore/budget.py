@@ -59,7 +59,8 @@ def conclusion() -> Conclusion:
     sure = [answer.plain(one) for one in answer.how_sure(found)]
     shown = [one for one in sure if not one.startswith("Not shown")]
     hidden = [one.removeprefix("Not shown: ") for one in sure if one.startswith("Not shown")]
-    return Conclusion(said, [], shown[0], hidden[0])
+    rests = [shown[0], *(one for one in shown[1:] if one.startswith("Of another session"))]
+    return Conclusion(said, [], " ".join(rests), hidden[0])
 
 
 def controls() -> dict:

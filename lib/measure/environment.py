@@ -13,6 +13,7 @@ from lib.measure import energy, sampler
 from lib.measure.sampler import ask
 
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "zeus", "papermill", "pandas", "matplotlib", "numpy")
+WHERE_THERE = ("triton", "fla-core")  # they compute in some variants, where they are installed
 
 
 def describe(device: torch.device) -> dict:
@@ -21,7 +22,8 @@ def describe(device: torch.device) -> dict:
     return {
         "python": platform.python_version(),
         "platform": platform.system(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in PACKAGES}
+        | {name: found for name in WHERE_THERE if (found := _version(name))},
         "cpu": cpu_name(),
         "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),

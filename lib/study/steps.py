@@ -362,7 +362,10 @@ def measure(made: Plan, path: Path, within_s: float = math.inf, say=print) -> St
     begin_s = time.monotonic()
     session = Session(made, say)
     found = _resumed(session.new_record(), path)
-    found = session.prepare(found)
+    resumed, found = found, session.prepare(found)
+    if resumed.rounds and found.failed != resumed.failed:
+        new = sorted(set(found.failed) - set(resumed.failed)) or sorted(found.failed)
+        raise UsageError(f"{path.name} has rounds in which {new[0]} did not fail, as it does now; name another file")
     states, longest_s = sampler.Sampler(energy.gpu_uuid(session.device)), 0.0
     try:
         session.warm_up(found)
