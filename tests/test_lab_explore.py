@@ -104,7 +104,7 @@ def test_run_all_shows_every_screen_and_no_error(notebook, tmp_path):
     assert [out["text"] for out in notebook.outputs("stream") if out["name"] == "stderr"] == []
     expect(screen(notebook, LENGTHS)).to_be_visible(timeout=PATIENCE)
     pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(11)]
-    assert pictures == [1, 1, 1, 1, 1, 0, 0, 0, 2, 11, 2]  # what a button must begin is not there yet
+    assert pictures == [1, 1, 1, 1, 1, 0, 0, 0, 2, 12, 2]  # what a button must begin is not there yet
     assert notebook.errors == []
 
 

@@ -82,7 +82,7 @@ def test_options_go_to_who_has_them_or_to_one_by_its_name():
     assert pattern.options_of(given) == {
         "sliding_window": {"window": 9}, "gqa": {"kv_heads": 2}, "linear": {"chunk": 5}, "gated_deltanet": {"chunk": 7}
     }  # fmt: skip
-    assert {"window", "kv_heads", "gate", "beta_max"} == set(attention.defaults(pattern))
+    assert {"window", "kv_heads", "gate", "beta_max", "kernels"} == set(attention.defaults(pattern))
 
 
 WRONG = {

@@ -137,7 +137,7 @@ def test_what_fails_only_now_ends_in_a_sentence_before_a_round_is_lost(tmp_path,
     monkeypatch.setattr(study.Bench, "prepare", broken)
     with pytest.raises(UsageError, match="has rounds in which linear did not fail, as it does now; name another file"):
         measure(tmp_path / "steps.json", rounds=2)
-    assert steps.load(tmp_path / "steps.json") == before
+    assert steps.load(tmp_path / "steps.json").rounds == before.rounds
 
 
 @pytest.mark.parametrize("who", ["linear", "sdpa"])

@@ -372,8 +372,11 @@ def _probes(where: str, own: list[One]) -> Iterator[Finding]:
     found = [one.found for one in own]
     if not found:
         return
-    mixers = [(mixer.attention, mixer.attention_sha256) for one in found for mixer in one.pattern]
-    yield from _definitions(where, [mixers])
+    columns: dict[tuple, list] = {}  # of a task, with and without the convolution: what stands side by side
+    for one in found:
+        own_column = columns.setdefault((one.setting.task, one.setting.convolution), [])
+        own_column += [(mixer.attention, mixer.attention_sha256) for mixer in one.pattern]
+    yield from _definitions(where, columns.values())
     lost = [one for one in found if one.outcome != "measured"]
     if lost:
         names = [f"{one.label}, {one.setting.task}, rate {one.learning_rate:g}, seed {one.seed}" for one in lost]
