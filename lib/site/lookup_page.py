@@ -69,8 +69,18 @@ def script(rows: pd.DataFrame) -> str:
     start = START
     if not ((rows["kind"] == START["kind"]) & (rows["what"] == START["what"]) & (rows["at"] == 8192)).any():
         start = START | {"kind": "computed", "what": "Cache, GPT-2 small, bf16"}
+    texts, short = {}, [[_short(value) for value in row] for row in rows.itertuples(index=False)]
+    for place, column in enumerate(
+        COLUMNS
+    ):  # a text that many rows share stands there once, and its number in the rows
+        if any(isinstance(row[place], str | list) for row in short):
+            known: dict[str, int] = {}
+            for row in short:
+                if row[place] is not None:
+                    row[place] = known.setdefault(json.dumps(row[place]), len(known))
+            texts[column] = [json.loads(text) for text in known]
     held = {
-        "columns": COLUMNS, "rows": [[_short(value) for value in row] for row in rows.itertuples(index=False)],
+        "columns": COLUMNS, "rows": short, "texts": texts,
         "views": {"dots": dots().to_dict(), "lines": lines().to_dict()}, "start": start, "reference": REFERENCE,
         "pages": attention.variants(),
     }  # fmt: skip

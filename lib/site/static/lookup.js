@@ -1,7 +1,8 @@
 // The table and chart of lookup.html: rows of LOOKUP are filtered, sorted and drawn; the address holds the view.
 (() => {
-  const { columns, rows: packed, views } = window.LOOKUP;
-  const rows = packed.map((values) => Object.fromEntries(columns.map((name, place) => [name, values[place]])));
+  const { columns, rows: packed, texts, views } = window.LOOKUP;
+  const unpacked = (name, value) => (value === null || !texts[name] ? value : texts[name][value]);
+  const rows = packed.map((values) => Object.fromEntries(columns.map((name, place) => [name, unpacked(name, values[place])])));
   const byId = (id) => document.getElementById(id);
   const FILTERS = ["kind", "what", "at", "profile", "device"]; // each offers what those before it leave
   const MOST = 500; // rows of a table that a browser shows at once
