@@ -262,7 +262,7 @@ def test_numbers_are_filtered_sorted_drawn_and_linked(site, browser):
     expect(other.locator("#lookup-count")).to_contain_text("the first 500 are shown")
     link = page.locator("#lookup-body a").first.get_attribute("href")
     assert re.fullmatch(r"variants/\w+\.html", link) and (site / link).is_file()
-    tasks = "#kind=small+tasks&what=Recall+%28MQAR%29%2C+scaled+accuracy&at=32+pairs&show=value"
+    tasks = "#kind=small+tasks&what=Recall+%28MQAR%29%2C+scaled+accuracy&at=32+pairs&profile=capability-cpu&show=value"
     other.goto((site / "lookup.html").as_uri() + tasks)
     expect(other.locator("#lookup-body tr").first).to_be_visible()
     rows = other.locator("#lookup-body tr").count()
