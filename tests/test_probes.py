@@ -318,6 +318,16 @@ def test_every_number_of_the_page_is_of_the_committed_records():
     assert not re.findall(r"\d\.\d|\de-\d", page.replace(said, "")), "a number that nothing holds"
 
 
+def test_what_the_page_says_of_too_few_steps_is_of_the_committed_records():
+    cells = probe.frame(probe.load_all(ROOT / "records" / "capability-steps-cpu"))
+    steps = cells["setting"].map(lambda text: json.loads(text)["steps"])
+    hardest = cells[cells["difficulty"] == 32].assign(steps=steps)
+    short, long = (hardest[hardest["steps"] == count].groupby("label")["scaled"] for count in (800, 3200))
+    at_best = hardest[(hardest["steps"] == 800) & (hardest["rate"] == 3e-3)].groupby("label")["scaled"]
+    assert short.max()[["mamba2", "retention"]].max() < 0.05 and set(at_best.count()[["mamba2", "retention"]]) == {5}
+    assert long.max()["mamba2"] > 0.99 and all(0.4 < long.max()[name] < 0.65 for name in ("retention", "linear"))
+
+
 def test_how_much_the_rate_matters_is_told_of_who_needs_it_most():
     rows = [("gqa", 1e-3, 0.3), ("gqa", 1e-2, 0.99), ("mla", 1e-3, 0.1), ("mla", 1e-2, 0.9), ("lsh", 1e-3, 0.5)]
     found = made(*(cell(label, (1, 1, value), rate=rate) for label, rate, value in rows))
