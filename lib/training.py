@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib import record
+from lib import attention, record
 from lib.data import corpus, ngrams
 from lib.errors import LossNotFinite, UsageError, one_sentence_when_out_of_memory
 from lib.measure import environment, kernels
@@ -69,7 +69,7 @@ class Trainer:
 
         `warmup_steps`, and on a GPU as many more as its heat and clock need to come to rest, within the limits of
         `lib.measure.warmth`; `warmed` says how that ended. Weights, optimizer and random state are as before when it
-        returns, so the window begins at token 0 of training.
+        returns, so the window begins at token 0 of training. Raises UsageError for what the variant refuses.
         """
         seconds = []
         with self.snapshot_and_restore():
@@ -77,7 +77,8 @@ class Trainer:
             warmth = Warmth(self.device)
             while len(seconds) < self.p.warmup_steps or warmth.rising():
                 begin = time.perf_counter()
-                self.take_step(len(seconds) % len(self.rows))
+                with self._refusal_in_one_sentence():
+                    self.take_step(len(seconds) % len(self.rows))
                 warmth.look()  # while the GPU works
                 devices.synchronize(self.device)
                 seconds.append(time.perf_counter() - begin)
@@ -85,6 +86,17 @@ class Trainer:
         self.warmed = {"steps": len(seconds), "seconds": sum(seconds)}
         self.warmed |= {"steady": warmth.steady, "temperature_c": warmth.temperature_c}
         return seconds
+
+    @contextlib.contextmanager
+    def _refusal_in_one_sentence(self):
+        """What a variant of ours says of a precision, device or row that it cannot take; another's error is its own."""
+        try:
+            yield
+        except ValueError as error:
+            name = getattr(self.p, "attention", "")
+            if not attention.is_ours(name):
+                raise
+            raise UsageError(f"{name} refuses this run: {error}") from error
 
     def pin_buffers(self) -> None:
         """Lets PyTorch's cache of pinned memory hold what the batches of `AHEAD_STEPS` steps need, and lets go of it:

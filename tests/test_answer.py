@@ -100,7 +100,7 @@ def test_joules_have_a_pick_of_their_own_and_none_where_they_were_not_counted():
 def test_who_takes_the_fewest_joules_is_named_where_that_is_another():
     for ratios in ({"gqa": 0.8, "mla": 2.0}, {"gqa": 0.8, "linear": 0.5, "mla": 2.0}):  # joules go the other way
         said = say(ratios)[1]
-        assert re.search(r"GQA(\*\*,|:) training time (19|20).*; the fewest joules takes MLA: ÷ (1\.9|2\.0)", said)
+        assert re.search(r"GQA(\*\*,|:) training time (19|20).*; for the fewest joules take MLA: ÷ (1\.9|2\.0)", said)
     assert "fewest joules" not in say({"gqa": 0.8})[1] and "fewest joules" not in say({"mla": 2.0}, joules=False)[1]
 
 
@@ -256,7 +256,7 @@ def test_every_variant_has_its_row_and_every_mark_stands_at_its_number():
 def test_a_number_that_was_not_measured_is_a_sentence_in_its_place():
     found, _ = say({}, joules=False, cells=None)
     words = [text.get_text() for axis in answer_figure.picture(found).axes for text in axis.texts]
-    assert "not tried" in words and "not measured:\nthe run used no GPU" in words
+    assert "not known" in words and "not measured:\nthe run used no GPU" in words
 
 
 def test_the_command_writes_between_the_marks_and_nowhere_else(tmp_path, capsys):
@@ -324,8 +324,8 @@ def test_no_cost_is_hidden():
     )
     cells = made_cells()
     found, said = say({"linear": 0.2}, cells=cells[cells["label"] != "linear"])
-    assert "; what LINEAR recalls was not tried." in said
-    assert answer.limits(found).loc[0, "it costs"].startswith("recall not tried")
+    assert "; what LINEAR recalls is not known." in said
+    assert answer.limits(found).loc[0, "it costs"].startswith("recall not known")
     _, said = say({"gqa": 1.5}, cells=made_cells(mla=0.0))
     assert re.search(r"KV cache is what you pay for, GQA\*\*: .*, but time (49|50)\.\d % more \[", said)
     _, said = say({}, cells=made_cells(gqa=0.5, mla=0.5))
@@ -354,16 +354,22 @@ def test_a_variant_whose_file_is_gone_has_no_cache_and_is_named():
     answer_figure.picture(found)
 
 
-def test_joules_of_few_rounds_say_how_many():
-    made = made_steps({"linear": 0.2})
-    nothing = {"energy_j": None, "energy_null_reason": "no_gpu"}
+def counted_in_three(label: str, ratios: dict) -> steps.Steps:
+    """`made_steps` in which one variant's joules were counted in three of eight rounds."""
+    made, nothing = made_steps(ratios), {"energy_j": None, "energy_null_reason": "no_gpu"}
     rounds = [
         one.model_copy(update={"turns": [
-            turn.model_copy(update=nothing) if index < 5 and turn.label == "linear" else turn for turn in one.turns
+            turn.model_copy(update=nothing) if index < 5 and turn.label == label else turn for turn in one.turns
         ]}) for index, one in enumerate(made.rounds)
     ]  # fmt: skip
-    found = evidence.Evidence(made.model_copy(update={"rounds": rounds}), made_cells())
+    return made.model_copy(update={"rounds": rounds})
+
+
+def test_joules_of_few_rounds_say_how_many_in_what_is_saved_and_in_what_it_costs():
+    found = evidence.Evidence(counted_in_three("linear", {"linear": 0.2}), made_cells())
     assert "joules × 5.0 (n = 3)" in answer.sentences(found)[0]
+    (cost,) = evidence.Evidence(counted_in_three("mla", {"mla": 0.5}), made_cells()).rises("mla", evidence.ENERGY)
+    assert re.fullmatch(r"joules × (1\.99|2\.0\d?) \(n = 3\) at 512", cost)
 
 
 def test_marks_doubled_or_in_the_wrong_order_are_no_place():
@@ -414,7 +420,8 @@ def test_variants_of_another_session_are_compared_with_its_own_sdpa_and_named_wi
     assert found.cheapest(512, evidence.TIME, found.others).labels == ["x_gqa"]
     line = next(line for line in answer.how_sure(found) if line.startswith("Of another session"))
     assert "X GQA, X LINEAR, X SLIDING_WINDOW and X MLA; 5 rounds in turns" in line.replace("\\", "")
-    assert "not balanced; SDPA against itself took" in line and answer.briefly_sure(found).count("8 and 5 rounds") == 1
+    assert "not balanced; SDPA against itself took" in line
+    assert "8 rounds (5 for 4 of the variants) in turns" in answer.briefly_sure(found)
     assert answer.how_sure(found)[-1].startswith("9 of 9 variants")
     answer_figure.picture(found)
 
@@ -475,27 +482,13 @@ def test_at_no_more_time_is_said_of_nobody_whose_time_is_not_known():
     assert any(line.startswith("No result: GQA at ") for line in answer.how_sure(evidence.Evidence(failed, None)))
 
 
-def test_a_cost_that_few_rounds_tell_is_named_with_their_number():
-    made = made_steps({"mla": 0.5})  # twice the joules
-    nothing = {"energy_j": None, "energy_null_reason": "no_gpu"}
-    rounds = [
-        one.model_copy(update={"turns": [
-            turn.model_copy(update=nothing) if index < 5 and turn.label == "mla" else turn for turn in one.turns
-        ]}) for index, one in enumerate(made.rounds)
-    ]  # fmt: skip
-    found = evidence.Evidence(made.model_copy(update={"rounds": rounds}), made_cells())
-    assert any(
-        re.fullmatch(r"joules × (1\.99|2\.0\d?) \(n = 3\) at 512", one) for one in found.rises("mla", evidence.ENERGY)
-    )
-
-
 def test_sessions_name_their_gpus_their_noise_and_their_code():
     one, other = made_steps({}), made_beside({})
     facts = {"gpu": {"uuid": "GPU-2"}, "commit": "b" * 40, "commit_modified": True}
     other = other.model_copy(update={"environment": other.environment | facts})
     found = evidence.Evidence(one, made_cells(), [other])
     said = answer.how_sure(found)
-    assert "8 and 5 rounds in turns on 2 GPUs of the kind" in answer.briefly_sure(found)
+    assert "8 rounds (5 for 4 of the variants) in turns on 2 GPUs of the kind" in answer.briefly_sure(found)
     assert answer.briefly_sure(found).count("in the other session") == 1
     assert any(line.startswith("Of another session on another GPU of that kind") for line in said)
     assert any(line.startswith("Code: ") and "bbbbbbb with changes beyond it" in line for line in said)
@@ -506,7 +499,7 @@ def test_a_variant_for_which_the_gpu_waits_is_named_with_its_shares():
     busy = {"sdpa": {512: 0.9}, "gqa": {512: 0.94}, "linear": {512: 0.4}}
     said = answer.how_sure(evidence.Evidence(made.model_copy(update={"busy": busy}), None))
     assert any(line.startswith("The GPU computed 90% to 94% of a step at 512 tokens;") for line in said)
-    assert any(line.startswith("It computed less of a step in LINEAR (40% at 512 tokens), and waited") for line in said)
+    assert any(line.startswith("It computed less of a step in LINEAR (40% at 512 tokens), by one") for line in said)
 
 
 def test_what_a_pattern_keeps_is_told_beside_as_many_layers_of_sdpa():

@@ -20,6 +20,7 @@ from lib.study import steps as study
 
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 CUDA = torch.device("cuda", 0)
+FLA = {"kernels": "fla"}
 every_variant = pytest.mark.parametrize("name", attention.variants())
 
 
@@ -200,6 +201,3 @@ def test_fla_s_kernels_give_what_the_chunks_in_float64_give(name, dtype, length)
         found.append((out, y.grad, cache.layers[0].state, *(weight.grad for weight in layer.parameters())))
     for theirs, ours in zip(*found, strict=True):
         assert (ours.double() - theirs).norm() <= {torch.bfloat16: 0.03, torch.float32: 0.005}[dtype] * theirs.norm()
-
-
-FLA = {"kernels": "fla"}

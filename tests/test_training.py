@@ -76,6 +76,16 @@ def test_warm_up_leaves_no_trace():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("named", "error"), [("kda", UsageError), ("x/mine.py", ValueError)])
+def test_what_a_variant_of_ours_refuses_is_one_sentence_and_another_s_error_its_own(named, error):
+    p = SimpleNamespace(**P | {"attention": named})
+    model = build_model("kda", gpt2_config(2, 32, 4, 32, 30), p.seed, kernels="fla")
+    trainer = training.Trainer(model, corpus.Corpus(make_rows(), make_rows(9), 30), p)
+    with pytest.raises(error, match="need CUDA and fla-core") as raised:
+        trainer.warm_up()
+    assert str(raised.value).startswith("kda refuses this run: ") == (error is UsageError)
+
+
 def test_on_a_cpu_warm_up_is_as_long_as_it_was_asked_to_be_and_says_so():
     trainer = make_trainer(warmup_steps=2)
     seconds = trainer.warm_up()

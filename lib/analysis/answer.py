@@ -80,11 +80,10 @@ def _in_joules(evidence: Evidence, context: int, among: list[str], by_time: Pick
     pick = evidence.cheapest(context, ENERGY, among)
     if not pick.labels or set(pick.labels) & set(by_time.labels):
         return ""
-    takes = "takes" if len(pick.labels) == 1 else "take"
     times = [row for label in pick.labels if (row := evidence.ratio(label, context, TIME)) is not None]
     untold = [row for row in times if row.verdict != "significantly different"]
     unsure = f" (time {joined([cost(row) for row in untold])}: not told apart)" if untold else ""
-    return f"; the fewest joules {takes} {_names(evidence, pick)}: {joined(pick.ratios)}{unsure}"
+    return f"; for the fewest joules take {_names(evidence, pick)}: {joined(pick.ratios)}{unsure}"
 
 
 def _without_a_price(evidence: Evidence, cache: Pick, among: list[str]) -> str:
@@ -137,7 +136,7 @@ def _lost(evidence: Evidence, label: str) -> str:
     """What is recalled by one that recalls little, and who was tried for it."""
     found, name = evidence.recall.get(label), _name(evidence, label)
     if found is None:
-        return f"what {name} recalls was not tried"
+        return f"what {name} recalls is not known"
     other = found.title != evidence.entries[label].title
     who = f"{escaped(found.title)}, tried in its place," if other else name
     return f"{who} recalls {_share(found)} of {PAIRS} facts after {found.steps:,} steps of training"
@@ -181,8 +180,7 @@ def _busy(evidence: Evidence) -> list[str]:
     if waiting:
         names = joined([f"{_name(evidence, label)} ({', '.join(shares)} tokens)" for label, shares in waiting.items()])
         lines.append(
-            f"It computed less of a step in {names}, and waited for Python, which launches their many small kernels; "
-            "in one profile of three steps each."
+            f"It computed less of a step in {names}, by one profile of three steps each, and waited the rest of it."
         )
     return lines
 
@@ -296,7 +294,7 @@ def briefly_sure(evidence: Evidence) -> str:
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
     passed = sum(entry.certified for entry in entries)
     return (
-        f"How sure is that: {rounds(e)} in turns on {escaped(e.machines)}, paired "
+        f"How sure is that: {e.rounds} in turns on {escaped(e.machines)}, paired "
         f"ratios with 95 % intervals{noise}; {passed} of {len(entries)} variants certified. All of it"
     )
 
@@ -307,12 +305,6 @@ def _minutes(found) -> str:
         return "no time"
     minutes = max(1, round((found.finished_at - found.rounds[0].begun_at).total_seconds() / 60))
     return "a minute" if minutes == 1 else f"{minutes} minutes"
-
-
-def rounds(evidence: Evidence) -> str:
-    """How many there are, of each record."""
-    numbers = [str(len(record.rounds)) for record in evidence.all]
-    return f"{joined(numbers)} rounds" if len(numbers) > 1 else counted(len(evidence.found.rounds), "round")
 
 
 NUMBERS = {2: "two", 3: "three", 4: "four", 5: "five"}
@@ -385,7 +377,7 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
             who = f" (tried as {escaped(found.title)})" if other else ""
             own.append(f"recalls {_share(found)}{who}")
         elif found is None and evidence.recall:
-            own.append("recall not tried")
+            own.append("recall not known")
         own += evidence.rises(label, TIME) + evidence.rises(label, ENERGY)
         for context in dict.fromkeys((evidence.short, evidence.long)):
             why = evidence.failed.get(label, {}).get(context)

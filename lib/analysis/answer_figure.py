@@ -53,11 +53,10 @@ def _around(figure, e: Evidence):
     figure.text(
         0.0, -0.35 / size[1],
         f"Time, joules, memory: training steps of GPT-2 ({setting.layers} layers of {setting.width}, "
-        f"{setting.precision}) on {e.machine}, {joined([str(len(record.rounds)) for record in e.all])} rounds in "
-        "turns; 95 % intervals where they are wider than the marks.\n"
-        "Grey numbers: not told apart from SDPA, or too few rounds with joules. Cache: by each variant's definition, "
-        f"bf16.\nRecall: {PAIRS} pairs in 128 tokens{_steps(e)}, a point a seed, the tick their median; a window of 16 "
-        "stands for the window.",
+        f"{setting.precision}) on {e.machine}, {e.rounds} in turns.\n"
+        "95 % intervals where they are wider than the marks. Grey numbers: not told apart from SDPA, or too few rounds "
+        f"with joules.\nCache: by each variant's definition, bf16. Recall: {PAIRS} pairs in 128 tokens{_steps(e)}, a "
+        "point a seed, the tick their median;\na window of 16 stands for the window.",
         fontsize=9, color=QUIET, va="top",
     )  # fmt: skip
 
@@ -99,14 +98,14 @@ def _nothing(axis, words: str):
 def _recall_panel(axis, e: Evidence, places: dict):
     axis.set_title("Recall", loc="left")
     if not e.recall:
-        _nothing(axis, "not tried")
+        _nothing(axis, "not known")
         return
     axis.set_xlim(-5, 105)
     axis.set_xlabel("% of facts")
     for label, y in places.items():
         own = e.points[e.points["label"] == label]["scaled"] * 100
         if label not in e.recall:
-            axis.text(0, y, "not tried", va="center", color=QUIET, style="italic", fontsize=9)
+            axis.text(0, y, "not known", va="center", color=QUIET, style="italic", fontsize=9)
             continue
         axis.plot(own.clip(lower=0), [y] * len(own), "o", color=PALE, markersize=5, clip_on=False)
         axis.plot([max(0.0, e.recall[label].median) * 100], [y], "|", color=BLUE, markersize=15, markeredgewidth=3)

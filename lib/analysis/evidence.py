@@ -24,7 +24,7 @@ from lib import attention
 from lib.analysis import capability, compare
 from lib.analysis import steps as tables
 from lib.analysis.paired import FEWEST_BLOCKS
-from lib.analysis.words import cost, size
+from lib.analysis.words import cost, counted, size
 from lib.attention import CONTROL, REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
@@ -249,6 +249,15 @@ class Evidence:
     @property
     def machine(self) -> str:
         return self.found.environment["device_name"]
+
+    @property
+    def rounds(self) -> str:
+        """How many there are, in words: of the first record, and of the others for how many variants."""
+        others = [
+            f"{len(one.rounds)} for {sum(source is one for source in self.source.values())} of the variants"
+            for one in self.all[1:]
+        ]
+        return counted(len(self.found.rounds), "round") + (f" ({', '.join(others)})" if others else "")
 
     @property
     def machines(self) -> str:

@@ -73,6 +73,7 @@ def _bars(axes, runs: pd.DataFrame, metric: str, scale: float, unit: str, form: 
         if not pd.isna(of["low"]):
             ends = [[level * (1 - of["low"] / of["ratio"])], [level * (of["high"] / of["ratio"] - 1)]]
             axes.errorbar(level, row, xerr=ends, color=INK, capsize=3)
+            end = max(end, level + ends[1][0])  # or the words run through the interval
             ratio = f"{of['ratio']:.3f}" if metric in compare.COUNTED else interval(of)
             note, n = f"{note} (× {ratio}, n = {of['n']:.0f}", int(of["n"])
         elif metric in compare.COUNTED and found["low"].isna().all():

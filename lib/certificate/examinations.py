@@ -241,7 +241,7 @@ def _by_weight(twins: Twins, layer, twin) -> tuple[float, float]:
 
     def off(ours, theirs):
         pairs = [(a @ b / (b @ b) - 1).abs() for a, b in zip(ours.split(sizes), theirs.split(sizes), strict=True)]
-        return torch.stack(pairs).nan_to_num(nan=0.0)
+        return torch.stack(pairs).where(is_there, 0.0)
 
     for own, at, autocast in ((layer, hidden, twins.autocast), (twin, exact, contextlib.nullcontext)):
         own.train()
@@ -250,15 +250,15 @@ def _by_weight(twins: Twins, layer, twin) -> tuple[float, float]:
     ours, theirs = found
     spread = torch.stack([part.square().mean().sqrt() for part in theirs.split(sizes)])
     is_there = spread > NOTHING * spread.max()
-    apart = off(ours, theirs).where(is_there, 0.0)
+    apart = off(ours, theirs)
     allowed = torch.full_like(apart, WEIGHT_LENGTH)
     if (apart > allowed).any() and s.precision != "fp32":
         forms = (_rounded(twin), exact.bfloat16().double()), (twin, exact)
         moved, right = (
             _gradients(Floats(twins.placed(form, "reference"), s.width, at), form, at)[0] for form, at in forms
         )
-        allowed = torch.maximum(allowed, WORSE * off(moved, right))
-    worst = (apart / allowed).argmax()
+        allowed = torch.maximum(allowed, (WORSE * off(moved, right)).nan_to_num(nan=0.0))
+    worst = (apart / allowed).argmax()  # NaN is the worst
     return apart[worst].item(), allowed[worst].item()
 
 

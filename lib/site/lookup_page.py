@@ -70,9 +70,7 @@ def script(rows: pd.DataFrame) -> str:
     if not ((rows["kind"] == START["kind"]) & (rows["what"] == START["what"]) & (rows["at"] == 8192)).any():
         start = START | {"kind": "computed", "what": "Cache, GPT-2 small, bf16"}
     texts, short = {}, [[_short(value) for value in row] for row in rows.itertuples(index=False)]
-    for place, column in enumerate(
-        COLUMNS
-    ):  # a text that many rows share stands there once, and its number in the rows
+    for place, column in enumerate(COLUMNS):  # a text stands there once, and its number in all rows that share it
         if any(isinstance(row[place], str | list) for row in short):
             known: dict[str, int] = {}
             for row in short:
