@@ -433,6 +433,8 @@ def test_two_of_different_sessions_share_the_place_where_their_ratios_are_not_to
         for other in (0.55, 0.5005)
     )
     assert apart.cheapest(512, evidence.TIME, apart.others).labels == ["gqa"]
+    above, below = (("x_mla", "gqa"), ("gqa", "x_mla"))
+    assert apart._told_apart(*above, 512, evidence.TIME, 1) and not apart._told_apart(*below, 512, evidence.TIME, 1)
     assert sorted(same.cheapest(512, evidence.TIME, same.others).labels) == ["gqa", "x_mla"]
 
 
