@@ -270,3 +270,12 @@ def test_the_gpu_profile_is_a_whole_square_of_windows_that_the_counter_is_believ
     assert made.rounds % len(STUDY_ORDER) == 0 and made.rounds >= compare.FEWEST_BLOCKS
     assert made.window_s >= study.energy.SHORTEST_WINDOW_S and study.FIRST_MARGIN > study.MARGIN > 1
     assert [(size.context, size.batch_size) for size in made.sizes] == [(512, 16), (8192, 1)]
+
+
+def test_a_long_row_alone_is_examined_at_what_a_certificate_reaches():
+    made = study.read_plan(str(ROOT / "params" / "steps_gpu_long.yaml"), device="cpu")
+    examined = study.examined_as(made, torch.device("cpu"), "sliding_window,sdpa")
+    assert (examined.context, examined.positions, examined.batch_size) == (2048, 2048, 1)
+    assert (examined.layers, examined.width, examined.precision) == (2, 768, "bf16")
+    others = [entry for entry in study.entries_of(made) if entry.label != CONTROL]
+    assert made.rounds % len(others) == 0  # whole Williams squares, their number being even

@@ -187,14 +187,15 @@ def _run(made: Plan, size: Size) -> SimpleNamespace:
 
 def examined_as(made: Plan, device: torch.device, attention_name: str = attention.REFERENCE) -> certificate.Setting:
     """For the certificate: the model that is timed, trained at the shortest size, with two of its layers, which are
-    alike, or all of a longer pattern, and up to `EXAMINED_TOKENS`. All of it, in float64, would take more of a lent GPU
-    than what is measured."""
+    alike, or all of a longer pattern, and up to `EXAMINED_TOKENS`, in training as well. All of it, in float64, would
+    take more of a lent GPU than what is measured."""
     shortest = min(made.sizes, key=lambda size: size.context)
     longest = max(size.context for size in made.sizes)
+    context = min(shortest.context, EXAMINED_TOKENS)
     layers = max(EXAMINED_LAYERS, len(attention.parts(attention_name)))
     return certificate.Setting(
         layers=min(made.layers, layers), width=made.width, heads=made.heads,
-        positions=min(longest, max(shortest.context, EXAMINED_TOKENS)), context=shortest.context,
+        positions=min(longest, EXAMINED_TOKENS), context=context,
         batch_size=shortest.batch_size, device=device.type, precision=devices.resolve_precision(made.precision, device),
     )  # fmt: skip
 
