@@ -428,9 +428,11 @@ def resolve(history: list[str], namespace: dict, name: str = "p") -> SimpleNames
     (which papermill itself does not check). `namespace` is the notebook's `globals()`, where the result will be called
     `name`. Raises UsageError with the way out, and then leaves no older result under that name: JupyterLab may run
     the cells below all the same, and they would train what the page no longer says.
+
+    A profile of params/ given whole (`papermill -f`) may have the section `study`, which is no run's: it is said so.
     """
     try:
-        values = matched(checked(history, namespace))
+        values = matched(checked(history, namespace, beside=("study",)))
         check_values(values)
     except UsageError as error:
         namespace[name] = Refused(error)
@@ -438,14 +440,18 @@ def resolve(history: list[str], namespace: dict, name: str = "p") -> SimpleNames
     return SimpleNamespace(**portable(values))
 
 
-def checked(history: list[str], namespace: dict) -> dict:
-    """The parameters of any notebook that is running, names and types checked; see `resolve`."""
+def checked(history: list[str], namespace: dict, beside: tuple[str, ...] = ()) -> dict:
+    """The parameters of any notebook that is running, names and types checked; see `resolve`. `beside`: sections of a
+    profile that are about many runs, and only named."""
     cells = [index for index, source in enumerate(history) if _is_parameters(source)]
     if cells:
         known = declared(history[cells[-1]])
         injected = [source for source in history[cells[-1] + 1 :] if source.startswith("# Parameters\n")]
         for source in (history[cells[-1]], *injected):
-            check_names(_assigned(source), known)
+            names = _assigned(source)
+            for name in set(names) & set(beside):
+                print(f"{name}: is for `python -m lib.{name}`, which makes many runs of a profile; this is one of them.")
+            check_names([name for name in names if name not in beside], known)
     else:  # nbval runs cells without keeping history; nothing is injected there
         known = {name: Declared(kind.__name__, None) for name, kind in namespace.get("__annotations__", {}).items()}
     if not known:

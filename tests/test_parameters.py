@@ -195,3 +195,21 @@ def test_every_variant_keeps_the_contract(name):
         resolve(f"attention = {name!r}\nlabel = {'' if name in attention.variants() else 'as published'!r}").attention
         == name
     )
+
+
+@pytest.mark.parametrize("profile", sorted((ROOT / "params").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_profile_may_be_given_whole_to_one_run_and_its_study_is_said_not_to_be_of_it(profile, capsys):
+    """`papermill train.ipynb out/mla.ipynb -p attention mla -f ../params/paper.yaml`."""
+    given = plan.read_yaml(profile)
+    if "study" not in given:
+        pytest.skip("of another notebook")
+    namespace = {}
+    injected = "# Parameters\n" + "\n".join(f"{name} = {value!r}" for name, value in given.items())
+    for cell in (CELL, injected):
+        exec(cell, namespace)
+    history = ["", CELL, injected, "p = parameters.resolve(In, globals())"]
+    found = parameters.checked(history, namespace, beside=("study",))
+    assert found["layers"] == given.get("layers", found["layers"]) and "study" not in found
+    assert capsys.readouterr().out.count("study: is for `python -m lib.study`") == 1
+    with pytest.raises(UsageError, match="there is no parameter 'study'"):
+        parameters.checked(history, namespace)
