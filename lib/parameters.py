@@ -450,7 +450,9 @@ def checked(history: list[str], namespace: dict, beside: tuple[str, ...] = ()) -
         for source in (history[cells[-1]], *injected):
             names = _assigned(source)
             for name in set(names) & set(beside):
-                print(f"{name}: is for `python -m lib.{name}`, which makes many runs of a profile; this is one of them.")
+                print(
+                    f"{name}: is for `python -m lib.{name}`, which makes many runs of a profile; this is one of them."
+                )
             check_names([name for name in names if name not in beside], known)
     else:  # nbval runs cells without keeping history; nothing is injected there
         known = {name: Declared(kind.__name__, None) for name, kind in namespace.get("__annotations__", {}).items()}

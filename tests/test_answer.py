@@ -58,11 +58,17 @@ def test_where_nothing_is_faster_the_answer_is_sdpa():
 
 def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recalls_with_its_own_saving():
     found, said = say({"linear": 0.2, "gqa": 0.8})
-    assert "take LINEAR if recall does not count**: beside SDPA, training time ÷ 5.0 [" in said
+    assert re.search(r"\*\*At 512 tokens take GQA if recall counts\*\*: training time (19|20)\.\d % less \[", said)
+    assert "**If it does not, LINEAR**: training time ÷ 5.0 [" in said
     recalls = "LINEAR recalls 29% [28%, 30%] of 32 facts after 800 steps of training"  # the median seed
-    assert f"{recalls}. Where recall counts take GQA: training time " in said
-    assert re.search(r"take GQA: training time (19|20)\.\d % less \[", said)
-    assert answer_figure.headline(found) == ["512 tokens: LINEAR, training time ÷ 5.0, if recall is not needed."]
+    assert f"; {recalls}." in said
+    (headline,) = answer_figure.headline(found)
+    assert re.fullmatch(
+        r"512 tokens: GQA, training time (19|20)\.\d % less; if recall is not needed LINEAR, ÷ 5\.0\.", headline
+    )
+    assert answer_figure.headline(say({"linear": 0.2})[0]) == [
+        "512 tokens: keep SDPA; if recall is not needed LINEAR, ÷ 5.0."
+    ]
     table = answer.limits(found).set_index("if you are limited by")
     assert table.loc["time, 512 tokens", "pick"] == "**LINEAR**"
     assert table.loc["time, 512 tokens", "it costs"].startswith("recalls 29% [28%, 30%], joules × 5.0 [")
@@ -100,7 +106,10 @@ def test_joules_have_a_pick_of_their_own_and_none_where_they_were_not_counted():
 def test_who_takes_the_fewest_joules_is_named_where_that_is_another():
     for ratios in ({"gqa": 0.8, "mla": 2.0}, {"gqa": 0.8, "linear": 0.5, "mla": 2.0}):  # joules go the other way
         said = say(ratios)[1]
-        assert re.search(r"GQA(\*\*,|:) training time (19|20).*; for the fewest joules take MLA: ÷ (1\.9|2\.0)", said)
+        assert re.search(
+            r"GQA(\*\*,| if recall counts\*\*:) training time (19|20).*; for the fewest joules take MLA: ÷ (1\.9|2\.0)",
+            said,
+        )
     assert "fewest joules" not in say({"gqa": 0.8})[1] and "fewest joules" not in say({"mla": 2.0}, joules=False)[1]
 
 
@@ -368,7 +377,7 @@ def counted_in_three(label: str, ratios: dict) -> steps.Steps:
 def test_joules_of_few_rounds_say_how_many_in_what_is_saved_and_in_what_it_costs():
     found = evidence.Evidence(counted_in_three("linear", {"linear": 0.2}), made_cells())
     assert "joules × 5.0 (n = 3)" in answer.sentences(found)[0]
-    (cost,) = evidence.Evidence(counted_in_three("mla", {"mla": 0.5}), made_cells()).rises("mla", evidence.ENERGY)
+    cost = evidence.Evidence(counted_in_three("mla", {"mla": 0.5}), made_cells()).rises("mla", evidence.ENERGY)
     assert re.fullmatch(r"joules × (1\.99|2\.0\d?) \(n = 3\) at 512", cost)
 
 
@@ -512,3 +521,90 @@ def test_what_a_pattern_keeps_is_told_beside_as_many_layers_of_sdpa():
     found = evidence.Evidence(made_steps({}), cells)
     assert (found.recall["gqa"].layers, found.recall["gqa"].state_share) == (2, 0.25)
     assert any("one layer (two for GQA) behind" in line for line in answer.how_sure(found))
+
+
+def made_longer(ratios: dict, **changes) -> steps.Steps:
+    """`made_steps` of another session at 8,192 tokens alone, where a model has more positions."""
+    made = made_steps(ratios, **changes)
+    size = made.setting.sizes[0].model_copy(update={"context": 8192, "batch_size": 1})
+    rounds = [
+        one.model_copy(update={"turns": [turn.model_copy(update={"context": 8192}) for turn in one.turns]})
+        for one in made.rounds
+    ]
+    entries = [entry.model_copy(update={"parameters": 5000}) for entry in made.entries]
+    setting = made.setting.model_copy(update={"sizes": [size]})
+    return made.model_copy(update={"rounds": rounds, "setting": setting, "entries": entries})
+
+
+def test_a_length_of_another_session_has_its_own_ratios_sentence_row_and_noise():
+    longer = made_longer({"gqa": 0.5, "linear": 0.25})
+    found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [longer])
+    assert found.lengths == [512, 8192] and found.ratio("gqa", 512, evidence.TIME).ratio == pytest.approx(0.8, rel=0.01)
+    assert found.ratio("gqa", 8192, evidence.TIME).ratio == pytest.approx(0.5, rel=0.01)
+    said = answer.sentences(found)
+    assert "**At 512 tokens take GQA**" in said[0] and "At 8,192 tokens take GQA if recall counts**" in said[1]
+    assert "**If it does not, LINEAR**: training time ÷ 4.0" in said[1]
+    assert len(answer_figure.headline(found)) == 2 and "time, 8,192 tokens" in set(
+        answer.limits(found)["if you are limited by"]
+    )
+    lines = answer.how_sure(found)
+    assert " and 1 x 8,192 tokens" in lines[0]
+    beside = next(line for line in lines if line.startswith("Of another session"))
+    assert ": all at 8,192 tokens; 8 rounds in turns" in beside and "at 8,192 tokens there" in beside
+    assert "8 rounds (8 at 8,192 tokens)" in answer.briefly_sure(found)
+    assert "in another session" not in " ".join(said)  # the first of its length
+    assert found.weights("gqa") == ""  # beside the SDPA of the record that its own entry is of
+    answer_figure.picture(found)
+
+
+def test_who_is_of_a_second_session_of_the_same_length_is_marked():
+    found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [made_beside({"gqa": 0.5})])
+    assert found.cheapest(512, evidence.TIME, found.others).ratios[0].endswith("] in another session")
+
+
+def test_records_that_disagree_on_a_batch_are_refused_and_a_failure_is_of_its_length():
+    longer = made_longer({})
+    (size,) = longer.setting.sizes
+    setting = longer.setting.model_copy(update={"sizes": [size.model_copy(update={"batch_size": 7})]})
+    with pytest.raises(UsageError, match="batches of two sizes at 8,192 tokens"):
+        evidence.Evidence(with_a_long_length(made_steps({})), None, [longer.model_copy(update={"setting": setting})])
+    rounds = [
+        one.model_copy(update={"turns": [turn for turn in one.turns if turn.label != "gqa"]}) for one in longer.rounds
+    ]
+    failed = longer.model_copy(update={"rounds": rounds, "failed": {"gqa": {8192: "out of memory"}}})
+    found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [failed])
+    assert found.failed == {"gqa": {8192: "out of memory"}}
+    assert "no result at 8,192 (out of memory)" in answer.limits(found).loc[0, "it costs"]
+
+
+def test_a_certificate_that_failed_at_one_length_bars_a_variant_at_all():
+    longer = changed(made_longer({}), "gqa", certified=False)
+    found = evidence.Evidence(made_steps({"gqa": 0.5}), made_cells(), [longer])
+    assert "gqa" not in found.others and "mla" in found.others
+    assert answer.how_sure(found)[-1].endswith("not picked: GQA.")
+
+
+def test_of_caches_next_to_nothing_the_fastest_is_picked():
+    found = evidence.Evidence(made_steps({"linear": 1.5, "sliding_window": 0.6, "gqa": 0.9}), made_cells())
+    found.cache |= {"linear": 1, "sliding_window": 9, "gqa": 500, "mla": 200, "sdpa": 1000}
+    assert found.smallest_cache(["linear", "sliding_window", "gqa", "mla"]).labels == ["sliding_window"]
+    assert found.smallest_cache(["gqa", "mla"]).labels == ["mla"]  # not next to nothing
+    found.cache |= {"sliding_window": 11}
+    assert found.smallest_cache(["linear", "sliding_window"]).labels == ["linear"]
+    assert found.smallest_cache([]).labels == []
+
+
+def test_windows_in_which_the_clock_was_held_down_are_counted_with_the_reason():
+    made = made_steps({})
+    gpu = {
+        "samples": 4, "sm_clock_mhz_minimum": 1, "sm_clock_mhz_median": 1, "sm_clock_mhz_maximum": 1,
+        "temperature_c_begin": 1, "temperature_c_end": 1, "power_limit_w_minimum": 1.0, "power_limit_w_maximum": 1.0,
+        "throttled_share": 0.5, "throttled_by": {"power cap": 0.5},
+    }  # fmt: skip
+    content = made.model_dump(mode="json")
+    for turn in content["rounds"][0]["turns"]:
+        turn["gpu"] = gpu
+    found = evidence.Evidence(steps.Steps.model_validate(content), None)
+    (line,) = [line for line in answer.how_sure(found) if "lowered its clock" in line]
+    assert "(power cap) in 6 of 48 windows at 512 tokens" in line
+    assert not any("lowered" in line for line in answer.how_sure(evidence.Evidence(made, None)))

@@ -17,9 +17,9 @@ from lib.analysis import compare, style
 from lib.analysis import evidence as records
 from lib.analysis import steps as tables
 from lib.analysis.answer_figure import headline, picture
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, Evidence, Pick, Recall
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, WORDS, Evidence, Pick, Recall
 from lib.analysis.words import cost, counted, joined
-from lib.attention import CONTROL
+from lib.attention import CONTROL, REFERENCE
 from lib.errors import UsageError
 
 STEPS = "records/steps-gpu"
@@ -31,11 +31,11 @@ BEGIN, END = "<!-- The answer: written by `python -m lib.analysis.answer` -->", 
 
 
 def sentences(evidence: Evidence) -> list[str]:
-    """What to pick at the short length, at the long one, for the cache, and how sure that is."""
+    """What to pick at each length, and for the cache."""
     others, e = evidence.others, evidence
     keepers = [label for label in others if e.recalls(label)]
     said = []
-    for context in dict.fromkeys((e.short, e.long)):
+    for context in e.lengths:
         free, kept = e.cheapest(context, TIME, others), e.cheapest(context, TIME, keepers)
         at = f"**At {context:,} tokens"
         why = e.untold(context, TIME)
@@ -55,15 +55,12 @@ def sentences(evidence: Evidence) -> list[str]:
             said.append(f"{at} {_names(e, pick)}**, {_savings(e, pick, context)}{known}{joules}.")
             continue
         lost = joined([_lost(e, label) for label in free.labels])
-        then = (
-            f"Where recall counts take {_names(e, kept)}: {_savings(e, kept, context)}"
-            if kept.labels else "Where recall counts keep SDPA: nothing that recalls is significantly faster"
+        first = (
+            f"take {_names(e, kept)} if recall counts**: {_savings(e, kept, context)}"
+            if kept.labels else "keep SDPA if recall counts**: nothing that recalls is significantly faster"
         ) + _in_joules(e, context, keepers, kept)  # fmt: skip
-        said.append(
-            f"{at} take {_names(e, free)} if recall does not count**: beside SDPA, {_savings(e, free, context)}; "
-            f"{lost}. {then}."
-        )
-    cache = e.smallest(e.cache, keepers if e.recall else others)
+        said.append(f"{at} {first}. **If it does not, {_names(e, free)}**: {_savings(e, free, context)}; {lost}.")
+    cache = e.smallest_cache(keepers if e.recall else others)
     if cache.labels:
         said.append(
             f"**If the KV cache is what you pay for, {_names(e, cache)}**: "
@@ -89,7 +86,7 @@ def _in_joules(evidence: Evidence, context: int, among: list[str], by_time: Pick
 def _without_a_price(evidence: Evidence, cache: Pick, among: list[str]) -> str:
     """The smallest cache of those whose steps take no more time than SDPA's, where the smallest of all costs time."""
     e = evidence
-    own = [said for label in cache.labels for said in e.rises(label, TIME)]
+    own = [said for label in cache.labels if (said := e.rises(label, TIME))]
     if not own:
         return ""
     free = e.smallest(e.cache, [label for label in among if e.is_no_slower(label)])
@@ -163,10 +160,10 @@ def _tried_as(evidence: Evidence) -> str:
 def _busy(evidence: Evidence) -> list[str]:
     """Where the GPU waited for Python: a little in all, and most of the time in some."""
     said, waiting = [], {}
-    for context in dict.fromkeys((evidence.short, evidence.long)):
+    for context in evidence.lengths:
         shares = {
-            label: by[context] for label, record in evidence.source.items()
-            if (by := record.busy.get(label, {})).get(context) is not None
+            label: share for (at, label), record in evidence.source.items()
+            if at == context and (share := record.busy.get(label, {}).get(context)) is not None
         }  # fmt: skip
         for label in [label for label, share in shares.items() if share < WAITING]:
             waiting.setdefault(label, []).append(f"{shares.pop(label):.0%} at {context:,}")
@@ -190,7 +187,7 @@ def how_sure(evidence: Evidence) -> list[str]:
     e, said = evidence, []
     setting, found = e.found.setting, e.found
     control = _control(e, found)
-    sizes = joined([f"{size.batch_size} x {size.context:,} tokens" for size in setting.sizes])
+    sizes = joined([f"{batch} x {context:,}" for context, batch in e.batches.items()]) + " tokens"
     version = found.environment.get("packages", {}).get("torch")
     torch = f", torch {version}" if version else ""
     said.append(
@@ -203,6 +200,7 @@ def how_sure(evidence: Evidence) -> list[str]:
     if control:
         said.append(f"Noise: SDPA against itself took {control}.")
     said += [_beside(e, record) for record in e.all[1:]]
+    said += _throttled(e)
     said += _of_what_code(e)
     said += [
         f"No result: {_name(e, label)} at {context:,} tokens ({escaped(why)})."
@@ -231,7 +229,7 @@ def how_sure(evidence: Evidence) -> list[str]:
         "trained. The published study's own claims: [replication.ipynb](notebooks/replication.ipynb)."
     )
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
-    uncertified = [_name(e, entry.label) for entry in entries if not entry.certified]
+    uncertified = [_name(e, entry.label) for entry in entries if not e.certified(entry.label, entry.label)]
     at = found.examined
     deep = (
         ", a longer pattern with all of its own,"
@@ -249,11 +247,20 @@ def how_sure(evidence: Evidence) -> list[str]:
 def _beside(evidence: Evidence, record) -> str:
     """What is of another session than the first line's."""
     e = evidence
-    own = [label for label, source in e.source.items() if source is record]
+    new, own = e.own(record)
+    own = [label for label in own if label not in (REFERENCE, CONTROL)]
     if not own:
         return "Another session's record has nobody who is not in these, and is left out."
-    names = joined([_name(e, label) for label in own])
-    order = "balanced" if compare.balanced(tables.runs(record, e.short)) else "not balanced"
+    lengths = [size.context for size in record.setting.sizes]
+    names = (
+        f"all at {joined([f'{at:,}' for at in new])} tokens"
+        if new == lengths
+        else (
+            joined([_name(e, label) for label in own])
+            + (f", and all at {joined([f'{at:,}' for at in new])} tokens" if new else "")
+        )
+    )
+    order = "balanced" if compare.balanced(tables.runs(record, min(lengths))) else "not balanced"
     control, joules = _control(e, record), _control(e, record, ENERGY)
     noise = f"; SDPA against itself took {control} there" if control else "; without an A/A control"
     noise += f", and joules {joules}" if joules else ""
@@ -268,9 +275,27 @@ def _beside(evidence: Evidence, record) -> str:
 
 def _control(evidence: Evidence, record, metric: str = TIME) -> str:
     """What SDPA took beside itself in a record; empty where it was not there a second time."""
-    rows = [(at, evidence.control(record, at, metric)) for at in evidence.lengths]
+    rows = [(size.context, evidence.control(record, size.context, metric)) for size in record.setting.sizes]
     said = [f"{_sure(row)} at {at:,}" for at, row in rows if row is not None]
     return f"{joined(said)} tokens" if said else ""
+
+
+def _throttled(evidence: Evidence) -> list[str]:
+    """In how many windows the GPU's clock was held down, and by what."""
+    held, said = evidence.turns["throttled_share"] > 0, []
+    for context, own in held.groupby(evidence.turns["context"]):
+        if own.any():
+            said.append(f"{own.sum()} of {len(own)} windows at {context:,}")
+    if not said:
+        return []
+    reasons = {
+        reason for one in evidence.all for done in one.rounds for turn in done.turns if turn.gpu
+        for reason in turn.gpu.throttled_by
+    }  # fmt: skip
+    by = f" ({', '.join(sorted(reasons))})" if reasons else ""
+    return [
+        f"The GPU lowered its clock by itself{escaped(by)} in {joined(said)} tokens; those windows count as the others."
+    ]
 
 
 def _of_what_code(evidence: Evidence) -> list[str]:
@@ -288,11 +313,11 @@ def _of_what_code(evidence: Evidence) -> list[str]:
 def briefly_sure(evidence: Evidence) -> str:
     """What the answer rests on in a sentence, above `how_sure`."""
     e = evidence
-    controls = [_control(e, record) for record in e.all]
-    noise = f"; SDPA beside itself took {', in the other session '.join(filter(None, controls))}"
-    noise = noise if any(controls) else "; without an A/A control"
+    first, *others = [said for record in e.all if (said := _control(e, record))] or [""]
+    there = f", in the other session{'s' if len(others) > 1 else ''} {' and '.join(others)}" if others else ""
+    noise = f"; SDPA beside itself took {first}{there}" if first else "; without an A/A control"
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
-    passed = sum(entry.certified for entry in entries)
+    passed = sum(e.certified(entry.label, entry.label) for entry in entries)
     return (
         f"How sure is that: {e.rounds} in turns on {escaped(e.machines)}, paired "
         f"ratios with 95 % intervals{noise}; {passed} of {len(entries)} variants certified. All of it"
@@ -334,17 +359,18 @@ def limits(evidence: Evidence) -> pd.DataFrame:
                 "it costs": _price(e, pick.labels),
             })  # fmt: skip
 
-    for context in dict.fromkeys((e.short, e.long)):
-        pick_of = partial(e.cheapest, context, TIME)
-        add(f"time, {context:,} tokens", pick_of, e.untold(context, TIME))
-    if e.turns[ENERGY].notna().any():
-        for context in dict.fromkeys((e.short, e.long)):
-            pick_of = partial(e.cheapest, context, ENERGY)
-            add(f"joules, {context:,} tokens", pick_of, e.untold(context, ENERGY))
+    for context in e.lengths:
+        for metric in (TIME, ENERGY):
+            if e.turns[metric].notna().any():
+                add(
+                    f"{WORDS[metric]}, {context:,} tokens",
+                    partial(e.cheapest, context, metric),
+                    e.untold(context, metric),
+                )
     memory = e.memory_at(e.long)
     if memory:
         add(f"memory in training, {e.long:,} tokens", lambda among: e.smallest(memory, among))
-    add(f"KV cache, {CACHE_CONTEXT:,} tokens", lambda among: e.smallest(e.cache, among))
+    add(f"KV cache, {CACHE_CONTEXT:,} tokens", e.smallest_cache)
     return pd.DataFrame(rows)
 
 
@@ -376,10 +402,12 @@ def _price(evidence: Evidence, labels: list[str]) -> str:
             other = found.title != evidence.entries[label].title
             who = f" (tried as {escaped(found.title)})" if other else ""
             own.append(f"recalls {_share(found)}{who}")
+        elif found is not None and found.title != evidence.entries[label].title:
+            own.append(f"recall tried as {escaped(found.title)}")
         elif found is None and evidence.recall:
             own.append("recall not known")
-        own += evidence.rises(label, TIME) + evidence.rises(label, ENERGY)
-        for context in dict.fromkeys((evidence.short, evidence.long)):
+        own += filter(None, (evidence.rises(label, metric) for metric in (TIME, ENERGY)))
+        for context in evidence.lengths:
             why = evidence.failed.get(label, {}).get(context)
             if why is not None:
                 own.append(f"no result at {context:,} ({escaped(why)})")
@@ -400,7 +428,9 @@ def markdown(evidence: Evidence) -> str:
     sure = f"<details><summary>{briefly_sure(evidence)}</summary>\n\n{sure}\n</details>"
     said = "\n".join(f"- {line}" for line in sentences(evidence))
     alt = escaped(" ".join(headline(evidence)))
-    return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\n{sure}\n\n{END}"
+    recall = f"*Recall is of {PAIRS} facts in 128 tokens by nets of one or two layers, not of the models timed.*\n\n"
+    recall = recall if evidence.recall else ""
+    return f"{BEGIN}\n\n{said}\n\n![{alt}](figures/answer.png)\n\n{head}{body}\n{recall}{sure}\n\n{END}"
 
 
 def put(page: str, text: str) -> str:

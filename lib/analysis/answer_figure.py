@@ -4,7 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from lib.analysis import style
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence, Pick
 from lib.analysis.style import BLUE
 from lib.analysis.words import cost, factor, joined
 from lib.record import REASONS
@@ -12,6 +12,7 @@ from lib.record import REASONS
 PALE, QUIET = style.QUIET_BLUE, style.INK
 WORTH_A_WORD = 1.015  # a ratio further from 1 than this is written beside its point
 RATIOS, COUNTS, RECALL, EMPTY = 1.8, 1.25, 0.9, 1.15  # widths of the columns
+ABOVE, BELOW = 0.95, 0.5  # inches over and under the rows, for the columns' titles, the legend and the axes
 
 
 def picture(evidence: Evidence):
@@ -23,16 +24,20 @@ def picture(evidence: Evidence):
         RECALL if e.recall else EMPTY, RATIOS, RATIOS if e.turns[ENERGY].notna().any() else EMPTY,
         COUNTS if memory else EMPTY, COUNTS,
     ]  # fmt: skip
+    rows = (0.1 + 0.18 * len(e.lengths)) * len(labels)  # inches
+    height = rows + ABOVE + BELOW
     figure, axes = plt.subplots(
-        1, 5, figsize=(1.6 * sum(widths), 0.46 * len(labels) + 1.4), sharey=True,
-        gridspec_kw={"width_ratios": widths, "wspace": 0.12},
+        1, 5, figsize=(1.6 * sum(widths), height), sharey=True,
+        gridspec_kw={
+            "width_ratios": widths, "wspace": 0.12, "top": 1 - ABOVE / height, "bottom": BELOW / height,
+        },
     )  # fmt: skip
     places = {label: len(labels) - 1 - index for index, label in enumerate(labels)}
     axes[0].set_yticks(list(places.values()), [e.title[label] for label in places])
     for axis in axes:
-        axis.grid(axis="x", visible=False)
-        axis.grid(axis="y", visible=True)
-        axis.set_axisbelow(True)
+        axis.grid(visible=False)
+        across = axis.get_yaxis_transform()  # lines between rows, so that none runs through a number
+        axis.hlines([y + 0.5 for y in range(len(labels) - 1)], 0, 1, transform=across, color=QUIET, linewidth=0.3)
         axis.spines["left"].set_visible(False)
         axis.set_ylim(-0.7, len(labels) - 0.3)
     _recall_panel(axes[0], e, places)
@@ -67,26 +72,31 @@ def _steps(e: Evidence) -> str:
 
 
 def headline(evidence: Evidence) -> list[str]:
-    """Two lines at most: the short length, and the long one."""
+    """A line for each length."""
     e, others = evidence, evidence.others
     lines = []
-    for context in dict.fromkeys((e.short, e.long)):
+    for context in e.lengths:
         pick, kept = e.cheapest(context, TIME, others), e.cheapest(context, TIME, [x for x in others if e.recalls(x)])
-        if set(pick.labels) & set(kept.labels):
-            pick = kept  # of those that share the place, who recalls
         why = e.untold(context, TIME)
         if why is not None:
             lines.append(f"{context:,} tokens: not told; {why}.")
             continue
         if not pick.labels:
             lines.append(f"{context:,} tokens: keep SDPA; nothing trains in significantly less time.")
-            continue
-        how = joined([cost(e.ratio(label, context, TIME)).split(" [")[0] for label in pick.labels])
-        forgets = [label for label in pick.labels if e.recall and not e.recalls(label)]
-        if_recall = ", if recall is not needed" if forgets else ""
-        names = joined([e.title[label] for label in pick.labels])
-        lines.append(f"{context:,} tokens: {names}, training time {how}{if_recall}.")
+        elif set(pick.labels) & set(kept.labels):  # of those that share the place, who recalls
+            lines.append(f"{context:,} tokens: {_less(e, kept, context)}.")
+        elif not e.recall:
+            lines.append(f"{context:,} tokens: {_less(e, pick, context)}.")
+        else:
+            first = _less(e, kept, context) if kept.labels else "keep SDPA"
+            then = _less(e, pick, context, ", ")
+            lines.append(f"{context:,} tokens: {first}; if recall is not needed {then}.")
     return lines
+
+
+def _less(e: Evidence, pick: Pick, context: int, between: str = ", training time ") -> str:
+    how = joined([cost(e.ratio(label, context, TIME)).split(" [")[0] for label in pick.labels])
+    return f"{joined([e.title[label] for label in pick.labels])}{between}{how}"
 
 
 def _nothing(axis, words: str):
@@ -119,8 +129,7 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
         return
     axis.axvline(1, color=QUIET, linewidth=1)
     axis.set_xscale("log", base=2)
-    lengths = list(dict.fromkeys((e.short, e.long)))
-    for context, up, face in zip(lengths, (0.18, -0.18), (PALE, BLUE), strict=False):
+    for context, up, face in zip(e.lengths, *_marks(len(e.lengths)), strict=True):
         for label, y in places.items():
             row = e.ratio(label, context, metric)
             if row is None:
@@ -134,12 +143,22 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
             _ratio(axis, row, y + up, face)
         axis.plot([], [], "o", color=BLUE, markerfacecolor=face, label=f"{context:,} tokens")
     low, high = axis.get_xlim()
-    axis.set_xlim(min(low / 2.4, 0.6), max(high * 1.8, 1.7))
+    axis.set_xlim(min(low / 3, 0.6), max(high * 1.8, 1.7))
     axis.xaxis.set_major_formatter(plt.FuncFormatter(_factor))
     axis.xaxis.set_minor_locator(plt.NullLocator())
     axis.set_xlabel("less  ←  1  →  more")
     if metric == TIME:
-        axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.09), ncols=2, frameon=False, fontsize=9, borderpad=0)
+        inch = 1 / (axis.get_position().height * axis.figure.get_size_inches()[1])
+        axis.legend(
+            loc="lower left", bbox_to_anchor=(-0.02, 1 + 0.45 * inch), ncols=len(e.lengths), frameon=False, fontsize=9,
+            borderpad=0,
+        )  # fmt: skip
+
+
+def _marks(count: int) -> tuple[list[float], list[str]]:
+    """How far above its row the mark of each length stands, and its face: the longer, the darker."""
+    places = np.linspace(0.3, -0.3, count) if count > 2 else (0.18, -0.18)[:count]
+    return list(places), ["white"] * (count - 2) + [PALE, BLUE][:count]
 
 
 def _ratio(axis, row, y: float, face: str):
@@ -167,7 +186,6 @@ def _bar_panel(axis, places: dict, bytes_of: dict, unit: int, title: str, name: 
     if not known:
         _nothing(axis, "not measured")
         return
-    axis.grid(visible=False)  # or its lines run through the numbers
     axis.barh([places[label] for label in known], list(known.values()), height=0.5, color=BLUE)
     for label, value in known.items():
         words = f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"

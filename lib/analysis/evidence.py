@@ -6,8 +6,8 @@ significantly below 1; of several, those that are not told apart from the lowest
 each of its seeds reaches `RECALLS`. `lib.analysis.answer` makes the README's words of it, `answer_figure` its
 picture.
 
-Steps may be of several records: other variants under the same conditions, each beside an SDPA of its own. A ratio is of
-one record; where two records meet, so do their ratios, unpaired.
+Steps may be of several records: other variants or other lengths under the same conditions, each beside an SDPA of its
+own. A ratio is of one record; where two records meet, so do their ratios, unpaired.
 """
 
 import json
@@ -24,7 +24,7 @@ from lib import attention
 from lib.analysis import capability, compare
 from lib.analysis import steps as tables
 from lib.analysis.paired import FEWEST_BLOCKS
-from lib.analysis.words import cost, counted, size
+from lib.analysis.words import cost, counted, joined, size
 from lib.attention import CONTROL, REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
@@ -37,7 +37,9 @@ TASK = "recall"
 PAIRS = max(TASKS[TASK].tested_on)
 CACHE_CONTEXT, CACHE_BYTES = 32_768, 2  # tokens; bytes of a number in bf16
 TIME, ENERGY = tables.METRICS
+WORDS = {TIME: "time", ENERGY: "joules"}
 SMALLER = 0.98  # a count below this share of SDPA's is a saving that is worth a word
+NEXT_TO_NOTHING = 0.01  # of SDPA's cache: below it, caches are alike, and time decides
 
 
 class Recall(NamedTuple):
@@ -62,12 +64,15 @@ class Pick(NamedTuple):
 
 class Evidence:
     """What the records say. `found`: the steps; `cells`: of `lib.record.probe.frame`, or None where there are none;
-    `beside`: steps of other variants under the same conditions, of which a label that was there before is left out.
+    `beside`: steps of other variants or lengths under the same conditions. A variant's turns at a length are those of
+    the first record that has it there.
     """
 
     def __init__(self, found: Steps, cells: pd.DataFrame | None, beside: list[Steps] = ()):
         self.found, self.all = found, [found, *beside]
-        self.entries, self.source = {}, {}  # by label: its entry, and the record that it is of
+        self.entries, self.home = {}, {}  # by label: its entry, and the record that it is of
+        self.source = {}  # by (length, label): the record whose turns count
+        batches = {}
         for one in self.all:
             if not any(done.turns for done in one.rounds):
                 raise UsageError("the record of steps has no turn yet; `python -m lib.study.steps --write` adds rounds")
@@ -82,17 +87,26 @@ class Evidence:
                         f"two records of steps call different variants {entry.label}; give one another label"
                     )
                 if self.entries.setdefault(entry.label, entry) is entry:
-                    self.source[entry.label] = one
+                    self.home[entry.label] = one
+                for asked in one.setting.sizes:
+                    self.source.setdefault((asked.context, entry.label), one)
+            for asked in one.setting.sizes:
+                if batches.setdefault(asked.context, asked.batch_size) != asked.batch_size:
+                    raise UsageError(f"two records of steps have batches of two sizes at {asked.context:,} tokens")
         titles = Counter(entry.title for entry in self.entries.values() if entry.label != CONTROL)
         self.title = {
             label: f"{entry.title} ({label})" if titles[entry.title] > 1 else entry.title
             for label, entry in self.entries.items()
         }
         self.ratios = self._own(tables.ratios).set_index(["context", "metric", "label"])
-        self.lengths = [size.context for size in found.setting.sizes]
+        self.batches = dict(sorted(batches.items()))  # by length
+        self.lengths = list(self.batches)
         self.short, self.long = min(self.lengths), max(self.lengths)
         self.turns = self._own(steps.frame)
-        self.failed = {label: one.failed[label] for label, one in self.source.items() if label in one.failed}
+        self.failed = {}  # by label and length: why
+        for (context, label), one in self.source.items():
+            if context in one.failed.get(label, {}):
+                self.failed.setdefault(label, {})[context] = one.failed[label][context]
         self.memory = self.turns.groupby(["context", "label"])["peak_memory_bytes"].max()
         self.cache = {label: self._cache(entry) for label, entry in self.entries.items()}
         self.recall = _recall(cells) if cells is not None else {}
@@ -100,11 +114,11 @@ class Evidence:
         self.points = _points(cells) if cells is not None else pd.DataFrame(columns=["label", "scaled"])
 
     def _own(self, table) -> pd.DataFrame:
-        """A table of each record, with the rows of the labels that are taken from it."""
+        """A table of each record, with the rows that are taken from it."""
         found = []
         for one in self.all:
             rows = table(one)
-            found.append(rows[[self.source[label] is one for label in rows["label"]]])
+            found.append(rows[[self.source[key] is one for key in zip(rows["context"], rows["label"], strict=True)]])
         return pd.concat(found, ignore_index=True)
 
     def _cache(self, entry) -> float:
@@ -128,24 +142,29 @@ class Evidence:
 
     @property
     def labels(self) -> list[str]:
-        """All but the control, from the most to the least expensive at the long length, SDPA first."""
+        """All but the control, from the most to the least expensive at the longest length that each has, SDPA first."""
 
         def place(label):
             if label == REFERENCE:
                 return (0, 0.0)
-            ratio = self.ratio(label, self.long, TIME)
-            return (1, np.inf if ratio is None else -ratio.ratio) if ratio is not None else (1, -np.inf)
+            ratios = [ratio for at in self.lengths if (ratio := self.ratio(label, at, TIME)) is not None]
+            return (1, -ratios[-1].ratio if ratios else -np.inf)
 
         return sorted((label for label in self.entries if label != CONTROL), key=place)
 
     @property
     def others(self) -> list[str]:
         """What may be picked instead of SDPA: what is certified; nobody of a record whose SDPA is not."""
-        sound = [one for one in self.all if all(entry.certified for entry in one.entries if entry.label == REFERENCE)]
-        return [
-            label for label in self.labels
-            if label != REFERENCE and self.entries[label].certified and any(self.source[label] is one for one in sound)
-        ]  # fmt: skip
+        return [label for label in self.labels if label != REFERENCE and self.certified(label)]
+
+    def certified(self, label: str, beside: str = REFERENCE) -> bool:
+        """Whether it, and what stands beside it, passed in every record whose turns of it count."""
+        used = [one for (_, of), one in self.source.items() if of == label]
+        return all(entry.certified for one in used for entry in one.entries if entry.label in (label, beside))
+
+    def at(self, context: int) -> list[Steps]:
+        """The records that have turns of that length, the first first."""
+        return [one for one in self.all if context in {asked.context for asked in one.setting.sizes}]
 
     def ratio(self, label: str, context: int, metric: str):
         """The paired ratio to SDPA, with `low`, `high` and `verdict`; None where there is none."""
@@ -170,7 +189,7 @@ class Evidence:
         why = self.failed.get(REFERENCE, {}).get(context)
         if why is not None:
             return f"SDPA has no result ({why})"
-        if not self.entries[REFERENCE].certified:
+        if not any(e.certified for one in self.at(context) for e in one.entries if e.label == REFERENCE):
             return "SDPA itself failed its certificate"
         rows = [row for label in self.others if (row := self.ratio(label, context, metric)) is not None]
         if any(not np.isnan(row.low) for row in rows):
@@ -191,9 +210,10 @@ class Evidence:
             and row.ratio < 1 and row.verdict == "significantly different"
         ]  # fmt: skip
         leaders = []
-        for record in self.all:
+        for record in self.at(context):
             ranks = compare.ranks(tables.runs(record, context), metric)
-            own = sorted((x for x in lower if x in ranks and self.source[x] is record), key=lambda x: ranks[x])
+            own = [label for label in lower if label in ranks and self.source[context, label] is record]
+            own.sort(key=lambda label: ranks[label])
             leaders += [[label for label in own if ranks[label][0] == ranks[own[0]][0]]] if own else []
 
         def lowest(labels):
@@ -204,14 +224,17 @@ class Evidence:
             label for labels in leaders for label in labels
             if labels is best or not self._told_apart(label, lowest(best), context, metric, len(leaders) - 1)
         ]  # fmt: skip
-        return Pick(found, [cost(self.ratio(label, context, metric)) for label in found])
+        first = self.at(context)[0]  # whom it was measured beside, where that is not said
+        aside = {label: "" if self.source[context, label] is first else " in another session" for label in found}
+        return Pick(found, [cost(self.ratio(label, context, metric)) + aside[label] for label in found])
 
     def _told_apart(self, one: str, other: str, context: int, metric: str, comparisons: int) -> bool:
         """Whether the first's ratio to SDPA is above the other's, of another record: Welch's t of their logarithms by
         round, Bonferroni."""
         logs = []
         for label in (one, other):
-            turns = tables.runs(self.source[label], context).pivot(index="block", columns="label", values=metric)
+            turns = tables.runs(self.source[context, label], context)
+            turns = turns.pivot(index="block", columns="label", values=metric)
             logs.append(np.log(turns[label] / turns[REFERENCE]).dropna())
         found = stats.ttest_ind(*logs, equal_var=False)
         return found.pvalue < 0.05 / comparisons and found.statistic > 0
@@ -226,15 +249,23 @@ class Evidence:
         best = [label for label, value in known.items() if value <= fewest / SMALLER]
         return Pick(best, [f"{size(known[label])} instead of {size(reference)}" for label in best])
 
-    def rises(self, label: str, metric: str) -> list[str]:
-        """Where a variant's steps cost more than SDPA's, and how much: significantly, or by too few rounds to tell."""
-        word = {TIME: "time", ENERGY: "joules"}[metric]
-        rows = [(context, self.ratio(label, context, metric)) for context in dict.fromkeys((self.short, self.long))]
-        return [
-            f"{word} {cost(row)}{'' if row.low == row.low else f' ({row.verdict})'} at {context:,}"
+    def smallest_cache(self, among: list[str]) -> Pick:
+        """As `smallest`; of those that keep as little, or next to nothing, who takes the least time when it is long."""
+        pick, reference = self.smallest(self.cache, among), self.cache.get(REFERENCE, np.nan)
+        tiny = [label for label in among if self.cache.get(label, np.nan) < NEXT_TO_NOTHING * reference]
+        fastest = self.cheapest(self.long, TIME, tiny or pick.labels).labels
+        return self.smallest(self.cache, fastest) if fastest else pick
+
+    def rises(self, label: str, metric: str) -> str:
+        """Where a variant's steps cost more than SDPA's, and how much: significantly, or by too few rounds to tell.
+        Empty where they do not."""
+        rows = [(context, self.ratio(label, context, metric)) for context in self.lengths]
+        said = [
+            f"{cost(row)}{'' if row.low == row.low else f' ({row.verdict})'} at {context:,}"
             for context, row in rows
             if row is not None and row.ratio > 1 and (row.verdict == "significantly different" or row.low != row.low)
         ]
+        return f"{WORDS[metric]} {joined(said)}" if said else ""
 
     def is_no_slower(self, label: str) -> bool:
         """Timed at every length, with an interval, and nowhere significantly slower than SDPA."""
@@ -243,7 +274,8 @@ class Evidence:
 
     def weights(self, label: str) -> str:
         """What its model has more or fewer parameters than SDPA's, from 1 % on, in words; empty for less."""
-        share = self.entries[label].parameters / self.entries[REFERENCE].parameters - 1
+        of = {entry.label: entry.parameters for entry in self.home[label].entries}
+        share = of[label] / of[REFERENCE] - 1
         return "" if abs(share) < 0.01 else f"{100 * abs(share):.1f} % {'more' if share > 0 else 'fewer'} parameters"
 
     @property
@@ -252,12 +284,19 @@ class Evidence:
 
     @property
     def rounds(self) -> str:
-        """How many there are, in words: of the first record, and of the others for how many variants."""
-        others = [
-            f"{len(one.rounds)} for {sum(source is one for source in self.source.values())} of the variants"
-            for one in self.all[1:]
-        ]
+        """How many there are, in words: of the first record, and of the others by lengths or how many variants."""
+        others = []
+        for one in self.all[1:]:
+            new, own = self.own(one)
+            what = f"at {joined([f'{at:,}' for at in new])} tokens" if new else f"for {len(own)} of the variants"
+            others.append(f"{len(one.rounds)} {what}")
         return counted(len(self.found.rounds), "round") + (f" ({', '.join(others)})" if others else "")
+
+    def own(self, record: Steps) -> tuple[list[int], list[str]]:
+        """The lengths that no record before it has, and the labels of which it has turns that count."""
+        new = [at for at in self.lengths if self.at(at)[0] is record]
+        own = [label for label in self.entries if any(self.source.get((at, label)) is record for at in self.lengths)]
+        return new, own
 
     @property
     def machines(self) -> str:
@@ -291,12 +330,13 @@ def _points(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _conditions(found: Steps) -> tuple:
-    setting, packages = found.setting, found.environment.get("packages", {})
+    setting, packages = found.setting.model_copy(update={"sizes": []}), found.environment.get("packages", {})
     return setting, found.environment["device_name"], packages.get("torch")
 
 
 def read(where: Path, cells_folder: Path) -> Evidence:
-    """The evidence in these records: of the file of steps `where`, or of all in that folder, the most rounds first.
+    """The evidence in these records: of the file of steps `where`, or of all in that folder, first that of the most
+    lengths, of these that of the most rounds.
 
     Raises UsageError where the steps are none or made up, or the folder is none.
     """
@@ -310,5 +350,5 @@ def read(where: Path, cells_folder: Path) -> Evidence:
     if not cells_folder.is_dir():
         raise UsageError(f"there is no folder {cells_folder.name}/ of `lib.study.probes`")
     cells = probe.frame(probe.load_all(cells_folder)) if any(cells_folder.glob("*.json")) else None
-    first, *beside = sorted(records, key=lambda one: -len(one.rounds))
+    first, *beside = sorted(records, key=lambda one: (-len(one.setting.sizes), -len(one.rounds)))
     return Evidence(first, cells, beside)
