@@ -58,7 +58,7 @@ def test_where_nothing_is_faster_the_answer_is_sdpa():
 
 def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recalls_with_its_own_saving():
     found, said = say({"linear": 0.2, "gqa": 0.8})
-    assert re.search(r"\*\*At 512 tokens take GQA if recall counts\*\*: training time (19|20)\.\d % less \[", said)
+    assert re.search(r"\*\*At 512 tokens, if recall counts, take GQA\*\*: training time (19|20)\.\d % less \[", said)
     assert "**If it does not, LINEAR**: training time ÷ 5.0 [" in said
     recalls = "LINEAR recalls 29% [28%, 30%] of 32 facts after 800 steps of training"  # the median seed
     assert f"; {recalls}." in said
@@ -70,9 +70,11 @@ def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recal
         "512 tokens: keep SDPA; if recall is not needed LINEAR, ÷ 5.0."
     ]
     table = answer.limits(found).set_index("if you are limited by")
-    assert table.loc["time, 512 tokens", "pick"] == "**LINEAR**"
-    assert table.loc["time, 512 tokens", "it costs"].startswith("recalls 29% [28%, 30%], joules × 5.0 [")
-    assert table.loc["time, 512 tokens, and recall counts", "pick"] == "**GQA**"
+    row = "time, 512 tokens, recall not needed"
+    assert table.loc[row, "pick"] == "**LINEAR**"
+    assert table.loc[row, "it costs"].startswith("recalls 29% [28%, 30%], joules × 5.0 [")
+    assert table.loc["time, 512 tokens, recall counts", "pick"] == "**GQA**"
+    assert [name for name in table.index if name.startswith("time")][-1] == row  # who recalls comes first
 
 
 def test_what_fails_from_one_seed_does_not_count_as_recalling():
@@ -85,7 +87,7 @@ def test_what_fails_from_one_seed_does_not_count_as_recalling():
 
 def test_what_is_faster_and_recalls_is_simply_taken():
     _, said = say({"gqa": 0.5, "linear": 0.9})
-    assert "**At 512 tokens take GQA**, training time ÷ 2.0" in said and "joules × 2.0" in said
+    assert "**At 512 tokens take GQA**: training time ÷ 2.0" in said and "joules × 2.0" in said
 
 
 def test_two_that_are_not_told_apart_share_the_place():
@@ -107,7 +109,7 @@ def test_who_takes_the_fewest_joules_is_named_where_that_is_another():
     for ratios in ({"gqa": 0.8, "mla": 2.0}, {"gqa": 0.8, "linear": 0.5, "mla": 2.0}):  # joules go the other way
         said = say(ratios)[1]
         assert re.search(
-            r"GQA(\*\*,| if recall counts\*\*:) training time (19|20).*; for the fewest joules take MLA: ÷ (1\.9|2\.0)",
+            r"take GQA\*\*: training time (19|20).*; for the fewest joules take MLA: ÷ (1\.9|2\.0)",
             said,
         )
     assert "fewest joules" not in say({"gqa": 0.8})[1] and "fewest joules" not in say({"mla": 2.0}, joules=False)[1]
@@ -139,14 +141,17 @@ def test_what_fails_its_certificate_is_never_picked_and_is_named():
 def test_the_control_is_no_choice_and_stands_as_the_noise():
     found, said = say({CONTROL: 0.5})
     assert CONTROL not in found.labels and CONTROL.upper() not in said
-    assert any(line.startswith("Noise: SDPA against itself took ÷ 2.0") for line in answer.how_sure(found))
+    assert any(
+        line.startswith("Session 1, ") and "SDPA beside itself took ÷ 2.0" in line for line in answer.how_sure(found)
+    )
+    assert re.search(r"; SDPA beside itself differs by (99|100)\.\d %;", answer.briefly_sure(found))
 
 
 def test_the_cache_is_what_the_variants_themselves_count_for_the_whole_model():
     found, said = say({})
     assert found.cache["sdpa"] == 2 * 16 * 32_768 * 2  # keys and values, one layer of width 16, two bytes
-    assert "**If the KV cache is what you pay for," in said and "recalls 95% or more" in said
-    assert "SLIDING_WINDOW" not in said  # smaller, and forgets
+    assert "**If the KV cache is what you pay for and recall counts, " in said
+    assert "**If it does not, SLIDING_WINDOW" in said or "**If it does not, LINEAR" in said  # smaller, and forget
 
 
 def test_a_pattern_stands_in_sentences_table_and_picture_like_a_variant():
@@ -155,7 +160,7 @@ def test_a_pattern_stands_in_sentences_table_and_picture_like_a_variant():
     made = steps.Steps.model_validate_json(text.replace('"layers":1', '"layers":2'))
     found = evidence.Evidence(made, made_cells(**{"linear+sdpa": 1.0}))
     said = " ".join(answer.sentences(found))
-    assert re.search(r"At 512 tokens take Linear \+ SDPA\*\*, training time ÷ 2\.\d+ \[", said)
+    assert re.search(r"At 512 tokens take Linear \+ SDPA\*\*: training time ÷ 2\.\d+ \[", said)
     assert answer.limits(found)["pick"].str.contains("Linear + SDPA", regex=False).any()
     each = [2 * 16 * 32_768 * 2, (16 * 8 + 16) * 4]  # keys and values; a state of two heads and its normalizer
     assert found.cache["linear+sdpa"] == sum(each) and found.recalls("linear+sdpa")
@@ -183,7 +188,11 @@ def test_what_was_tried_with_another_option_is_named_so():
 
 def test_what_saves_next_to_nothing_is_said_to():
     _, said = say({"gqa": 0.97})
-    assert "**At 512 tokens little is to be gained over SDPA: GQA**, training time" in said
+    assert "**At 512 tokens keep SDPA or save a little with GQA**: training time" in said
+    made = changed(made_steps({"gqa": 0.97}), "gqa", parameters=0)
+    sdpa = next(entry.parameters for entry in made.entries if entry.label == "sdpa")
+    found = evidence.Evidence(changed(made, "gqa", parameters=int(0.9 * sdpa)), made_cells())
+    assert re.search(r"save a little with GQA \(1\d\.\d % fewer parameters\)\*\*", answer.sentences(found)[0])
 
 
 def test_a_small_cache_that_costs_time_is_named_with_its_price_and_with_what_costs_none():
@@ -191,7 +200,12 @@ def test_a_small_cache_that_costs_time_is_named_with_its_price_and_with_what_cos
     found.cache |= {"mla": 10, "gqa": 20, "sdpa": 100}
     said = answer.sentences(found)[-1]
     assert "**If the KV cache is what you pay for, MLA**" in said
-    assert re.search(r", but time \d\d\.\d % more \[.*\] at 512; at no more time GQA: ", said)
+    assert re.search(r", but training time \d\d\.\d % more \[.*\] at 512; at no more time GQA: ", said)
+    table = answer.limits(found).set_index("if you are limited by")
+    assert table.loc["KV cache, 32,768 tokens, recall or not", "pick"] == "**MLA**"
+    assert table.loc["KV cache, 32,768 tokens, recall counts, no more training time", "pick"] == "**GQA**"
+    free = evidence.Evidence(made_steps({}), made_cells())
+    assert not answer.limits(free)["if you are limited by"].str.contains("no more training time").any()
 
 
 def test_fewer_parameters_and_a_gpu_that_waits_are_told():
@@ -327,18 +341,25 @@ def test_where_sdpa_has_no_result_or_no_certificate_nothing_is_picked():
 
 def test_no_cost_is_hidden():
     found = evidence.Evidence(with_a_long_length(made_steps({"linear": 0.2}), linear="out of memory"), made_cells())
-    costs = answer.limits(found).set_index("if you are limited by").loc["time, 512 tokens", "it costs"]
+    row = "time, 512 tokens, recall not needed"
+    costs = answer.limits(found).set_index("if you are limited by").loc[row, "it costs"]
     assert costs.startswith("recalls 29% [28%, 30%], joules × 5.0 [") and costs.endswith(
         "no result at 8,192 (out of memory)"
     )
     cells = made_cells()
     found, said = say({"linear": 0.2}, cells=cells[cells["label"] != "linear"])
     assert "; what LINEAR recalls is not known." in said
-    assert answer.limits(found).loc[0, "it costs"].startswith("recall not known")
+    costs = answer.limits(found).set_index("if you are limited by").loc[row, "it costs"]
+    assert costs.startswith("recall not known")
     _, said = say({"gqa": 1.5}, cells=made_cells(mla=0.0))
-    assert re.search(r"KV cache is what you pay for, GQA\*\*: .*, but time (49|50)\.\d % more \[", said)
+    assert re.search(
+        r"KV cache is what you pay for and recall counts, GQA\*\*: .*, but training time (49|50)\.\d % more \[", said
+    )
     _, said = say({}, cells=made_cells(gqa=0.5, mla=0.5))
     assert "KV cache" not in said  # nobody else recalls
+    costs = answer.limits(evidence.Evidence(with_a_long_length(made_steps({"gqa": 0.5})), made_cells()))
+    first = costs.set_index("if you are limited by").loc["time, 512 tokens, recall or not", "it costs"]
+    assert "at 512" in first and "at 8,192" not in first  # of the row's length
 
 
 def test_the_headline_picks_whom_the_sentences_pick():
@@ -399,7 +420,7 @@ def test_made_up_steps_and_a_folder_that_is_not_there_are_no_evidence(tmp_path):
 def test_the_readme_says_what_the_committed_records_say():
     """A record that changes an answer changes the sentence: `python -m lib.analysis.answer` writes it anew."""
     page = (paths.ROOT / "README.md").read_text(encoding="utf-8")
-    found = evidence.read(paths.ROOT / answer.STEPS, paths.ROOT / answer.CELLS)
+    found = answer.committed()
     assert answer.put(page, answer.markdown(found)) == page
     assert {entry.label for entry in found.found.entries} == {*attention.STUDY_ORDER, CONTROL}
     assert len(found.all) == len(list((paths.ROOT / answer.STEPS).glob("*.json"))) > 1
@@ -427,9 +448,9 @@ def test_variants_of_another_session_are_compared_with_its_own_sdpa_and_named_wi
     assert found.ratio("x_gqa", 512, evidence.TIME).ratio == pytest.approx(0.5, rel=0.01)
     assert found.ratio("gqa", 512, evidence.TIME).ratio == pytest.approx(0.8, rel=0.01)
     assert found.cheapest(512, evidence.TIME, found.others).labels == ["x_gqa"]
-    line = next(line for line in answer.how_sure(found) if line.startswith("Of another session"))
-    assert "X GQA, X LINEAR, X SLIDING_WINDOW and X MLA; 5 rounds in turns" in line.replace("\\", "")
-    assert "not balanced; SDPA against itself took" in line
+    line = next(line for line in answer.how_sure(found) if line.startswith("Session 2, 512 tokens: SDPA; "))
+    assert "X GQA; X LINEAR; X SLIDING_WINDOW; X MLA. 5 rounds in turns" in line.replace("\\", "")
+    assert "not balanced; SDPA beside itself took" in line
     assert "8 rounds (5 for 4 of the variants) in turns" in answer.briefly_sure(found)
     assert answer.how_sure(found)[-1].startswith("9 of 9 variants")
     answer_figure.picture(found)
@@ -465,7 +486,7 @@ def test_steps_of_another_setting_or_device_are_no_evidence_together(tmp_path):
 def test_a_record_that_adds_nobody_says_so_and_one_name_for_two_variants_is_refused():
     again = made_steps({"gqa": 0.5})
     found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [again])
-    assert any("has nobody who is not in these" in line for line in answer.how_sure(found))
+    assert "Session 2: nobody who is not in those before, and left out." in answer.how_sure(found)
     assert found.ratio("gqa", 512, evidence.TIME).ratio == pytest.approx(0.8, rel=0.01)
     entries = [
         one.model_copy(update={"options": {"chunk": 2}}) if one.label == "linear" else one for one in again.entries
@@ -500,9 +521,9 @@ def test_sessions_name_their_gpus_their_noise_and_their_code():
     found = evidence.Evidence(one, made_cells(), [other])
     said = answer.how_sure(found)
     assert "8 rounds (5 for 4 of the variants) in turns on 2 GPUs of the kind" in answer.briefly_sure(found)
-    assert answer.briefly_sure(found).count("in the other session") == 1
-    assert any(line.startswith("Of another session on another GPU of that kind") for line in said)
-    assert any(line.startswith("Code: ") and "bbbbbbb with changes beyond it" in line for line in said)
+    assert re.search(r"; SDPA beside itself differs by 0\.\d( to 0\.\d)? %;", answer.briefly_sure(found))
+    assert any(line.startswith("Session 2, on another GPU of that kind, ") for line in said)
+    assert any(line.startswith("Code, by session: ") and "bbbbbbb with changes beyond it" in line for line in said)
 
 
 def test_a_variant_for_which_the_gpu_waits_is_named_with_its_shares():
@@ -542,24 +563,28 @@ def test_a_length_of_another_session_has_its_own_ratios_sentence_row_and_noise()
     assert found.lengths == [512, 8192] and found.ratio("gqa", 512, evidence.TIME).ratio == pytest.approx(0.8, rel=0.01)
     assert found.ratio("gqa", 8192, evidence.TIME).ratio == pytest.approx(0.5, rel=0.01)
     said = answer.sentences(found)
-    assert "**At 512 tokens take GQA**" in said[0] and "At 8,192 tokens take GQA if recall counts**" in said[1]
+    assert "**At 512 tokens take GQA**" in said[0] and "At 8,192 tokens, if recall counts, take GQA**" in said[1]
     assert "**If it does not, LINEAR**: training time ÷ 4.0" in said[1]
-    assert len(answer_figure.headline(found)) == 2 and "time, 8,192 tokens" in set(
-        answer.limits(found)["if you are limited by"]
-    )
+    rows = set(answer.limits(found)["if you are limited by"])
+    assert len(answer_figure.headline(found)) == 2 and "time, 8,192 tokens, recall counts" in rows
     lines = answer.how_sure(found)
     assert " and 1 x 8,192 tokens" in lines[0]
-    beside = next(line for line in lines if line.startswith("Of another session"))
-    assert ": all at 8,192 tokens; 8 rounds in turns" in beside and "at 8,192 tokens there" in beside
+    session = next(line for line in lines if line.startswith("Session 2, 8,192 tokens: SDPA; "))
+    assert re.search(r"8 rounds in turns .*SDPA beside itself took .* at 8,192 tokens, and joules", session)
+    assert any(
+        re.search(r"A step of SDPA, .* ms and .* J for .* x 512; .* ms .* for 1 x 8,192 tokens", one) for one in lines
+    )
     assert "8 rounds (8 at 8,192 tokens)" in answer.briefly_sure(found)
-    assert "in another session" not in " ".join(said)  # the first of its length
-    assert found.weights("gqa") == ""  # beside the SDPA of the record that its own entry is of
+    assert "in session" not in " ".join(said)  # the first of its length
+    assert (
+        found.weights("gqa", 512) == found.weights("gqa", 8192) == ""
+    )  # beside the SDPA of the record that its own entry is of
     answer_figure.picture(found)
 
 
 def test_who_is_of_a_second_session_of_the_same_length_is_marked():
     found = evidence.Evidence(made_steps({"gqa": 0.8}), made_cells(), [made_beside({"gqa": 0.5})])
-    assert found.cheapest(512, evidence.TIME, found.others).ratios[0].endswith("] in another session")
+    assert found.cheapest(512, evidence.TIME, found.others).ratios[0].endswith("] in session 2")
 
 
 def test_records_that_disagree_on_a_batch_are_refused_and_a_failure_is_of_its_length():
@@ -606,5 +631,169 @@ def test_windows_in_which_the_clock_was_held_down_are_counted_with_the_reason():
         turn["gpu"] = gpu
     found = evidence.Evidence(steps.Steps.model_validate(content), None)
     (line,) = [line for line in answer.how_sure(found) if "lowered its clock" in line]
-    assert "(power cap) in 6 of 48 windows at 512 tokens" in line
+    names = "SDPA_AGAIN; 1 of 8 of SDPA; 1 of 8 of GQA; 1 of 8 of MLA; 1 of 8 of LINEAR; 1 of 8 of SLIDING_WINDOW"
+    assert f"(power cap): at 512 tokens in 1 of 8 of {names}." in line
+    for one in content["rounds"]:
+        one["turns"] = [turn | {"gpu": gpu if turn["label"] == "sdpa" else None} for turn in one["turns"]]
+    found = evidence.Evidence(steps.Steps.model_validate(content), None)
+    assert any("(power cap): at 512 tokens in all of SDPA. They" in line for line in answer.how_sure(found))
     assert not any("lowered" in line for line in answer.how_sure(evidence.Evidence(made, None)))
+
+
+def lacking(made, **failed):
+    """The record without the turns of those who `failed`, at its only length, and why."""
+    context = made.setting.sizes[0].context
+    rounds = [
+        one.model_copy(update={"turns": [turn for turn in one.turns if turn.label not in failed]})
+        for one in made.rounds
+    ]
+    return made.model_copy(
+        update={"rounds": rounds, "failed": {label: {context: why} for label, why in failed.items()}}
+    )
+
+
+def test_parameters_are_of_the_model_of_the_row_s_length():
+    first, longer = made_steps({"gqa": 0.9}), made_longer({"gqa": 0.5})
+    for made, own in ((first, 900), (longer, 2200)):
+        made.entries[:] = changed(
+            changed(made, "sdpa", parameters=1000 if own == 900 else 2000), "gqa", parameters=own
+        ).entries
+    found = evidence.Evidence(first, made_cells(), [longer])
+    assert (found.weights("gqa", 512), found.weights("gqa", 8192)) == (
+        "10.0 % fewer parameters", "10.0 % more parameters",
+    )  # fmt: skip
+
+
+def test_each_of_two_picks_has_the_cost_of_the_row_s_length_and_what_was_not_run_there_its_others():
+    two = evidence.Evidence(made_steps({"gqa": 0.5, "mla": 0.5}), made_cells(), [made_longer({"mla": 2.0})])
+    row = answer.limits(two).set_index("if you are limited by").loc["time, 512 tokens, recall or not", "it costs"]
+    assert row.count("at 512") == 2 and "8,192" not in row
+    longer = made_longer({})
+    keep = [label for label in LABELS if label != "linear"]
+    longer = longer.model_copy(update={
+        "entries": [entry for entry in longer.entries if entry.label in keep],
+        "rounds": [one.model_copy(update={"turns": [turn for turn in one.turns if turn.label in keep]})
+                   for one in longer.rounds],
+    })  # fmt: skip
+    found = evidence.Evidence(made_steps({"linear": 3.0}), made_cells(), [longer])
+    assert found.costs("linear", 8192)[0].startswith("time × 3.0 [") and "not known at 8,192 tokens" in found.costs(
+        "linear", 8192
+    )
+    assert any("Not run at 8,192 tokens: LINEAR." in line for line in answer.how_sure(found))
+
+
+def test_the_fewest_joules_are_told_with_their_time():
+    said = say({"gqa": 0.8, "mla": 2.0})[1]
+    assert re.search(r"take MLA: ÷ [12]\.\d+ \[[^]]*\] \(time × 2\.0", said)
+    assert "not told apart" not in said
+    said = say({"gqa": 2.0})[1]  # nobody is faster, and one takes half the joules
+    assert "nothing trains in significantly less time; for the fewest joules take GQA: ÷ " in said
+
+
+def test_an_sdpa_without_a_certificate_is_named_with_those_it_bars():
+    other = changed(made_beside({"gqa": 0.5}), "sdpa", certified=False)
+    said = answer.how_sure(evidence.Evidence(made_steps({}), made_cells(), [other]))
+    assert any(line.startswith("Not picked, since SDPA failed its certificate in their session: X ") for line in said)
+
+
+def test_a_failure_does_not_hide_what_another_session_measured_and_more_rounds_count():
+    both = evidence.Evidence(lacking(made_steps({}), gqa="out of memory"), made_cells(), [made_steps({"gqa": 0.5})])
+    assert both.failed == {} and both.ratio("gqa", 512, evidence.TIME).ratio == pytest.approx(0.5, rel=0.01)
+    alone = lacking(made_steps({}), sdpa="out of memory")
+    other = made_steps({"gqa": 0.5})
+    other = other.model_copy(update={"rounds": other.rounds[:6]})
+    found = evidence.Evidence(alone, made_cells(), [other])
+    assert found.untold(512, evidence.TIME) is None and "gqa" in found.cheapest(512, evidence.TIME, found.others).labels
+    few = made_steps({"gqa": 0.5})
+    few = few.model_copy(update={"rounds": few.rounds[:3]})
+    found = evidence.Evidence(few, made_cells(), [made_steps({"gqa": 0.8})])
+    assert found.ratio("gqa", 512, evidence.TIME).n == 8
+
+
+def test_a_session_of_nobody_counts_nowhere():
+    again = made_steps({CONTROL: 1.5})
+    again = again.model_copy(update={"rounds": again.rounds[:6]})
+    found = evidence.Evidence(made_steps({}), made_cells(), [again])
+    assert (
+        "8 rounds in turns" in answer.briefly_sure(found)
+        and " 4" not in answer.briefly_sure(found).split("certified")[0][-20:]
+    )
+    assert re.search(r"differs by 0\.\d %;", answer.briefly_sure(found))
+    both = with_a_long_length(made_beside({}))
+    found = evidence.Evidence(made_steps({}), made_cells(), [both])
+    assert "8 rounds (5 at 8,192 tokens and for 4 of the variants)" in answer.briefly_sure(found)
+
+
+def test_joules_that_were_not_counted_at_a_length_have_their_reason():
+    found = evidence.Evidence(made_steps({"gqa": 0.5}), made_cells(), [made_longer({"gqa": 0.5}, joules=False)])
+    table = answer.limits(found).set_index("if you are limited by")
+    assert table.loc["joules, 8,192 tokens", "pick"] == "not told: the run used no GPU"
+
+
+def test_who_has_too_few_rounds_for_a_verdict_is_named():
+    other = made_beside({"gqa": 0.5})
+    other = other.model_copy(update={"rounds": other.rounds[:4]})
+    said = answer.how_sure(evidence.Evidence(made_steps({}), made_cells(), [other]))
+    assert any(
+        re.search(r"Without a verdict at 512 tokens: .*X GQA \(n = 4\)", line.replace("\\", "")) for line in said
+    )
+
+
+def test_memory_beside_another_sdpa_is_not_compared():
+    other = made_beside({})
+    rounds = [
+        one.model_copy(update={"turns": [
+            turn.model_copy(update={"peak_memory_bytes": 0.9 * 2**30}) for turn in one.turns]}) for one in other.rounds
+    ]  # fmt: skip
+    found = evidence.Evidence(made_steps({}), made_cells(), [other.model_copy(update={"rounds": rounds})])
+    assert set(found.memory_at(512)) == set(LABELS)
+
+
+def test_what_somebody_sent_is_a_sentence_and_never_markup(tmp_path):
+    made = made_steps({"gqa": 0.5})
+    odd = {key: value for key, value in made.environment.items() if key != "gpu"} | {"device_name": "GPU $\\bad{$"}
+    for environment, examined in ((odd, {"foo": 1}), (odd, {})):
+        found = evidence.Evidence(
+            made.model_copy(update={"environment": environment, "examined": examined}), made_cells()
+        )
+        assert "GPU $" in answer.markdown(found)
+        answer_figure.picture(found).canvas.draw()
+    found = evidence.Evidence(with_a_long_length(made, **dict.fromkeys(LABELS, "a|b <script>")), None)
+    page = answer.markdown(found)
+    assert "<script>" not in page and r"a\|b" in page
+
+
+def test_each_length_has_a_mark_of_its_own():
+    for count in range(1, 7):
+        places, faces = answer_figure._marks(count)
+        assert len(set(faces)) == len(faces) == len(places) == count and places == sorted(places, reverse=True)
+
+
+def test_of_three_sessions_who_is_surely_dearer_than_another_pick_goes():
+    first, noisy, third = made_steps({"gqa": 0.55}), made_beside({"gqa": 0.53}), made_beside({"gqa": 0.60})
+    wild = [1.0, 1.3, 0.8, 1.25, 0.75]
+    rounds = [
+        one.model_copy(update={"turns": [
+            turn.model_copy(update={"time_s": turn.time_s * factor}) if turn.label == "x_gqa" else turn
+            for turn in one.turns]}) for one, factor in zip(noisy.rounds, wild, strict=True)
+    ]  # fmt: skip
+    noisy = noisy.model_copy(update={"rounds": rounds})
+    text = third.model_dump_json().replace('"x_', '"y_').replace('"X ', '"Y ')
+    third = steps.Steps.model_validate_json(text)
+    found = evidence.Evidence(first, made_cells(), [noisy, third])
+    assert "y_gqa" not in found.cheapest(512, evidence.TIME, ["gqa", "x_gqa", "y_gqa"]).labels
+
+
+def test_who_was_trained_longer_is_judged_by_that():
+    more = probe.frame([
+        cell(label, (1.0, 1.0, value), seed=seed, rate=3e-3)
+        for label, value in {"sdpa": 1.0, "linear": 0.99, "mla": 0.2}.items() for seed in range(3)
+    ])  # fmt: skip
+    more["setting"] = more["setting"].str.replace('"steps":800', '"steps":3200')
+    few = more[(more["label"] != "mla") | (more["seed"] == 0)]
+    found = evidence.Evidence(made_steps({"linear": 0.5}), made_cells(), [], few)
+    assert found.recalls("linear") and found.recall["linear"].steps == 3200
+    assert found.recalls("mla") and found.recall["mla"].steps == 800  # one seed is too few to judge by
+    assert found.trained == "800 steps of training (3,200 for SDPA and LINEAR)"
+    assert set(found.points.loc[found.points["label"] == "linear", "scaled"]) == {0.99}
+    assert any("800 steps of training (3,200 for SDPA and LINEAR), at" in line for line in answer.how_sure(found))

@@ -504,9 +504,9 @@ def test_one_picker_stands_on_the_page_and_every_screen_says_what_it_shows():
 def test_the_page_s_answer_is_the_readme_s_without_its_marks():
     said = budget.conclusion()
     page = (paths.ROOT / "README.md").read_text().replace("**", "")
-    first, *others = said.rests_on.split(" Of another session")
+    first, *sessions = said.rests_on.split(" Session ")
     assert all(sentence in page for sentence in said.answer) and first in page
-    assert len(others) == 2 and all(f"- Of another session{other}\n" in page for other in others)
+    assert len(sessions) == 3 and all(f"- Session {one}\n" in page for one in sessions)
     assert "**" not in " ".join(said.answer) and "](" not in said.not_shown
 
 

@@ -2,11 +2,12 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 from lib.analysis import style
 from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence, Pick
 from lib.analysis.style import BLUE
-from lib.analysis.words import cost, factor, joined
+from lib.analysis.words import cost, counted, factor, joined
 from lib.record import REASONS
 
 PALE, QUIET = style.QUIET_BLUE, style.INK
@@ -52,23 +53,20 @@ def picture(evidence: Evidence):
 def _around(figure, e: Evidence):
     """The title, which is the conclusion, and what the numbers are of."""
     size, setting = figure.get_size_inches(), e.found.setting
+    trained = e.trained or "not tried"
     figure.suptitle(
         "\n".join(headline(e)), x=0.0, y=1 + 0.05 / size[1], ha="left", va="bottom", fontweight="bold", fontsize=13
     )
     figure.text(
         0.0, -0.35 / size[1],
-        f"Time, joules, memory: training steps of GPT-2 ({setting.layers} layers of {setting.width}, "
+        f"Time, joules, memory: training steps of GPT-2 ({counted(setting.layers, 'layer')} of {setting.width}, "
         f"{setting.precision}) on {e.machine}, {e.rounds} in turns.\n"
-        "95 % intervals where they are wider than the marks. Grey numbers: not told apart from SDPA, or too few rounds "
-        f"with joules.\nCache: by each variant's definition, bf16. Recall: {PAIRS} pairs in 128 tokens{_steps(e)}, a "
-        "point a seed, the tick their median;\na window of 16 stands for the window.",
-        fontsize=9, color=QUIET, va="top",
+        "95 % intervals where they are wider than the marks. Italic numbers: not told apart from SDPA, or too few "
+        "rounds with joules. Blank: not run.\nCache: by each variant's definition, bf16. Recall: "
+        f"{PAIRS} pairs in 128 tokens, a point a seed, the tick their median;\n{trained}; a window of 16 stands for "
+        "the window.",
+        fontsize=9, color=QUIET, va="top", parse_math=False,
     )  # fmt: skip
-
-
-def _steps(e: Evidence) -> str:
-    counts = sorted({one.steps for one in e.recall.values()})
-    return f" after {joined([f'{count:,}' for count in counts])} steps of training" if counts else ""
 
 
 def headline(evidence: Evidence) -> list[str]:
@@ -157,8 +155,10 @@ def _ratio_panel(axis, e: Evidence, places: dict, metric: str, title: str):
 
 def _marks(count: int) -> tuple[list[float], list[str]]:
     """How far above its row the mark of each length stands, and its face: the longer, the darker."""
-    places = np.linspace(0.3, -0.3, count) if count > 2 else (0.18, -0.18)[:count]
-    return list(places), ["white"] * (count - 2) + [PALE, BLUE][:count]
+    if count <= 2:
+        return [0.18, -0.18][:count], [PALE, BLUE][:count]
+    shades = LinearSegmentedColormap.from_list("length", ["white", PALE, BLUE])(np.linspace(0, 1, count))
+    return list(np.linspace(0.3, -0.3, count)), [to_hex(shade) for shade in shades]
 
 
 def _ratio(axis, row, y: float, face: str):

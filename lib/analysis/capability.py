@@ -33,6 +33,17 @@ def in_one_setting(cells: pd.DataFrame) -> pd.DataFrame:
     return cells[asked == most]
 
 
+def trained_for(cells: pd.DataFrame) -> pd.Series:
+    """The steps of training of each row."""
+    return cells["setting"].map(lambda text: json.loads(text)["steps"])
+
+
+def of_most_steps(cells: pd.DataFrame) -> pd.DataFrame:
+    """Of each task, the rows of those that were trained the longest."""
+    steps = trained_for(cells)
+    return cells[steps == steps.groupby(cells["task"]).transform("max")]
+
+
 def at_best(cells: pd.DataFrame) -> pd.DataFrame:
     """The rows at each variant's best rate for a task: the highest median, at the hardest difficulty, over the seeds
     that every rate has (or all, where they share none); the middle one of equals."""
@@ -180,6 +191,23 @@ def convolution_table(cells: pd.DataFrame) -> pd.DataFrame | str:
         ],
         columns=["variant", *columns],
     )
+
+
+def steps_table(cells: pd.DataFrame, longer: pd.DataFrame) -> pd.DataFrame | str:
+    """Recall after as many steps of training as most have, and after the most that some were given; a sentence where
+    nobody was."""
+    task, net = "recall", TASKS["recall"].net
+    most = of_most_steps(longer[(longer["task"] == task) & (longer["convolution"] == net.convolution)])
+    if most.empty or trained_for(most).max() <= net.steps:
+        return "Recall after more steps of training: not tried in these records."
+    every = pd.concat([cells, longer]).drop_duplicates(["label", "task", "setting", "rate", "seed", "difficulty"])
+    usual = every[trained_for(every) == net.steps]
+    rows = {count: _rows(own, task) for count, own in ((net.steps, usual), (trained_for(most).max(), most))}
+    return pd.DataFrame([
+        {"variant": rows[max(rows)].loc[label, "title"]}
+        | {f"{count:,} steps": _cell(_of(own, label)) for count, own in rows.items()}
+        for label in labels(most) if label in rows[max(rows)].index
+    ])  # fmt: skip
 
 
 # Zoology's figure 2 and the later curves of its repository, read off by state size (numbers kept), ±0.02: accuracy in

@@ -29,7 +29,7 @@ from lib.attention import CONTROL, REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
 from lib.model import gpt2_config
-from lib.record import printable, probe, steps
+from lib.record import REASONS, printable, probe, steps
 from lib.record.steps import Steps
 
 RECALLS = 0.95
@@ -65,10 +65,13 @@ class Pick(NamedTuple):
 class Evidence:
     """What the records say. `found`: the steps; `cells`: of `lib.record.probe.frame`, or None where there are none;
     `beside`: steps of other variants or lengths under the same conditions. A variant's turns at a length are those of
-    the first record that has it there.
+    the record of the most rounds in which it, and SDPA, did not fail there. `longer`: cells of more training, by which
+    whom they have is judged.
     """
 
-    def __init__(self, found: Steps, cells: pd.DataFrame | None, beside: list[Steps] = ()):
+    def __init__(
+        self, found: Steps, cells: pd.DataFrame | None, beside: list[Steps] = (), longer: pd.DataFrame | None = None
+    ):
         self.found, self.all = found, [found, *beside]
         self.entries, self.home = {}, {}  # by label: its entry, and the record that it is of
         self.source = {}  # by (length, label): the record whose turns count
@@ -88,11 +91,15 @@ class Evidence:
                     )
                 if self.entries.setdefault(entry.label, entry) is entry:
                     self.home[entry.label] = one
-                for asked in one.setting.sizes:
-                    self.source.setdefault((asked.context, entry.label), one)
             for asked in one.setting.sizes:
                 if batches.setdefault(asked.context, asked.batch_size) != asked.batch_size:
                     raise UsageError(f"two records of steps have batches of two sizes at {asked.context:,} tokens")
+        for context in batches:
+            for measured in (True, False):  # who failed wherever it was tried has failed
+                for one in self.at(context):
+                    for label in [entry.label for entry in one.entries]:
+                        if not measured or not any(context in one.failed.get(who, {}) for who in (label, REFERENCE)):
+                            self.source.setdefault((context, label), one)
         titles = Counter(entry.title for entry in self.entries.values() if entry.label != CONTROL)
         self.title = {
             label: f"{entry.title} ({label})" if titles[entry.title] > 1 else entry.title
@@ -112,6 +119,17 @@ class Evidence:
         self.recall = _recall(cells) if cells is not None else {}
         self.rates = cells.loc[cells["task"] == TASK, "rate"].nunique() if cells is not None else 0
         self.points = _points(cells) if cells is not None else pd.DataFrame(columns=["label", "scaled"])
+        if cells is not None and longer is not None and len(longer):
+            longer = capability.of_most_steps(longer)
+            usual = max((one.steps for one in self.recall.values()), default=0)
+            more = {
+                label: one for label, one in _recall(longer).items()
+                if one.steps > usual and one.n >= capability.SEEDS_WANTED
+            }  # fmt: skip
+            self.recall |= more
+            usual, points = self.points, _points(longer)
+            kept = usual[~usual["label"].isin(more)], points[points["label"].isin(more)]
+            self.points = pd.concat(kept, ignore_index=True)
 
     def _own(self, table) -> pd.DataFrame:
         """A table of each record, with the rows that are taken from it."""
@@ -163,8 +181,9 @@ class Evidence:
         return all(entry.certified for one in used for entry in one.entries if entry.label in (label, beside))
 
     def at(self, context: int) -> list[Steps]:
-        """The records that have turns of that length, the first first."""
-        return [one for one in self.all if context in {asked.context for asked in one.setting.sizes}]
+        """The records of that length, the most rounds first."""
+        found = [one for one in self.all if context in {asked.context for asked in one.setting.sizes}]
+        return sorted(found, key=lambda one: -len(one.rounds))
 
     def ratio(self, label: str, context: int, metric: str):
         """The paired ratio to SDPA, with `low`, `high` and `verdict`; None where there is none."""
@@ -174,6 +193,8 @@ class Evidence:
 
     def control(self, record: Steps, context: int, metric: str):
         """A record's A/A control as `ratio` has it."""
+        if context not in {asked.context for asked in record.setting.sizes}:
+            return None
         found = compare.ratios(tables.runs(record, context), metric)
         rows = [row for row in found.itertuples() if row.label == CONTROL and not np.isnan(row.ratio)]
         return rows[0] if rows else None
@@ -182,7 +203,14 @@ class Evidence:
         """Bytes by label; empty where none, or not SDPA's, was counted."""
         found = self.memory.dropna()
         found = found[found.index.get_level_values("context") == context].droplevel("context").to_dict()
-        return found if REFERENCE in found else {}
+        reference = found.get(REFERENCE, np.nan)
+        return {label: count for label, count in found.items() if self._alike(context, label, reference)}
+
+    def _alike(self, context: int, label: str, reference: float) -> bool:
+        """Whether the SDPA beside a variant needed the memory that SDPA is said to need."""
+        turns = steps.frame(self.source[context, label])
+        own = turns[(turns["context"] == context) & (turns["label"] == REFERENCE)]["peak_memory_bytes"].max()
+        return abs(own / reference - 1) < 1 - SMALLER
 
     def untold(self, context: int, metric: str) -> str | None:
         """Why nobody is compared with SDPA there; None where somebody is."""
@@ -196,7 +224,10 @@ class Evidence:
             return None
         most = max((int(row.n) for row in rows), default=0)
         if not rows:
-            return "nothing is there to compare"
+            own = self.turns[self.turns["context"] == context]
+            if metric == ENERGY and own[ENERGY].isna().all():
+                return "; ".join(REASONS[reason] for reason in sorted(set(own["energy_null_reason"].dropna())))
+            return "nobody is there to compare who is certified in each session"
         return f"n = {most}, and a verdict needs {FEWEST_BLOCKS}" if most < FEWEST_BLOCKS else rows[0].verdict
 
     def recalls(self, label: str) -> bool:
@@ -224,9 +255,21 @@ class Evidence:
             label for labels in leaders for label in labels
             if labels is best or not self._told_apart(label, lowest(best), context, metric, len(leaders) - 1)
         ]  # fmt: skip
-        first = self.at(context)[0]  # whom it was measured beside, where that is not said
-        aside = {label: "" if self.source[context, label] is first else " in another session" for label in found}
+        found = [
+            label for label in found
+            if not any(
+                self._told_apart(label, other, context, metric, len(leaders) - 1) for other in found
+                if self.source[context, label] is not self.source[context, other]
+            )
+        ]  # fmt: skip
+        aside = {label: self._aside(context, label) for label in found}
         return Pick(found, [cost(self.ratio(label, context, metric)) + aside[label] for label in found])
+
+    def _aside(self, context: int, label: str) -> str:
+        """Which session a number is of, where that is not the first of its length."""
+        source = self.source[context, label]
+        place = next(index for index, one in enumerate(self.all, start=1) if one is source)
+        return "" if source is self.at(context)[0] else f" in session {place}"
 
     def _told_apart(self, one: str, other: str, context: int, metric: str, comparisons: int) -> bool:
         """Whether the first's ratio to SDPA is above the other's, of another record: Welch's t of their logarithms by
@@ -256,10 +299,10 @@ class Evidence:
         fastest = self.cheapest(self.long, TIME, tiny or pick.labels).labels
         return self.smallest(self.cache, fastest) if fastest else pick
 
-    def rises(self, label: str, metric: str) -> str:
-        """Where a variant's steps cost more than SDPA's, and how much: significantly, or by too few rounds to tell.
-        Empty where they do not."""
-        rows = [(context, self.ratio(label, context, metric)) for context in self.lengths]
+    def rises(self, label: str, metric: str, lengths: list[int] | None = None) -> str:
+        """At which of the lengths, by default all, a variant's steps cost more than SDPA's, and how much:
+        significantly, or by too few rounds to tell. Empty where they do not."""
+        rows = [(context, self.ratio(label, context, metric)) for context in lengths or self.lengths]
         said = [
             f"{cost(row)}{'' if row.low == row.low else f' ({row.verdict})'} at {context:,}"
             for context, row in rows
@@ -267,16 +310,36 @@ class Evidence:
         ]
         return f"{WORDS[metric]} {joined(said)}" if said else ""
 
+    def costs(self, label: str, context: int) -> list[str]:
+        """`rises` in time and in joules at a length; at all others, and that it is not known there, where it is not."""
+        known = self.ratio(label, context, TIME) is not None
+        said = [self.rises(label, metric, [context] if known else None) for metric in (TIME, ENERGY)]
+        return [one for one in said if one] + ([] if known else [f"not known at {context:,} tokens"])
+
     def is_no_slower(self, label: str) -> bool:
         """Timed at every length, with an interval, and nowhere significantly slower than SDPA."""
         rows = [self.ratio(label, context, TIME) for context in self.lengths]
         return all(row is not None and row.low == row.low for row in rows) and not self.rises(label, TIME)
 
-    def weights(self, label: str) -> str:
-        """What its model has more or fewer parameters than SDPA's, from 1 % on, in words; empty for less."""
-        of = {entry.label: entry.parameters for entry in self.home[label].entries}
+    def weights(self, label: str, context: int) -> str:
+        """What its model has more or fewer parameters than SDPA's, from 1 % on, in words; empty for less. A model of
+        more positions has more."""
+        of = {entry.label: entry.parameters for entry in self.source.get((context, label), self.home[label]).entries}
         share = of[label] / of[REFERENCE] - 1
         return "" if abs(share) < 0.01 else f"{100 * abs(share):.1f} % {'more' if share > 0 else 'fewer'} parameters"
+
+    @property
+    def trained(self) -> str:
+        """How many steps the nets of recall were trained, and who more of them, in words; empty without recall."""
+        shown = {label: one.steps for label, one in self.recall.items() if label in self.entries}
+        counts = sorted(set(shown.values() or {one.steps for one in self.recall.values()}))
+        if not counts:
+            return ""
+        others = [
+            f"{count:,} for {joined([self.title[label] for label, steps in shown.items() if steps == count])}"
+            for count in counts[1:]
+        ]
+        return f"{counts[0]:,} steps of training" + (f" ({', '.join(others)})" if others else "")
 
     @property
     def machine(self) -> str:
@@ -287,21 +350,22 @@ class Evidence:
         """How many there are, in words: of the first record, and of the others by lengths or how many variants."""
         others = []
         for one in self.all[1:]:
-            new, own = self.own(one)
-            what = f"at {joined([f'{at:,}' for at in new])} tokens" if new else f"for {len(own)} of the variants"
-            others.append(f"{len(one.rounds)} {what}")
+            new = [at for at in self.lengths if self.at(at)[0] is one]
+            where = [f"at {joined([f'{at:,}' for at in new])} tokens"] if new else []
+            aside = self.own(one, [at for at in self.lengths if at not in new])
+            where += [f"for {len(aside)} of the variants"] if aside else []
+            others += [f"{len(one.rounds)} {' and '.join(where)}"] if where else []
         return counted(len(self.found.rounds), "round") + (f" ({', '.join(others)})" if others else "")
 
-    def own(self, record: Steps) -> tuple[list[int], list[str]]:
-        """The lengths that no record before it has, and the labels of which it has turns that count."""
-        new = [at for at in self.lengths if self.at(at)[0] is record]
-        own = [label for label in self.entries if any(self.source.get((at, label)) is record for at in self.lengths)]
-        return new, own
+    def own(self, record: Steps, lengths: list[int]) -> list[str]:
+        """The labels, but SDPA and its control, of which a record has turns that count at these lengths."""
+        labels = [label for label in self.entries if label not in (REFERENCE, CONTROL)]
+        return [label for label in labels if any(self.source.get((at, label)) is record for at in lengths)]
 
     @property
     def machines(self) -> str:
         """How many, and which: records of one kind of GPU may be of several."""
-        count = len({(one.environment["gpu"] or {}).get("uuid") for one in self.all})
+        count = len({uuid_of(one) for one in self.all})
         return f"one {self.machine}" if count == 1 else f"{count} GPUs of the kind {self.machine}"
 
 
@@ -329,14 +393,18 @@ def _points(cells: pd.DataFrame) -> pd.DataFrame:
     return best[best["difficulty"] == best["difficulty"].max()][["label", "scaled"]]
 
 
+def uuid_of(found: Steps) -> str | None:
+    return (found.environment.get("gpu") or {}).get("uuid")
+
+
 def _conditions(found: Steps) -> tuple:
     setting, packages = found.setting.model_copy(update={"sizes": []}), found.environment.get("packages", {})
     return setting, found.environment["device_name"], packages.get("torch")
 
 
-def read(where: Path, cells_folder: Path) -> Evidence:
+def read(where: Path, cells_folder: Path, longer_folder: Path | None = None) -> Evidence:
     """The evidence in these records: of the file of steps `where`, or of all in that folder, first that of the most
-    lengths, of these that of the most rounds.
+    lengths, of these that of the most rounds. `longer_folder`: of cells of more training, if there is one.
 
     Raises UsageError where the steps are none or made up, or the folder is none.
     """
@@ -349,6 +417,9 @@ def read(where: Path, cells_folder: Path) -> Evidence:
             raise UsageError(f"{file.name} is {one.provenance}, not measured: no evidence")
     if not cells_folder.is_dir():
         raise UsageError(f"there is no folder {cells_folder.name}/ of `lib.study.probes`")
-    cells = probe.frame(probe.load_all(cells_folder)) if any(cells_folder.glob("*.json")) else None
+    cells, longer = (
+        probe.frame(probe.load_all(folder)) if folder is not None and any(folder.glob("*.json")) else None
+        for folder in (cells_folder, longer_folder)
+    )
     first, *beside = sorted(records, key=lambda one: (-len(one.setting.sizes), -len(one.rounds)))
-    return Evidence(first, cells, beside)
+    return Evidence(first, cells, beside, longer)

@@ -21,7 +21,7 @@ METRICS = ("time_s_per_step", "energy_j_per_step")
 
 def runs(found: Steps, context: int) -> pd.DataFrame:
     """The turns at one length as the runs that `lib.analysis.compare` compares, a round as a block."""
-    gpu, turns = found.environment["gpu"] or {}, steps.frame(found)
+    gpu, turns = found.environment.get("gpu") or {}, steps.frame(found)
     where = {"device_name": found.environment["device_name"], "gpu_uuid": gpu.get("uuid")}
     turns = turns[turns["context"] == context].reset_index(drop=True)
     return turns.assign(block=turns["round"], seed=turns["round"], **where)

@@ -48,7 +48,7 @@ class Known(NamedTuple):
 @cache
 def known() -> Known:
     found = scaling.load_all(paths.ROOT / POINTS)
-    steps = evidence.read(paths.ROOT / answer.STEPS, paths.ROOT / answer.CELLS)
+    steps = answer.committed()
     return Known(steps, scaling.frame(found), found[0].environment["device_name"])
 
 
@@ -59,7 +59,7 @@ def conclusion() -> Conclusion:
     sure = [answer.plain(one) for one in answer.how_sure(found)]
     shown = [one for one in sure if not one.startswith("Not shown")]
     hidden = [one.removeprefix("Not shown: ") for one in sure if one.startswith("Not shown")]
-    rests = [shown[0], *(one for one in shown[1:] if one.startswith("Of another session"))]
+    rests = [shown[0], *(one for one in shown[1:] if one.startswith("Session "))]
     return Conclusion(said, [], " ".join(rests), hidden[0])
 
 
