@@ -422,3 +422,22 @@ def test_a_task_whose_reference_was_tried_in_another_way_is_not_shown():
     assert capability.shown_tasks(found) == []
     found = made().assign(task="induction", difficulty=1024.0)
     assert capability.shown_tasks(found) == [] and "was not tested" in capability.remarks(found)[0]
+
+
+def test_recall_after_more_steps_stands_beside_that_after_the_usual_ones():
+    def longer(label, value, seed=0, steps=3200):
+        found = cell(label, (1.0, 1.0, value), seed=seed, rate=3e-3)
+        return found.model_copy(update={"setting": found.setting.model_copy(update={"steps": steps})})
+
+    cells = made()
+    more = probe.frame([longer("linear", value, seed) for seed, value in enumerate((0.9, 0.8, 1.0))])
+    usual = probe.frame([longer("mamba2", 0.0, steps=800)])  # in the same folder, for it has no other
+    table = capability.steps_table(cells, pd.concat([more, usual])).set_index("variant")
+    assert table.loc["LINEAR", "800 steps"] == "0.70 (n = 1)"
+    assert table.loc["LINEAR", "3,200 steps"] == "0.90 [0.80, 1.00] (n = 3)" and set(table.index) == {"LINEAR"}
+    both = pd.concat([more, usual, probe.frame([longer("mamba2", 1.0)])])
+    table = capability.steps_table(cells, both).set_index("variant")
+    assert table.loc["MAMBA2"].tolist() == ["0.00 (n = 1)", "1.00 (n = 1)"]
+    nobody = capability.steps_table(cells, cells)
+    assert nobody == "Recall after more steps of training: not tried in these records."
+    assert len(capability.of_most_steps(both)) == 4 * 3
