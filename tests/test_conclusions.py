@@ -163,7 +163,8 @@ def test_of_the_published_study_who_sees_the_future_and_what_it_costs(tmp_path):
     assert said.answer == [
         "2 of 5 published modules see the tokens that they are to predict: Linear always, Scaled in a batch without "
         "padding.",
-        "Their loss in training's one pass, and token by token, in nats: Scaled 0.37 and 10.17; ours are 0.00 apart.",
+        "Loss in one pass, where they see them, against token by token, where they cannot, in nats: Scaled 0.37 against "
+        "10.17; ours differ by 0.00.",
     ]
     assert (
         said.details[0] == "In Hashed each token is seen by 31 of those behind it and in Flash no token sees another."
@@ -215,7 +216,8 @@ def test_the_readme_s_correction_is_what_the_committed_records_say():
     modules = replication.modules(known)
     assert conclusions.correction(leaks, modules) in page and conclusions.losses_both_ways(leaks, modules) in page
     assert f"![{style.alternative(replication.finding(leaks, modules))}](figures/replication_finding.png)" in page
-    assert "0.37 and 10.17" in page and "2.18 and 8.55" in page and "4.73 and 5.47; ours are 0.00 apart" in page
+    assert "0.37 against 10.17" in page and "2.18 against 8.55" in page
+    assert "4.73 against 5.47; ours differ by 0.00" in page
 
 
 def test_a_run_says_what_is_flagged_what_could_not_be_asked_and_that_it_is_one():

@@ -236,7 +236,10 @@ def losses_both_ways(leaks: pd.DataFrame, modules: pd.DataFrame) -> str:
     wide = theirs[theirs["gap"] > REAL_GAP].sort_values("gap", ascending=False)
     if wide.empty:
         return ""
-    said = [f"{name[x.name]} {x.teacher_forced_loss:.2f} and {x.autoregressive_loss:.2f}"
+    said = [f"{name[x.name]} {x.teacher_forced_loss:.2f} against {x.autoregressive_loss:.2f}"
             for x in wide.itertuples(index=False)]  # fmt: skip
-    apart = f"; ours are {ours['gap'].abs().max():.2f} apart" if len(ours) else ""
-    return f"Their loss in training's one pass, and token by token, in nats: {joined(said)}{apart}."
+    apart = f"; ours differ by {ours['gap'].abs().max():.2f}" if len(ours) else ""
+    return (
+        "Loss in one pass, where they see them, against token by token, where they cannot, in nats: "
+        f"{joined(said)}{apart}."
+    )
