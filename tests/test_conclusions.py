@@ -163,8 +163,8 @@ def test_of_the_published_study_who_sees_the_future_and_what_it_costs(tmp_path):
     assert said.answer == [
         "2 of 5 published modules see the tokens that they are to predict: Linear always, Scaled in a batch without "
         "padding.",
-        "Loss in one pass, where they see them, against token by token, where they cannot, in nats: Scaled 0.37 against "
-        "10.17; ours differ by 0.00.",
+        "Loss in one pass, where they see them, against token by token, where they cannot, in nats: Scaled 0.37 "
+        "against 10.17; ours differ by 0.00.",
     ]
     assert (
         said.details[0] == "In Hashed each token is seen by 31 of those behind it and in Flash no token sees another."

@@ -1,6 +1,8 @@
 """Each point comes from a process of its own, in an order that favours none, or says what ran out."""
 
 import json
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -208,8 +210,17 @@ def test_the_command_says_what_it_lacks(capsys, tmp_path):
 
 
 def test_a_process_finds_its_libraries_loaded():
-    """Else every sample would import PyTorch and transformers for seconds: the server must import this very module."""
-    assert scaling.__name__ in scaling.PRELOADED
+    """Else every sample would import PyTorch and transformers for seconds. The module itself is not among them: it may
+    be the main one, of which Python would warn at every sample."""
+    code = (
+        f"import sys; [__import__(name) for name in {scaling.PRELOADED}]; before = set(sys.modules); "
+        "assert 'lib.study.scaling' not in before; import lib.study.scaling; "
+        "print({name.split('.')[0] for name in set(sys.modules) - before} - {'lib'} - sys.stdlib_module_names)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=paths.ROOT, capture_output=True, encoding="utf-8", check=True
+    )
+    assert found.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize("variants", [1, 2, 3, 5, 8, 9])

@@ -37,7 +37,11 @@ from lib.record.scaling import ENERGY, METRICS, Count, Point, Scaling, Setting
 from lib.study import plan, runner
 
 WARM_UP = 16  # tokens that start threads and libraries, before memory is looked at
-PRELOADED = ["lib.study.scaling"]  # by its name, since it may run as __main__
+# What this module imports, and not itself: it may run as __main__, and Python warns of a main module that is imported.
+PRELOADED = [
+    "lib.measure.environment", "lib.measure.inference", "lib.measure.meter", "lib.model", "lib.record.scaling",
+    "lib.study.runner",
+]  # fmt: skip
 LONGEST_WAIT_S = 7 * 24 * 3600  # for a process; poll(2) counts milliseconds in an int
 KEPT_FREE = 0.1  # of the free memory, for everything else that runs on a CPU's machine
 
