@@ -279,3 +279,19 @@ def test_a_long_row_alone_is_examined_at_what_a_certificate_reaches():
     assert (examined.layers, examined.width, examined.precision) == (2, 768, "bf16")
     others = [entry for entry in study.entries_of(made) if entry.label != CONTROL]
     assert made.rounds % len(others) == 0  # whole Williams squares, their number being even
+
+
+def test_a_session_that_is_cut_off_while_it_profiles_keeps_what_it_profiled(tmp_path, monkeypatch):
+    asked, path = [], tmp_path / "steps.json"
+
+    def share(device, run):
+        asked.append(device)
+        if len(asked) == 3:
+            raise study.runner.Stopped("SIGTERM")
+        return study.energy.Reading(0.5, None)
+
+    monkeypatch.setattr(study.kernels, "busy_fraction", share)
+    with pytest.raises(study.runner.Stopped):
+        measure(path)
+    found = steps.load(path)
+    assert len(found.rounds) == 2 and found.busy == {"sdpa": {8: 0.5}, "linear": {8: 0.5}}

@@ -331,9 +331,9 @@ class Session:
             alone=alone,
         )  # fmt: skip
 
-    def busy(self, found: Steps, until_s: float) -> Steps:
-        """The share of each variant's step in which the GPU computes; profiled, so behind all that is timed, and for as
-        long as there is time (`time.monotonic`)."""
+    def busy(self, found: Steps, until_s: float):
+        """The record with the share of each variant's step in which the GPU computes, after each of them; profiled, so
+        behind all that is timed, and for as long as there is time (`time.monotonic`)."""
         shares = {label: dict(lengths) for label, lengths in found.busy.items()}
         for size in self.made.sizes:
             for label, bench in self.benches.items():
@@ -341,7 +341,7 @@ class Session:
                 if not known and (size.context, label) not in self.alone and time.monotonic() < until_s:
                     share = kernels.busy_fraction(self.device, lambda b=bench, s=size: b.run(s.context, BUSY_STEPS))
                     shares.setdefault(label, {})[size.context] = share.joules
-        return found.model_copy(update={"busy": shares})
+                    yield found.model_copy(update={"busy": shares})
 
 
 def order(labels: list[str], number: int) -> list[str]:
@@ -382,8 +382,9 @@ def measure(made: Plan, path: Path, within_s: float = math.inf, say=print) -> St
             say(f"round {number + 1} of {made.rounds}: {time.monotonic() - round_s:.0f} s")
     finally:
         states.stop()
-    if found.rounds:
-        found = session.busy(found, begin_s + within_s)
+    for more in session.busy(found, begin_s + within_s) if found.rounds else ():
+        found = more
+        steps.write(found, path)  # each is kept, should the next be cut off
     steps.write(found, path)
     return found
 
