@@ -797,3 +797,17 @@ def test_who_was_trained_longer_is_judged_by_that():
     assert found.trained == "800 steps of training (3,200 for SDPA and LINEAR)"
     assert set(found.points.loc[found.points["label"] == "linear", "scaled"]) == {0.99}
     assert any("800 steps of training (3,200 for SDPA and LINEAR), at" in line for line in answer.how_sure(found))
+
+
+def test_who_nearly_recalls_and_takes_less_time_is_named():
+    cells = made_cells(linear=0.98)
+    cells.loc[(cells["label"] == "linear") & (cells["seed"] == 2), ["accuracy", "scaled"]] = 0.93
+    found, said = say({"linear": 0.5, "gqa": 0.8}, cells)
+    assert not found.recalls("linear")
+    assert re.search(
+        r"; not 95% from every seed, but near: LINEAR ÷ 2\.\d+ \[[^]]*\], recalls 97% \[93%, 98%\]\. ", said
+    )
+    for ratios in ({"linear": 0.9, "gqa": 0.8}, {"linear": 0.5}):  # dearer than who recalls; nobody who recalls saves
+        said = say(ratios, cells)[1]
+        assert ("but near" in said) == (ratios["linear"] == 0.5)
+    assert "but near" not in say({"linear": 0.5, "gqa": 0.8})[1]  # far from it

@@ -32,6 +32,8 @@ def notebook(tmp_path_factory):
         opened = lab.Notebook(browser, url, NOTEBOOK.name)
         opened.page.set_viewport_size({"width": 1280, "height": 12000})  # Lab draws only what is near the window
         opened.run_all()
+        expect(screen(opened, LENGTHS)).to_be_visible(timeout=PATIENCE)
+        opened.at_first = [len(re.findall("<img|<table", shown(opened, number))) for number in range(11)]
         yield opened
         opened.close()
 
@@ -102,9 +104,7 @@ def press(notebook, number, says) -> None:
 def test_run_all_shows_every_screen_and_no_error(notebook, tmp_path):
     assert notebook.outputs("error") == []
     assert [out["text"] for out in notebook.outputs("stream") if out["name"] == "stderr"] == []
-    expect(screen(notebook, LENGTHS)).to_be_visible(timeout=PATIENCE)
-    pictures = [len(re.findall("<img|<table", shown(notebook, number))) for number in range(11)]
-    assert pictures == [1, 1, 1, 1, 1, 0, 0, 0, 2, 12, 2]  # what a button must begin is not there yet
+    assert notebook.at_first == [1, 1, 1, 1, 1, 0, 0, 0, 2, 12, 2]  # what a button must begin is not there yet
     assert notebook.errors == []
 
 
