@@ -289,7 +289,8 @@ def recall_figure(cells: pd.DataFrame):
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("KiB that the mixers keep of one sequence of 128 tokens, fp32")
     axes.set_ylabel("scaled accuracy (0: guessing)")
-    axes.set_title("Recall of 32 pairs, against what is remembered", loc="left")
+    after = f" after {trained_for(best).iloc[0]:,} steps of training" if len(best) else ""
+    axes.set_title(f"Recall of 32 pairs{after}, against what is remembered", loc="left")
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(**BESIDE)
     said = [f"{row['title']} {row['median']:.2f} with {row['state_bytes'] / KIB:.3g} KiB" for _, row in rows.iterrows()]
@@ -490,8 +491,9 @@ def conclusion(cells: pd.DataFrame) -> list[str]:
             which = [f"{row['title']} {row['median']:.2f} {_spread(row)}".strip() + easiest(label, row)
                      for label, row in part.iterrows()]  # fmt: skip
             said.append(f"{what}, at the best rate tried: {joined(which)}.")
-    n = int(rows["n"].min())
+    n, steps = int(rows["n"].min()), trained_for(in_one_setting(cells[cells["task"] == "recall"])).iloc[0]
     said.append(
-        f"Medians over {n} seed{'s' if n > 1 else ''} or more at the best of the rates tried, one small net on a CPU."
+        f"Medians over {n} seed{'s' if n > 1 else ''} or more at the best of the rates tried, {steps:,} steps of "
+        "training, one small net on a CPU."
     )
     return said

@@ -186,8 +186,9 @@ def of_capability(cells: pd.DataFrame) -> Conclusion:
     lost = f" No result of some runs: {joined(untried)}." if untried else ""
     return Conclusion(
         [first], details, basis or "no task that SDPA solves.",
-        "larger nets, longer texts and language itself; a variant that fails here is hard to train or not able, and "
-        f"which of the two stays open.{lost}",
+        "larger nets, longer texts and language itself; more steps, after which some recall what they do not here (the "
+        "table of more steps, by which README's answer judges); a variant that fails here is hard to train or not "
+        f"able, and which of the two stays open.{lost}",
     )  # fmt: skip
 
 
