@@ -160,6 +160,16 @@ def test_small_tasks_are_medians_at_the_best_rate(committed):
     assert row["range_of"] == f"seeds at rate {best:g}" and all(f"rate{best:g}-" in name for name in row["records"])
 
 
+def test_small_tasks_after_more_steps_are_rows_of_their_own(committed):
+    title = "Recall (MQAR), scaled accuracy, after 3,200 steps"
+    row = only(committed, kind="small tasks", label="mamba2", at=32, what=title)
+    assert (
+        row["n"] == 3 == len(row["records"]) and "3,200 steps" not in row["setting"] and "3200 steps" in row["setting"]
+    )
+    usual = committed[(committed["what"] == "Recall (MQAR), scaled accuracy") & (committed["label"] == "linear")]
+    assert set(usual["setting"].str.contains("800 steps")) == {True}
+
+
 def test_what_is_counted_in_a_ratio_is_what_stands_beside_it(tmp_path):
     write_blocks(tmp_path / "mine", ("baseline", "sdpa"), blocks=6, time_s=20.0)
     record.write(make_record("baseline", 6, time_s=500.0), tmp_path / "mine")  # of a block without its reference

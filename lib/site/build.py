@@ -38,7 +38,8 @@ ANSWER_ENDS = "<!-- End of the answer -->"
 # In Markdown a link's path, inline or on a line of its own as "[name]: path"; what is code is found first, and left.
 CODE, PATH = r"(?P<code>^```.*?^```|`[^`\n]*`)", r"(?P<path>[^)\s#]+)(?P<anchor>#[^)\s]*)?"
 LINK = re.compile(rf"{CODE}|(?P<before>\]\(|^\[[^\]\n]+\]: )(?!\w+:|#){PATH}", re.DOTALL | re.MULTILINE)
-NEEDLESS = ("*.map", "*macros.html", "locales")  # of the theme: for its developers, for other languages
+# Of the theme: for its developers, for other languages, icons of brands and outlines, of which no page shows any.
+NEEDLESS = ("*.map", "*macros.html", "locales", "fa-brands-*.woff2", "fa-regular-*.woff2")
 MARK = "attention-study-site"  # a file that says that a folder was made here, so may be replaced
 
 

@@ -302,10 +302,15 @@ def _of_cells(cells: list[probe.Probe], device: str, profile: str) -> Iterator[d
         if frame["accuracy"].notna().any()
         else pd.DataFrame(columns=["label", "title", "task", "convolution"])
     )
+    asked = capability.in_one_setting(frame)
+    trained_of = capability.trained_for(asked).groupby([asked["task"], asked["convolution"]]).first().to_dict()
     unsolved = {name: capability.why_not_shown(frame, name) for name in set(found["task"]) & set(TASKS)}
     for (label, title, name, convolution), own in by_cell.items():
         task = TASKS.get(name)
         behind = "" if convolution else ", without a convolution before it"
+        trained = trained_of.get((name, convolution))
+        own = [one for one in own if one.setting.steps == trained] or own  # as `summary` has them
+        behind += f", after {trained:,} steps" if task and trained not in (None, task.net.steps) else ""
         what = (f"{task.title if task else name}, scaled accuracy{behind}", "share", 1, "higher")
         unit = task.unit if task else "difficulty"
         rows = found[(found["label"] == label) & (found["task"] == name) & (found["convolution"] == convolution)]
