@@ -299,3 +299,12 @@ def test_gradients_go_as_far_as_memory_and_never_below_the_run_s_context(monkeyp
     limit = 100
     with pytest.raises(OutOfMemory, match="lower batch_size"):
         variant.examined("sdpa", {}, Setting(), checks=("causal",))
+
+
+def test_what_many_heads_see_by_content_is_no_false_alarm():
+    """Of GPT-2's twelve heads each sees other tokens, and what any of them sees is counted: at the paper's lengths."""
+    setting = Setting(layers=1, width=96, heads=12, positions=1024, context=512, batch_size=16)
+    found = variant.examined("lsh", {}, setting, checks=("core_flops",))
+    assert not [one for one in found if one.passed is False]
+    seen = next(one.largest for one in found if "share seen over the causal one" in one.what)
+    assert 7 < seen < 12  # at the paper's width 8.2, where 8 was allowed

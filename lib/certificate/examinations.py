@@ -51,6 +51,7 @@ DENSE_OVER_COUNTED = 2.0
 ASKED = 12  # queries of which the pairs seen are counted
 SHARES_APART = 1.1  # between the formula's share of scores and that seen
 ROUNDS, SCATTERED = 4.5, 8.0  # and by content, above and below: a pair may be met in several rounds, buckets be uneven
+BY_HEADS = 2.0  # times the heads, each of which sees others by content: what any of them sees is counted
 USEFUL_OVER_COUNTED = 1.05
 GROWTH_APART = 0.4  # between the exponents of T, of the formula and of what is counted
 LOUD = 90  # tokens whose cache is tried with scores of hundreds
@@ -842,7 +843,8 @@ def _seen_and_counted(twins: Twins, layer, where: str):
         in_one_piece &= bool(mine[t + 1 - int(mine.sum()) :].all())
     pairs, share = seen / (n * ASKED), _ratio(layer.core_flops(n), layer.core_flops(n, dense=True))
     by_content = getattr(layer, "by_content", False) or not in_one_piece  # then the formula takes an even spread
-    over, bound = (ROUNDS, SCATTERED) if by_content else (SHARES_APART, SHARES_APART)
+    scattered = max(SCATTERED, BY_HEADS * twins.setting.heads)
+    over, bound = (ROUNDS, scattered) if by_content else (SHARES_APART, SHARES_APART)
     yield within("core_flops", f"{where}: causal share of the scores over that seen", share / pairs, over)
     yield within("core_flops", f"{where}: share seen over the causal one", _ratio(pairs, share), bound)
 
