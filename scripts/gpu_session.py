@@ -82,7 +82,7 @@ FIRST = (
     Stage("versions", ("{python}", "-c", VERSIONS), 5, 60),
 )
 STEPS_COMMAND = ("{python}", "-m", "lib.study.steps", "{profile}", "--write", "{file}", "--within-s", "{within_s}")
-STEPS = tuple(Stage(profile, STEPS_COMMAND, 120) for profile in ("steps_gpu_long", "steps_gpu_today", "steps_gpu"))
+STEPS = tuple(Stage(profile, STEPS_COMMAND, 120) for profile in ("steps_gpu", "steps_gpu_today", "steps_gpu_long"))
 # Seconds of a run on an H100: the arithmetic is in the profiles' comments.
 BLOCKS = (Blocks("gpu_512", 9, 120), Blocks("gpu_4096", 9, 120), Blocks("gpu_phases", 9, 180, most=1))
 BLOCK_COMMAND = (

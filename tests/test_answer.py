@@ -415,6 +415,8 @@ def test_made_up_steps_and_a_folder_that_is_not_there_are_no_evidence(tmp_path):
     steps.write(made_steps({}, provenance="synthetic"), tmp_path / "made_up.json")
     with pytest.raises(UsageError, match="synthetic"):
         evidence.read(tmp_path / "made_up.json", tmp_path)
+    with pytest.raises(UsageError, match="no folder nowhere/ of cells of more training"):
+        evidence.read(tmp_path / "steps.json", tmp_path, tmp_path / "nowhere")
 
 
 def test_the_readme_says_what_the_committed_records_say():
@@ -752,7 +754,7 @@ def test_memory_beside_another_sdpa_is_not_compared():
 def test_what_somebody_sent_is_a_sentence_and_never_markup(tmp_path):
     made = made_steps({"gqa": 0.5})
     odd = {key: value for key, value in made.environment.items() if key != "gpu"} | {"device_name": "GPU $\\bad{$"}
-    for environment, examined in ((odd, {"foo": 1}), (odd, {})):
+    for environment, examined in ((odd, {"foo": 1}), (odd, {"layers": "x", "positions": 2}), (odd, {})):
         found = evidence.Evidence(
             made.model_copy(update={"environment": environment, "examined": examined}), made_cells()
         )

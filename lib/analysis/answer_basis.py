@@ -27,7 +27,7 @@ def how_sure(evidence: Evidence) -> list[str]:
         f"Time{', joules' if e.turns[ENERGY].notna().any() else ''} and memory: training steps of GPT-2, "
         f"{counted(setting.layers, 'layer')} of {setting.width}, {sizes}, {setting.precision}{torch}, "
         f"{'' if setting.compile else 'not '}compiled, on {escaped(e.machines)}. In a round each variant has a window "
-        f"of at least {setting.window_s:g} s of whole steps at each length; ratios are paired by round, with 95 % "
+        f"of whole steps at each length, planned to take {setting.window_s:g} s; ratios are paired by round, with 95 % "
         f"t intervals of their logarithms; verdicts are corrected for the number of variants of a session."
     )
     said += [_session(e, record, number) for number, record in enumerate(e.all, start=1)]
@@ -67,10 +67,10 @@ def how_sure(evidence: Evidence) -> list[str]:
     if barred and REFERENCE not in barred:
         names = joined([name_of(e, label) for label in barred])
         said.append(f"Not picked, since SDPA failed its certificate in their session: {names}.")
-    at = found.examined if {"layers", "positions"} <= set(found.examined) else {}
+    at = found.examined if all(type(found.examined.get(name)) is int for name in ("layers", "positions")) else {}
     deep = (
         ", a longer pattern with all of its own,"
-        if at and any(len(entry.attention.split(",")) > float(at["layers"]) for entry in entries)
+        if at and any(len(entry.attention.split(",")) > at["layers"] for entry in entries)
         else ""
     )
     how = f", examined with {at['layers']} layers{deep} at up to {at['positions']:,} tokens" if at else ""

@@ -62,9 +62,9 @@ def _around(figure, e: Evidence):
         f"Time, joules, memory: training steps of GPT-2 ({counted(setting.layers, 'layer')} of {setting.width}, "
         f"{setting.precision}) on {e.machine}, {e.rounds} in turns.\n"
         "95 % intervals where they are wider than the marks. Italic numbers: not told apart from SDPA, or too few "
-        "rounds with joules. Blank: not run.\nCache: by each variant's definition, bf16. Recall: "
-        f"{PAIRS} pairs in 128 tokens, a point a seed, the tick their median;\n{trained}; a window of 16 stands for "
-        "the window.",
+        f"rounds with joules. A mark alone: within {WORTH_A_WORD - 1:.1%}. Blank: not run.\n"
+        f"Cache: by each variant's definition, bf16. Recall: {PAIRS} pairs in 128 tokens, a point a seed, the tick "
+        f"their median;\n{trained}; a window of 16 stands for the window.",
         fontsize=9, color=QUIET, va="top", parse_math=False,
     )  # fmt: skip
 

@@ -417,6 +417,8 @@ def read(where: Path, cells_folder: Path, longer_folder: Path | None = None) -> 
             raise UsageError(f"{file.name} is {one.provenance}, not measured: no evidence")
     if not cells_folder.is_dir():
         raise UsageError(f"there is no folder {cells_folder.name}/ of `lib.study.probes`")
+    if longer_folder is not None and not longer_folder.is_dir():
+        raise UsageError(f"there is no folder {longer_folder.name}/ of cells of more training")
     cells, longer = (
         probe.frame(probe.load_all(folder)) if folder is not None and any(folder.glob("*.json")) else None
         for folder in (cells_folder, longer_folder)
