@@ -74,6 +74,20 @@ def test_the_site_is_small_and_holds_every_page(site):
     assert {path.relative_to(site).as_posix() for path in site.glob("records/**/*.json")} == records
 
 
+def test_every_icon_that_a_page_shows_is_there_and_few_others(site, parsed):
+    script = (site / "_static" / "scripts" / "fontawesome.js").read_text(encoding="utf-8")
+    there = {icon["name"] for icon in build.ICON.finditer(script)}
+    drawn = {
+        name.removeprefix("fa-")
+        for page in parsed.values()
+        for tag in page.find_all(class_="fa-solid")
+        for name in tag["class"]
+        if name.startswith("fa-") and name not in ("fa-solid", "fa-lg", "fa-fw")
+    }
+    assert {"magnifying-glass", "moon", "sun"} <= drawn <= there
+    assert len(there) < 100
+
+
 def test_pages_can_be_heard(parsed):
     for path, page in parsed.items():
         assert page.html["lang"] == "en", path

@@ -40,6 +40,8 @@ CODE, PATH = r"(?P<code>^```.*?^```|`[^`\n]*`)", r"(?P<path>[^)\s#]+)(?P<anchor>
 LINK = re.compile(rf"{CODE}|(?P<before>\]\(|^\[[^\]\n]+\]: )(?!\w+:|#){PATH}", re.DOTALL | re.MULTILINE)
 # Of the theme: for its developers, for other languages, icons of brands and outlines, of which no page shows any.
 NEEDLESS = ("*.map", "*macros.html", "locales", "fa-brands-*.woff2", "fa-regular-*.woff2")
+# An icon in Font Awesome's script, with its other names: sun:[576,512,[9728],"f185","M200 ..."],
+ICON = re.compile(r'("?)(?P<name>[a-z0-9-]+)\1:\[\d+,\d+,\[(?P<others>[^\]]*)\],"[0-9a-f]+",(?:"[^"]*"|\[[^\]]*\])\],?')
 MARK = "attention-study-site"  # a file that says that a folder was made here, so may be replaced
 
 
@@ -244,9 +246,23 @@ def _add_files(made: Path, records: Path, rows) -> None:
     for pattern in NEEDLESS:
         for path in sorted((made / "_static").rglob(pattern)):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _leave_out_icons(made)
     (made / ".buildinfo").unlink(missing_ok=True)
     (made / ".nojekyll").touch()  # a public host serves _static as well
     (made / MARK).write_text("Made by `python -m lib.site`; it may be replaced.\n", encoding="utf-8")
+
+
+def _leave_out_icons(made: Path) -> None:
+    """Takes the icons that no page and no script names out of the theme's script: 1.5 MB that every page loads."""
+    script = made / "_static" / "scripts" / "fontawesome.js"
+    readers = [path for kind in ("*.html", "*.js") for path in made.rglob(kind) if path != script]
+    shown = {name for path in readers for name in re.findall(r"\bfa-([a-z0-9-]+)", path.read_text(encoding="utf-8"))}
+
+    def kept(icon: re.Match) -> str:
+        names = {icon["name"], *re.findall(r'"([a-z0-9-]+)"', icon["others"])}
+        return icon[0] if names & shown else ""
+
+    script.write_text(ICON.sub(kept, script.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def _check_links(made: Path) -> None:
