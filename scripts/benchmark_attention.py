@@ -27,10 +27,28 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import DeepseekV2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, ReformerConfig
+from transformers import (
+    DeepseekV2Config,
+    DiffLlamaConfig,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    KimiLinearConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Mamba2Config,
+    MiniMaxConfig,
+    Qwen3NextConfig,
+    ReformerConfig,
+)  # fmt: skip
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
+from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssAttention
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearDeltaAttention
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttention, Qwen3NextGatedDeltaNet
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from lib import attention, errors, record
@@ -41,6 +59,7 @@ from lib.model.llama import swiglu_width
 from lib.record.benchmark import AGAIN
 
 WIDTH, HEADS, WINDOW, ROUNDS, CHUNK, LATENT, ROPE = 256, 4, 128, 4, 64, 256, 32  # the variants' own defaults
+SHAPE = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "num_hidden_layers": 2}
 SIZE = 12, 768, 12  # layers, width and heads of GPT-2 124M, for `step`
 
 
@@ -129,6 +148,82 @@ def local_attention(T):
     return Projected(LocalAttention(WINDOW, causal=True, exact_windowsize=True, use_rotary_pos_emb=False))
 
 
+def unrotated(layer, kernel, width):
+    """A layer of a model with rotary positions, given turns by nothing: ours in GPT-2 has none. `width` is of cos."""
+
+    def call(layer, x):
+        turns = x.new_ones(1, x.shape[1], width), x.new_zeros(1, x.shape[1], width)
+        return layer(x, attention_mask=mask_for(kernel, x), position_embeddings=turns)[0]
+
+    return Other(layer, call)
+
+
+def qwen3_next(T, kernel):
+    config = Qwen3NextConfig(
+        **SHAPE, head_dim=WIDTH // HEADS, num_key_value_heads=HEADS, layer_types=["full_attention"] * 2,
+        attn_implementation=kernel,
+    )  # fmt: skip
+    layer = Qwen3NextAttention(config, 0)
+    layer.q_norm = layer.k_norm = nn.Identity()  # ours has them by an option alone
+    return unrotated(layer, kernel, WIDTH // HEADS)
+
+
+def diff_llama(T, kernel):
+    config = DiffLlamaConfig(
+        **SHAPE, head_dim=WIDTH // HEADS, num_key_value_heads=HEADS, attention_bias=True, attn_implementation=kernel
+    )
+    return unrotated(DiffLlamaAttention(config, 0), kernel, WIDTH // HEADS)
+
+
+def gpt_oss(T):
+    """Its eager form: with PyTorch's kernel it has no sinks. It computes all scores and masks some."""
+    config = GptOssConfig(
+        **SHAPE, head_dim=WIDTH // HEADS, num_key_value_heads=HEADS, sliding_window=WINDOW,
+        layer_types=["sliding_attention"] * 2, attn_implementation="eager",
+    )  # fmt: skip
+
+    def call(layer, x):
+        mask = causal_mask(x) + torch.full((T, T), -torch.inf, dtype=x.dtype, device=x.device).tril(-WINDOW)
+        turns = x.new_ones(1, T, WIDTH // HEADS // 2), x.new_zeros(1, T, WIDTH // HEADS // 2)
+        return layer(x, attention_mask=mask, position_embeddings=turns)[0]
+
+    return Other(GptOssAttention(config, 0), call)
+
+
+def qwen3_next_delta(T):
+    config = Qwen3NextConfig(
+        **SHAPE, layer_types=["linear_attention"] * 2, linear_num_key_heads=HEADS, linear_num_value_heads=HEADS,
+        linear_key_head_dim=WIDTH // HEADS, linear_value_head_dim=WIDTH // HEADS, linear_conv_kernel_dim=1,
+    )  # fmt: skip
+    return Qwen3NextGatedDeltaNet(config, 0)
+
+
+def kimi_linear(T):
+    config = KimiLinearConfig(
+        **SHAPE, layer_types=["linear_attention"] * 2, linear_num_heads=HEADS, linear_head_dim=WIDTH // HEADS,
+        linear_conv_kernel_dim=1,
+    )  # fmt: skip
+    layer = KimiLinearDeltaAttention(config, 0)
+    for weight in (layer.forget_gate.A_log, layer.forget_gate.dt_bias):
+        nn.init.ones_(weight)  # which its model fills, and the layer by itself does not
+    return layer
+
+
+def minimax(T):
+    config = MiniMaxConfig(
+        **SHAPE, head_dim=WIDTH // HEADS, num_key_value_heads=HEADS, layer_types=["linear_attention"] * 2
+    )
+    return Other(MiniMaxLightningAttention(config, 0), lambda layer, x: layer(x, None, None)[0])
+
+
+def transformers_mamba2(T):
+    config = Mamba2Config(
+        hidden_size=WIDTH, expand=1, num_heads=HEADS, head_dim=WIDTH // HEADS, state_size=128, n_groups=1,
+        num_hidden_layers=1,
+    )  # fmt: skip
+    return Mamba2Mixer(config, 0)
+
+
 def fast_transformers(T):
     from fast_transformers.causal_product import causal_dot_product
 
@@ -176,6 +271,19 @@ IMPLEMENTATIONS = {
     "lsh": {"transformers' Reformer": transformers_reformer, "lucidrains' Reformer": lucidrains_reformer},
     "mla": {
         f"transformers' DeepSeek-V2 {kernel}": lambda T, kernel=kernel: deepseek(T, kernel)
+        for kernel in ("eager", "sdpa")
+    },
+    "gated_deltanet": {"transformers' Qwen3-Next DeltaNet": qwen3_next_delta},
+    "sinks": {"transformers' gpt-oss eager": gpt_oss},
+    "gated": {
+        f"transformers' Qwen3-Next {kernel}": lambda T, kernel=kernel: qwen3_next(T, kernel)
+        for kernel in ("eager", "sdpa")
+    },
+    "retention": {"transformers' MiniMax": minimax},
+    "mamba2": {"transformers' Mamba-2": transformers_mamba2},
+    "kda": {"transformers' Kimi Linear": kimi_linear},
+    "differential": {
+        f"transformers' DiffLlama {kernel}": lambda T, kernel=kernel: diff_llama(T, kernel)
         for kernel in ("eager", "sdpa")
     },
 }

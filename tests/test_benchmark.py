@@ -145,6 +145,21 @@ def test_the_pinned_peers_run_and_what_is_not_installed_is_named(script, tmp_pat
     assert "T = 128, 128 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("variant", attention.variants())
+def test_every_layer_that_takes_turns_has_our_shape_and_sees_no_later_token(script, variant):
+    for other, make in script.IMPLEMENTATIONS.get(variant, {}).items():
+        torch.manual_seed(0)
+        try:
+            layer = make(128).double() if "DeltaNet" not in other else make(128)
+        except ImportError:
+            continue  # not installed, which the record names
+        x = torch.randn(1, 128, script.WIDTH, dtype=next(layer.parameters()).dtype, requires_grad=True)
+        out = layer.train()(x)
+        assert out.shape == x.shape and out.isfinite().all(), other
+        (seen,) = torch.autograd.grad(out[0, 63].sum(), x)
+        assert not seen[0, 64:].any() and seen[0, 63].any() and seen[0, 0].any(), other
+
+
 NANOGPT = """
 from dataclasses import dataclass
 

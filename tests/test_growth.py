@@ -185,6 +185,22 @@ def test_exponents_and_their_intervals(n):
     assert width < 1e-4 if n > 2 else width > 0.5
 
 
+def test_a_row_says_what_a_mixer_costs_beside_the_reference_and_how_it_grows():
+    costs = {"sdpa": lambda t: t**2 / 8192, "mamba2": lambda t: 2.0 * t, "lost": lambda t: t if t < 8192 else None}
+    made = points(costs, n=3)
+    memory = points({"sdpa": lambda t: t, "mamba2": lambda t: t / 4}, "peak_activation_bytes", n=3)
+    table = growth_tables.growth_table(pd.concat([made, memory]), "sdpa", 2048).set_index("variant")
+    time, bytes_, decode, grows, holds = (table[column] for column in table)
+    assert time.name == "Forward and backward of one layer, ÷ sdpa at 8,192" and grows.name.endswith("from 2,048")
+    assert time.to_dict() == {"sdpa": "1", "mamba2": "2.00 [2.00, 2.00]", "lost": "–"}
+    assert bytes_.to_dict() == {"sdpa": "1", "mamba2": "0.25 [0.25, 0.25]", "lost": "–"}
+    assert decode.to_dict() == {"sdpa": "1", "mamba2": "–", "lost": "–"}
+    assert grows.to_dict() == {"sdpa": "2.00 [2.00, 2.00]", "mamba2": "1.00 [1.00, 1.00]", "lost": "1.00 [1.00, 1.00]"}
+    assert holds.to_dict() == {"sdpa": "1.00 [1.00, 1.00]", "mamba2": "1.00 [1.00, 1.00]", "lost": "–"}
+    with pytest.raises(UsageError, match="spda"):
+        growth_tables.growth_table(made, "spda", 2048)
+
+
 def test_too_few_lengths_give_no_interval_and_no_fit():
     made = points({"sdpa": lambda t: float(t) if t < 1024 else None, "mla": lambda t: 1.0 if t < 512 else None})
     found = growth.exponents(made, "forward_backward_s", 256).set_index("label")

@@ -772,6 +772,7 @@ def of_lengths(folder: Path):
     yield lambda: growth_tables.points_table(points)
     yield lambda: growth_tables.unmeasured(points)
     yield lambda: growth_tables.exponents_table(points, 1024)
+    yield lambda: growth_tables.growth_table(points, references[0], 1024)
     yield lambda: growth_tables.fits_table(points, costs["training"])
     yield lambda: growth_tables.crossovers_table(points, by, references)
     yield lambda: growth_tables.map_table(points, crossovers.decision_map(points, costs["prefill"], costs["decode"]))

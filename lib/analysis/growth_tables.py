@@ -85,6 +85,23 @@ def exponents_table(points: pd.DataFrame, start: int) -> pd.DataFrame:
     return table.rename(titles(points)).rename_axis("variant").reset_index()
 
 
+def growth_table(points: pd.DataFrame, reference: str, start: int) -> pd.DataFrame:
+    """A row per variant: training, memory and decoding over `reference`'s at the longest length, from `start` on the
+    exponents of the first two, with 95 % intervals. Raises UsageError without a point of the reference."""
+    _known(points, [reference])
+    last, columns = int(points["context"].max()), {}
+    for metric in ("forward_backward_s", "peak_activation_bytes", "decode_s_per_token"):
+        found = ratios(points, metric, reference).query("context == @last").set_index("label")
+        said = found.apply(lambda row: _interval(row["ratio"], row["low"], row["high"]), axis=1) if len(found) else {}
+        columns[f"{SHOWN[metric][0]}, ÷ {titles(points)[reference]} at {last:,}"] = {**said, reference: "1"}
+    for metric in ("forward_backward_s", "peak_activation_bytes"):
+        found = exponents(points, metric, start).set_index("label")
+        said = found.apply(lambda row: _interval(row["exponent"], row["low"], row["high"]), axis=1)
+        columns[f"{SHOWN[metric][0]}, exponent from {start:,}"] = said
+    table = pd.DataFrame(columns, index=labels(points)).fillna("–")
+    return table.rename(titles(points)).rename_axis("variant").reset_index()
+
+
 def _interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
     if np.isnan(value):
         return "–"
