@@ -22,7 +22,9 @@ SCREENSHOTS_VARIABLE = "ATTENTION_STUDY_SCREENSHOTS"  # the folder for screensho
 PATIENCE = 180  # seconds until a wait gives up: for a stuck notebook, not a measure of a slow machine
 
 # Console errors that say nothing about a notebook: part of the message, and why it may stand.
-ALLOWED_ERRORS: dict[str, str] = {}
+ALLOWED_ERRORS = {
+    "Could not restore the debugger state: Canceled future": "Lab asked a kernel that a test before had restarted",
+}
 
 
 def set_parameters(source: str, values: dict) -> str:

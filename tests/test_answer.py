@@ -813,3 +813,8 @@ def test_who_nearly_recalls_and_takes_less_time_is_named():
         said = say(ratios, cells)[1]
         assert ("but near" in said) == (ratios["linear"] == 0.5)
     assert "but near" not in say({"linear": 0.5, "gqa": 0.8})[1]  # far from it
+    forgets = made_cells(linear=0.98, mla=0.2)  # and is the fastest: who recalls is named beside it
+    forgets.loc[(forgets["label"] == "linear") & (forgets["seed"] == 2), ["accuracy", "scaled"]] = 0.93
+    for ratio in (0.7, 0.9):  # of one that nearly recalls, beside one that does and takes 0.8
+        said = say({"linear": ratio, "gqa": 0.8, "mla": 0.5}, forgets)[1]
+        assert "**If it does not, MLA**" in said and ("but near" in said) == (ratio == 0.7)

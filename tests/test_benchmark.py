@@ -221,7 +221,7 @@ def test_a_step_of_llama_or_a_pattern_takes_turns_with_transformers_s_of_as_many
 @pytest.mark.parametrize(
     ("what", "variants"),
     [
-        ("layer", attention.STUDY_ORDER),
+        ("layer", attention.variants()),
         ("step", ["sdpa"]),
         ("step_patterns", ["sdpa", "linear,sdpa", "sliding_window,sliding_window,sliding_window,sdpa"]),
         ("step_llama", ["sdpa", "linear,sdpa"]),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from lib import paths, record
+from lib import attention, paths, record
 from lib.analysis import growth_tables
 from lib.attention import STUDY_ORDER
 from lib.errors import UsageError
@@ -155,9 +155,11 @@ def test_a_record_comes_back_as_it_was_and_a_changed_one_does_not(tmp_path):
 
 
 def test_the_committed_records_are_whole_and_name_no_machine_path():
-    for folder in (paths.ROOT / "records").glob("scaling-*"):
+    newer = {"sdpa", *set(attention.variants()) - set(STUDY_ORDER)}
+    for folder, variants in (("scaling-cpu", set(STUDY_ORDER)), ("scaling-newer-cpu", newer)):
+        folder = paths.ROOT / "records" / folder
         found = stored.load_all(folder)
-        assert {one.label for one in found} == {path.stem for path in folder.glob("*.json")} >= set(STUDY_ORDER)
+        assert {one.label for one in found} == {path.stem for path in folder.glob("*.json")} == variants
         assert len({tuple((p.part, p.context) for p in one.points) for one in found}) == 1  # no gaps
         assert all(
             len(p.samples["forward_backward_s"]) >= 5

@@ -905,7 +905,7 @@ def test_whatever_is_sent_of_other_kinds_gives_a_table_or_a_sentence(kind, tmp_p
     each()
 
 
-@pytest.mark.parametrize(("kind", "shown"), {"scaling": 12, "steps": 4, "benchmark": 10, "probe": 10}.items())
+@pytest.mark.parametrize(("kind", "shown"), {"scaling": 13, "steps": 4, "benchmark": 10, "probe": 10}.items())
 def test_the_records_of_other_kinds_pass_where_nothing_was_changed(kind, shown, tmp_path):
     for name, content in OTHERS[kind].items():
         (tmp_path / name).write_text(signed(content))

@@ -195,8 +195,8 @@ def limits(evidence: Evidence) -> pd.DataFrame:
                 add(f"{WORDS[metric]}, {context:,} tokens", pick_of, context, why)
         rows[begin:] = sorted(rows[begin:], key=lambda row: row["if you are limited by"].endswith("not needed"))
     memory = e.memory_at(e.long)
-    if memory:
-        add(f"memory in training, {e.long:,} tokens", lambda among: e.smallest(memory, among), e.long)
+    why = None if memory else "SDPA's memory was not measured there"
+    add(f"memory in training, {e.long:,} tokens", lambda among: e.smallest(memory, among), e.long, why)
     cache = f"KV cache, {CACHE_CONTEXT:,} tokens"
     add(cache, e.smallest_cache, e.long)
     among = keepers if e.recall else others

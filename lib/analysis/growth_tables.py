@@ -94,10 +94,11 @@ def growth_table(points: pd.DataFrame, reference: str, start: int) -> pd.DataFra
         found = ratios(points, metric, reference).query("context == @last").set_index("label")
         said = found.apply(lambda row: _interval(row["ratio"], row["low"], row["high"]), axis=1) if len(found) else {}
         columns[f"{SHOWN[metric][0]}, ÷ {titles(points)[reference]} at {last:,}"] = {**said, reference: "1"}
+    begin = min(points["context"][points["context"] >= start], default=start)
     for metric in ("forward_backward_s", "peak_activation_bytes"):
         found = exponents(points, metric, start).set_index("label")
         said = found.apply(lambda row: _interval(row["exponent"], row["low"], row["high"]), axis=1)
-        columns[f"{SHOWN[metric][0]}, exponent from {start:,}"] = said
+        columns[f"{SHOWN[metric][0]}, exponent from {begin:,}"] = said
     table = pd.DataFrame(columns, index=labels(points)).fillna("–")
     return table.rename(titles(points)).rename_axis("variant").reset_index()
 
