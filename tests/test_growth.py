@@ -193,12 +193,13 @@ def test_a_row_says_what_a_mixer_costs_beside_the_reference_and_how_it_grows():
     }
     made = points(costs, n=3)
     memory = points({"sdpa": lambda t: t, "mamba2": lambda t: t / 4}, "peak_activation_bytes", n=3)
-    table = growth_tables.growth_table(pd.concat([made, memory]), "sdpa", 1500).set_index("variant")
+    token = points({"sdpa": lambda t: 2.0, "lost": lambda t: 1.0}, "decode_s_per_token", n=3)
+    table = growth_tables.growth_table(pd.concat([made, memory, token]), "sdpa", 1500).set_index("variant")
     time, bytes_, decode, grows, holds = (table[column] for column in table)
     assert time.name == "Forward and backward of one layer, ÷ sdpa at 8,192" and grows.name.endswith("from 2,048")
     assert time.to_dict() == {"sdpa": "1", "mamba2": "2.00 [2.00, 2.00]", "lost": "–"}
     assert bytes_.to_dict() == {"sdpa": "1", "mamba2": "0.25 [0.25, 0.25]", "lost": "–"}
-    assert decode.to_dict() == {"sdpa": "1", "mamba2": "–", "lost": "–"}
+    assert decode.to_dict() == {"sdpa": "1", "mamba2": "–", "lost": "0.50 [0.50, 0.50]"}
     assert grows.to_dict() == {"sdpa": "2.00 [2.00, 2.00]", "mamba2": "1.00 [1.00, 1.00]", "lost": "1.00 [1.00, 1.00]"}
     assert holds.to_dict() == {"sdpa": "1.00 [1.00, 1.00]", "mamba2": "1.00 [1.00, 1.00]", "lost": "–"}
     with pytest.raises(UsageError, match="spda"):
