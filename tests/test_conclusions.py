@@ -138,6 +138,12 @@ def test_of_the_tasks_who_recalls_and_who_forgets():
     assert (
         any("SLIDING_WINDOW 0.00 (0.10 of 8 pairs)" in one for one in said.details) and "Medians over" in said.rests_on
     )
+    more = made(*[cell(name, (1.0, 1.0, 0.97), seed=seed) for name in ("gqa", "sliding_window") for seed in range(3)])
+    more["setting"] = more["setting"].str.replace('"steps":800', '"steps":3200')
+    (line,) = (one for one in conclusions.of_capability(found, more).details if "SLIDING_WINDOW" in one)
+    assert "SLIDING_WINDOW 0.00 (0.10 of 8 pairs), after 3,200 steps 0.97 [0.97, 0.97]" in line
+    for fewer in (more.query("seed < 2"), found):  # too few seeds, or no more steps
+        assert all("after" not in one for one in conclusions.of_capability(found, fewer).details)
     nobody = conclusions.of_capability(made().query("label != 'sdpa'"))
     assert nobody.answer == ["Recall cannot be judged from these records: SDPA does not solve it in them."]
     assert nobody.rests_on

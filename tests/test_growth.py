@@ -206,6 +206,57 @@ def test_a_row_says_what_a_mixer_costs_beside_the_reference_and_how_it_grows():
         growth_tables.growth_table(made, "spda", 2048)
 
 
+def test_an_interval_is_the_middle_95_percent():
+    assert growth.interval(np.linspace(0, 1, 1001)) == pytest.approx((0.025, 0.975))
+
+
+def test_two_rounds_are_drawn_as_wide_as_student_s():
+    """Deviations of ±0.1 at each of two lengths: of a mean of two, one degree of freedom for each length."""
+    costs = Costs("sdpa", np.array([256, 512]), np.array([[0.1, 1.1], [-0.1, 0.9]]), ((), ()))
+    (drawn,) = growth.resamples([costs])
+    widest = stats.t.ppf(0.975, 2) / min(stats.norm.ppf(0.975), 2) * np.sqrt(2) * 0.1
+    assert np.abs(drawn - [0.0, 1.0]).max() == pytest.approx(widest)
+    assert set(np.round((drawn[:, 0] / widest), 9)) == {-1.0, 0.0, 1.0}
+
+
+def test_slopes_and_curves_go_through_geometric_means():
+    """1, 1 and 8 are 2 in the geometric mean, 1 in the median and at the least."""
+    skewed = points({"sdpa": lambda t: (1, 1, 8) if t < 1024 else (2, 2, 2)}, n=3, contexts=CONTEXTS[:4])
+    assert growth.exponents(skewed, "forward_backward_s", 256).loc[0, "exponent"] == pytest.approx(0)
+    fit = growth.fits(points({"sdpa": lambda t: (1, 1, 8)}, n=3), "forward_backward_s")["sdpa"]
+    assert fit.coefficients == pytest.approx([2, 0, 0])
+
+
+def test_of_one_process_the_slope_s_interval_is_student_s_over_the_points():
+    costs = dict(zip(CONTEXTS, (1.0, 2.3, 3.8, 8.1, 15.0, 33.0), strict=True))
+    found = growth.exponents(points({"sdpa": costs.get}), "forward_backward_s", 256).iloc[0]
+    line = stats.linregress(np.log(CONTEXTS), np.log(list(costs.values())))
+    half = stats.t.ppf(0.975, 4) * line.stderr
+    assert (found["low"], found["high"]) == pytest.approx((line.slope - half, line.slope + half))
+
+
+def test_three_lengths_make_no_curve_four_do_and_a_decoded_token_s_is_straight():
+    for count in (3, 4):
+        made = points({"sdpa": lambda t: 1.0 + t}, "decode_s_per_token", CONTEXTS[:count])
+        found = growth.fits(made, "decode_s_per_token")
+        assert [len(fit.coefficients) for fit in found.values()] == ([] if count == 3 else [2])
+
+
+@pytest.mark.parametrize(("p", "contradicted"), [(None, False), (0.049, True), (0.051, False)])
+def test_a_curve_is_contradicted_below_five_percent(p, contradicted):
+    assert growth.Fit(np.ones(3), None, p, 3).contradicted is contradicted
+
+
+def test_numbers_stand_in_the_units_that_their_columns_name():
+    made = pd.concat([points({"sdpa": lambda t, cost=cost: cost}, metric, (256,)) for metric, cost in
+                      (("prefill_s", 0.5), ("decode_s_per_token", 0.25), ("forward_backward_s", 2.0),
+                       ("cache_bytes", 3 * 2**20), ("peak_activation_bytes", 5 * 2**20))])  # fmt: skip
+    row = growth_tables.points_table(made).iloc[0]
+    assert row["Prefill of the model, ms"] == "500" and row["Decoding a token, ms"] == "250"
+    assert row["Forward and backward of one layer, ms"] == "2,000" and row["Cache, MiB"] == "3"
+    assert row["Activation memory of one layer, MiB"] == "5"
+
+
 def test_too_few_lengths_give_no_interval_and_no_fit():
     made = points({"sdpa": lambda t: float(t) if t < 1024 else None, "mla": lambda t: 1.0 if t < 512 else None})
     found = growth.exponents(made, "forward_backward_s", 256).set_index("label")
@@ -461,6 +512,14 @@ def test_the_cheapest_is_compared_with_all_others_and_not_with_the_second_alone(
     table = growth_tables.map_table(both(cost, cost, n=5, in_turns=False), found)
     assert table.loc[0, "cheapest"] == "sdpa or lsh (tied)" and table.loc[0, "next"] == "linear"
     assert table.loc[0, "behind the cheapest"].startswith("x 1.20 [") and table["of the map"].iloc[0] == "100%"
+
+
+def test_a_region_says_the_least_the_middle_and_the_most_that_the_next_is_behind():
+    over = np.array([[[1.0, 1.0, 1.0]], [[1.1, 1.2, 9.0]]])
+    found = crossovers.Map(["sdpa", "mla"], np.array([256, 512, 1024]), np.array([0.0]), np.zeros((1, 3), int),
+                           np.zeros((2, 1, 3), bool), over, 3)  # fmt: skip
+    (row,) = crossovers.regions(found).to_dict("records")
+    assert row == {"labels": ["sdpa"], "share": 1, "next": "mla", "low": 1.1, "middle": 1.2, "high": 9.0}
 
 
 def test_two_that_are_alike_tie_and_the_map_leaves_out_what_ran_out():

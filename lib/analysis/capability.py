@@ -457,8 +457,27 @@ def _spread(row) -> str:
     return "" if row["n"] == 1 else f"[{row['low']:.2f}, {row['high']:.2f}]"
 
 
-def conclusion(cells: pd.DataFrame) -> list[str]:
-    """Who recalls from every seed and at what memory, who from some, who does not, and how sure that is."""
+def _later(longer: pd.DataFrame | None):
+    """By label, what at least three seeds recall after more steps of training; empty of who had none."""
+    if longer is None:
+        return lambda label: ""
+    net = TASKS["recall"].net
+    most = of_most_steps(longer[(longer["task"] == "recall") & (longer["convolution"] == net.convolution)])
+    if most.empty or (steps := trained_for(most).max()) <= net.steps:
+        return lambda label: ""
+    rows = _rows(most, "recall")
+    known = rows[rows["n"] >= SEEDS_WANTED]
+
+    def said(label):
+        row = _of(known, label)
+        return "" if row is None else f", after {steps:,} steps {row['median']:.2f} {_spread(row)}".rstrip()
+
+    return said
+
+
+def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[str]:
+    """Who recalls from every seed and at what memory, who from some, who does not, and how sure that is. Of the last,
+    what it recalls in `longer`, cells of more training, where three seeds had it."""
     rows = _rows(cells, "recall")
     if "recall" not in shown_tasks(cells) or rows.empty:
         return ["Recall cannot be judged from these records: SDPA does not solve it in them."]
@@ -485,11 +504,13 @@ def conclusion(cells: pd.DataFrame) -> list[str]:
             for row in unsure.itertuples()
         ]
         said.append(f"Not from every seed: {joined(which)}.")
-    easiest = _easiest_of(cells, "recall")
+    easiest, later = _easiest_of(cells, "recall"), _later(longer)
     for what, part in (("Between all and nothing", between), ("Most of it is forgotten", fails)):
         if len(part):
-            which = [f"{row['title']} {row['median']:.2f} {_spread(row)}".strip() + easiest(label, row)
-                     for label, row in part.iterrows()]  # fmt: skip
+            which = [
+                f"{row['title']} {row['median']:.2f} {_spread(row)}".strip() + easiest(label, row) + later(label)
+                for label, row in part.iterrows()
+            ]
             said.append(f"{what}, at the best rate tried: {joined(which)}.")
     n, steps = int(rows["n"].min()), trained_for(in_one_setting(cells[cells["task"] == "recall"])).iloc[0]
     said.append(

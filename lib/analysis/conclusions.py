@@ -179,9 +179,10 @@ def _at_length(points: pd.DataFrame, metric: str, reference: str, context: int) 
     return f"At {context:,} tokens cheaper than {called[reference]} ({what}): {said}."
 
 
-def of_capability(cells: pd.DataFrame) -> Conclusion:
-    """Of the small tasks: who recalls, with how much memory, and who forgets."""
-    first, *details, basis = [*capability.conclusion(cells), *([""] if len(capability.conclusion(cells)) == 1 else [])]
+def of_capability(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> Conclusion:
+    """Of the small tasks: who recalls, with how much memory, and who forgets; of these also after more training."""
+    said = capability.conclusion(cells, longer)
+    first, *details, basis = [*said, *([""] if len(said) == 1 else [])]
     untried = [row.title for row in cells[cells["accuracy"].isna()].drop_duplicates("label").itertuples()]
     lost = f" No result of some runs: {joined(untried)}." if untried else ""
     return Conclusion(

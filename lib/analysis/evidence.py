@@ -247,18 +247,11 @@ class Evidence:
             own.sort(key=lambda label: ranks[label])
             leaders += [[label for label in own if ranks[label][0] == ranks[own[0]][0]]] if own else []
 
-        def lowest(labels):
-            return min(labels, key=lambda label: self.ratio(label, context, metric).ratio)
-
-        best = min(leaders, key=lambda labels: self.ratio(lowest(labels), context, metric).ratio, default=[])
+        first = [label for labels in leaders for label in labels]
         found = [
-            label for labels in leaders for label in labels
-            if labels is best or not self._told_apart(label, lowest(best), context, metric, len(leaders) - 1)
-        ]  # fmt: skip
-        found = [
-            label for label in found
+            label for label in first
             if not any(
-                self._told_apart(label, other, context, metric, len(leaders) - 1) for other in found
+                self._told_apart(label, other, context, metric, len(leaders) - 1) for other in first
                 if self.source[context, label] is not self.source[context, other]
             )
         ]  # fmt: skip
