@@ -468,6 +468,12 @@ def test_times_are_of_the_records_at_their_lengths_and_elsewhere_a_dash():
     assert table.loc["GQA 4:1", "time ÷ SDPA's"].startswith(f"{decoding['gqa', 8192]:.2f} [")
     reading = growth.ratios(known.points, "prefill_s", "sdpa").set_index(["label", "context"])["ratio"]
     assert budgeted(share=0.0)[1].loc["MLA", "time ÷ SDPA's"].startswith(f"{reading['mla', 8192]:.2f} [")
+    pairs = [
+        np.exp([growth.costs_of(known.points, metric, who).among([8192]).logs.mean() for who in ("mla", "sdpa")])
+        for metric in ("prefill_s", "decode_s_per_token")
+    ]
+    mixed = 0.75 * pairs[0] / 8192 + 0.25 * pairs[1]  # of three tokens that are read and one that is written
+    assert budget.time_ratio("mla", 8192, 0.25)[0] == pytest.approx(mixed[0] / mixed[1])
     step = known.steps.ratio("mla", 8192, "time_s_per_step").ratio
     assert (
         table.loc["MLA", "training step ÷ SDPA's"].startswith(f"{step:.2f} [") and table.loc["SDPA"].iloc[-2] == "1.00"

@@ -7,6 +7,7 @@ from itertools import chain, pairwise
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -19,6 +20,15 @@ from lib.data import cache, corpus, ngrams
 from lib.record import Record
 from lib.record.schema import Point
 from lib.study import plan
+
+
+def test_tables_that_some_run_lacks_have_no_mean():
+    """It would be of other training tokens than the losses beside it."""
+    counted = [{"unigram_loss": 6.0, "bigram_loss": 5.0}, {"unigram_loss": 7.0, "bigram_loss": 5.5}]
+    runs = pd.DataFrame({"setting": "s", "seed": [0, 1], "data": counted})
+    assert beside.tables(runs) == {"unigram": 6.5, "bigram": 5.25}
+    runs["data"] = [counted[0], None]
+    assert beside.tables(runs) == {}
 
 
 @given(arrays.arrays(np.int64, st.tuples(st.integers(1, 4), st.integers(1, 20)), elements=st.integers(0, 3)))

@@ -86,6 +86,12 @@ def test_a_phase_s_joules_are_the_counter_s_where_each_round_is_long_enough(cloc
     assert rows[2]["energy_j_per_step"] is None and rows[2]["energy_null_reason"] == "foreign_process"
 
 
+def test_a_step_takes_the_median_of_the_rounds_and_at_least_the_quickest():
+    reading = SimpleNamespace(joules=30.0, reason=None)
+    row = phases._per_step(SimpleNamespace(seconds=[6.0, 1.0, 2.0], reading=lambda: reading), steps=10)
+    assert row["time_s_per_step"] == 0.2 and row["minimum_time_s_per_step"] == 0.1 and row["energy_j_per_step"] == 1.0
+
+
 def test_what_is_measured_is_what_a_record_holds():
     found = phases.measured(make_trainer(), 1)
     assert [Phase(**row).phase for row in found["phases"]][:3] == ["forward", "forward_backward", "step"]

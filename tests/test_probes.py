@@ -391,6 +391,23 @@ def test_every_seed_is_a_point_of_the_figure_at_its_state():
     assert 0.99 in {line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("_")}  # the median
 
 
+def test_who_was_trained_longer_is_shown_with_both():
+    more = made(
+        *[cell(name, (1.0, 1.0, 0.97), seed=seed, rate=3e-3) for name in ("linear", "mla") for seed in range(3)]
+    )
+    more["setting"] = more["setting"].str.replace('"steps":800', '"steps":3200')
+    figure = capability.recall_figure(made(), more)
+    (axes,) = figure.axes
+    hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none" and line.get_marker() != "None"]
+    assert [0.97] in [line.get_ydata().tolist() for line in hollow] and "(hollow: 3,200)" in axes.get_title("left")
+    assert not any(
+        line.get_markerfacecolor() == "none" for line in capability.recall_figure(made(), made()).axes[0].lines
+    )
+    table = capability.tasks_table(made(), more).set_index("variant")
+    assert table.loc["LINEAR"].iloc[0] == "0.70 (n = 1), after 3,200 steps 0.97 [0.97, 0.97]"
+    assert "MLA" not in table.index  # known after more steps alone: in the table of more steps
+
+
 def test_what_is_learnt_here_is_shown_with_its_accuracy():
     shown = probes.learning(["sdpa"], "induction", seconds=0.05)
     assert set(shown["label"]) == {"sdpa"} and shown["accuracy"].nunique() == 1 and shown["loss"].notna().all()

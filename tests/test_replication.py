@@ -111,6 +111,49 @@ def test_from_five_blocks_up_the_paired_comparisons_decide(tmp_path):
     assert above.startswith("yes: baseline 1.250")
 
 
+@pytest.mark.parametrize(
+    ("ratios", "about", "direction", "says"),
+    [
+        ([1.0, 0.9, 1.2], ["b"], "lowest", "yes"), ([0.9, 0.9, 1.2], ["b"], "lowest", "NO"),  # a tie is no first place
+        ([1.0, 0.9, 1.2], ["c"], "highest", "yes"), ([1.2, 0.9, 1.2], ["c"], "highest", "NO"),
+        ([1.0, 1.1, 1.2], ["b", "c"], "above sdpa", "yes"), ([1.0, 0.9, 1.2], ["b", "c"], "above sdpa", "NO"),
+    ],
+)  # fmt: skip
+def test_a_claim_of_numbers_without_noise_is_judged_by_all_that_it_names(ratios, about, direction, says):
+    assert replication._yes(pd.Series(ratios, index=list("abc")), about, direction) == says
+
+
+@pytest.mark.parametrize(
+    ("p", "n", "ratio", "says"),
+    [
+        ((0.01, 0.04), 5, (1.1, 1.2), "yes"), ((0.01, 0.04), 5, (1.1, 0.9), "NO"),
+        ((0.01, 0.06), 5, (1.1, 1.2), "inconclusive"), ((0.01, 0.04), 4, (1.1, 1.2), "no verdict below 5 blocks"),
+    ],
+)  # fmt: skip
+def test_a_claim_of_what_was_measured_needs_five_blocks_and_every_difference(p, n, ratio, says):
+    found = pd.DataFrame({"p": p, "n": [5, n], "ratio": ratio}, index=["a", "b"])
+    assert replication._verdict(None, "energy_j", found, ["a", "b"], "above sdpa") == says
+
+
+def test_what_has_no_certificate_bears_no_claim_out(tmp_path):
+    """Here gqa, which is smaller than flash."""
+    found = runs(tmp_path, flash={"checkpoint_bytes": 3e3}, gqa={"checkpoint_bytes": 1e3})
+    claim = "Flash makes the smallest model"
+    assert claims_of(found).loc[claim, "our records"].startswith("NO: flash 0.750")
+    found.loc[found["label"] == "gqa", "certified"] = False
+    assert claims_of(found).loc[claim, "our records"].startswith("yes: flash 0.750")
+
+
+def test_the_final_loss_is_the_mean_of_the_seeds_and_a_loss_in_generation_is_above_nothing(tmp_path):
+    found = runs(tmp_path, blocks=2)
+    found.loc[found["label"] == "gqa", "validation_loss"] = [5.0, 5.4]
+    assert replication.final_losses(found).set_index("variant").loc["gqa", "ours"] == "5.20"
+    path = tmp_path / "losses.csv"
+    path.write_text("run,teacher_forced_loss,autoregressive_loss\npublished_mla,2.0,8.5\n")
+    assert replication.losses_both_ways(path).loc[0, "gap"] == 6.5
+    assert replication.leaks(path).loc[0, "lost in generation"] == "6.50"
+
+
 def test_the_page_s_own_contradiction_stands_in_the_ledger(tmp_path):
     claims = claims_of(runs(tmp_path, blocks=5, linear={"mean_power_w": 150.0}))
     low, high = (claims.loc[f"Linear attention {what} power"] for what in ("is among the lowest in", "draws the most"))

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import groupby, pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -180,6 +180,14 @@ def test_records_of_two_machines_and_empty_folders_are_refused(tmp_path):
         stored.load_all(tmp_path)
 
 
+def test_synthetic_points_are_no_part_of_a_frame(tmp_path):
+    stored.write(made(provenance="synthetic"), tmp_path)
+    with pytest.raises(UsageError, match="there is no record"):
+        stored.load_all(tmp_path)
+    stored.write(made("b"), tmp_path)
+    assert [one.label for one in stored.load_all(tmp_path)] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -264,6 +272,7 @@ def test_rounds_go_through_the_variants_in_turns_at_each_length(tmp_path, monkey
     for (turn, *_), labels in order.items():
         assert labels == expected[int(turn.split()[-1]) - 1]
     assert len({tuple(labels) for labels in order.values()}) == 4
+    assert len([key for key, _ in groupby((turn, *what.split(", ")[1:]) for turn, what in lines)]) == 16  # one by one
     assert [turn for turn, _ in lines] == sorted(turn for turn, _ in lines)
     # All of one session, so that rounds may be paired; a later call is another.
     sessions = {label: stored.load(tmp_path / f"{label}.json").point("layer", 16).sessions for label in names}

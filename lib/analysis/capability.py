@@ -130,8 +130,9 @@ def _of(rows: pd.DataFrame, label: str):
     return rows.loc[label] if label in rows.index else None
 
 
-def tasks_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """Variants x tasks at the hardest difficulty."""
+def tasks_table(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Variants x tasks at the hardest difficulty; of recall also what `longer`, cells of more training, say."""
+    later = _later(longer)
     title = dict(zip(cells["label"], cells["title"], strict=True))
     columns = {task: _rows(cells, task) for task in shown_tasks(cells)}
     table = []
@@ -139,7 +140,9 @@ def tasks_table(cells: pd.DataFrame) -> pd.DataFrame:
         row = {"variant": title[label]}
         for task, rows in columns.items():
             hardest = max(TASKS[task].tested_on)
-            row[f"{TASKS[task].title}, {hardest} {TASKS[task].unit}"] = _cell(_of(rows, label))
+            row[f"{TASKS[task].title}, {hardest} {TASKS[task].unit}"] = _cell(_of(rows, label)) + (
+                task == "recall" and label in rows.index
+            ) * later(label)
         table.append(row)
     return pd.DataFrame(table)
 
@@ -269,8 +272,9 @@ def published_order(cells: pd.DataFrame) -> list[str]:
     ]
 
 
-def recall_figure(cells: pd.DataFrame):
-    """Scaled accuracy in recall against the bytes that the mixers keep: seeds as points, the median as a line."""
+def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
+    """Scaled accuracy in recall against the bytes that the mixers keep: seeds as points, the median as a line, and
+    hollow, at the end of a dotted line, the median after more steps of training, of which `longer` are the cells."""
     use_style()
     figure, axes = plt.subplots(figsize=(8.4, 4.4))
     rows, best = _rows(cells, "recall"), at_best(cells)
@@ -278,22 +282,31 @@ def recall_figure(cells: pd.DataFrame):
         (best["task"] == "recall") & best["convolution"] & (best["difficulty"] == max(TASKS["recall"].tested_on))
     ]
     names = [label for label in labels(cells) if label in rows.index]
-    look = looks(names)
+    look, (steps, later) = looks(names), _of_more_steps(longer)
     for label in names:
         row, own = rows.loc[label], best[best["label"] == label]
         x = row["state_bytes"] / KIB
         style = look[label] | {"linestyle": ""}
         axes.plot([x] * len(own), own["scaled"], alpha=0.55, markersize=6, label=row["title"], **style)
         axes.plot([x / 1.12, x * 1.12], [row["median"]] * 2, color=look[label]["color"], linewidth=2.5)
+        if (more := _of(later, label)) is not None:
+            color = look[label]["color"]
+            axes.plot([x, x], [row["median"], more["median"]], ":", color=color, linewidth=1.2, zorder=1)
+            axes.plot([x], [more["median"]], **style | {"markersize": 9, "markerfacecolor": "none", "color": color})
     axes.set_xscale("log")
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("KiB that the mixers keep of one sequence of 128 tokens, fp32")
     axes.set_ylabel("scaled accuracy (0: guessing)")
     after = f" after {trained_for(best).iloc[0]:,} steps of training" if len(best) else ""
-    axes.set_title(f"Recall of 32 pairs{after}, against what is remembered", loc="left")
+    after += f" (hollow: {steps:,})" if len(later) else ""
+    axes.set_title(f"Recall of 32 pairs{after}, against what is kept", loc="left")
     axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.legend(**BESIDE)
-    said = [f"{row['title']} {row['median']:.2f} with {row['state_bytes'] / KIB:.3g} KiB" for _, row in rows.iterrows()]
+    also = _later(longer)
+    said = [
+        f"{row['title']} {row['median']:.2f}{also(label)} with {row['state_bytes'] / KIB:.3g} KiB"
+        for label, row in rows.iterrows()
+    ]
     return tell(figure, f"Recall of 32 pairs, median scaled accuracy and what is kept: {', '.join(said)}.")
 
 
@@ -458,21 +471,26 @@ def _spread(row) -> str:
 
 
 def _later(longer: pd.DataFrame | None):
-    """By label, what at least three seeds recall after more steps of training; empty of who had none."""
-    if longer is None:
-        return lambda label: ""
-    net = TASKS["recall"].net
-    most = of_most_steps(longer[(longer["task"] == "recall") & (longer["convolution"] == net.convolution)])
-    if most.empty or (steps := trained_for(most).max()) <= net.steps:
-        return lambda label: ""
-    rows = _rows(most, "recall")
-    known = rows[rows["n"] >= SEEDS_WANTED]
+    """By label in words, what at least three seeds recall after more steps of training; empty of who had none."""
+    steps, rows = _of_more_steps(longer)
 
     def said(label):
-        row = _of(known, label)
+        row = _of(rows, label)
         return "" if row is None else f", after {steps:,} steps {row['median']:.2f} {_spread(row)}".rstrip()
 
     return said
+
+
+def _of_more_steps(longer: pd.DataFrame | None) -> tuple[int, pd.DataFrame]:
+    """The most steps of training in recall beyond the task's own, and a row per label of which three seeds had them."""
+    net, none = TASKS["recall"].net, (0, pd.DataFrame())
+    if longer is None:
+        return none
+    most = of_most_steps(longer[(longer["task"] == "recall") & (longer["convolution"] == net.convolution)])
+    if most.empty or (steps := trained_for(most).max()) <= net.steps:
+        return none
+    rows = _rows(most, "recall")
+    return steps, rows[rows["n"] >= SEEDS_WANTED]
 
 
 def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[str]:
