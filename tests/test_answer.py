@@ -682,6 +682,8 @@ def test_each_of_two_picks_has_the_cost_of_the_row_s_length_and_what_was_not_run
         "linear", 8192
     )
     assert any("Not run at 8,192 tokens: LINEAR." in line for line in answer.how_sure(found))
+    (never,) = (line for line in answer.how_sure(found) if "In none of these sessions" in line)
+    assert "kda" in never and not {"linear", "mla", "sdpa"} & set(re.findall(r"\w+", never))
 
 
 def test_the_fewest_joules_are_told_with_their_time():

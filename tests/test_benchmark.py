@@ -48,6 +48,15 @@ def test_the_exponent_is_between_the_two_longest_lengths(benchmark):
     assert benchmarks.exponents(benchmark) == {"mine": pytest.approx(2.0)}
 
 
+def test_both_ratios_of_a_row_are_to_the_implementation_that_it_names(benchmark):
+    times_ms = {512: {"mine": [6.0, 9.0, 9.0], "quick": [3.0, 9.0, 9.0], "steady": [4.0, 4.5, 5.0]}}
+    both = {"mine": ["quick", "steady"]}
+    row = benchmarks.table(benchmark.model_copy(update={"times_ms": times_ms, "reference_implementations": both}))
+    assert row.loc[0, ["best reference implementation", "ratio of minima", "of medians"]].tolist() == [
+        "quick", "2.00", "1.00",
+    ]  # fmt: skip
+
+
 def test_the_table_and_the_record_say_what_was_measured(benchmark, tmp_path):
     table = benchmarks.table(record.read_checked(Benchmark, record.write_checked(benchmark, tmp_path / "layer.json")))
     assert list(table["context"]) == ["512", "512", "2,048", "2,048", "8,192", "8,192"]

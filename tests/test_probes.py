@@ -254,10 +254,25 @@ def test_the_sentences_follow_from_the_records():
     said = " ".join(capability.conclusion(found))
     assert "GQA and SDPA recall all, from every seed" in said and "GQA does so with 50% of SDPA's memory" in said
     assert "Between all and nothing, at the best rate tried: LINEAR 0.70 (0.90 of 8 pairs)." in said
-    assert "Most of it is forgotten, at the best rate tried: SLIDING_WINDOW 0.00 (0.10 of 8 pairs)." in said
+    assert "Little is recalled, at the best rate tried: SLIDING_WINDOW 0.00 (0.10 of 8 pairs)." in said
     assert "Not from every seed" not in said
+    assert "The other tasks" not in said
+    keys = made(
+        *[cell(label, (1.0, 1.0, value), "lookup_key_behind", seed=seed) for label, value in
+          (("sdpa", 1.0), ("gqa", 0.94), ("linear", 0.95)) for seed in range(2)],
+        *[cell(label, (0.0, 0.0, 0.0, 0.1), "parity") for label in ("sdpa", "gqa")],
+    )  # fmt: skip
+    assert (
+        "The other tasks are solved from every seed, at their hardest: parity (256 bits) nobody; "
+        "lookup, key behind (30 symbols) SDPA and LINEAR."
+    ) in capability.conclusion(keys)
+    asked = capability.asked_table(keys).set_index("task")
+    assert list(asked.index) == ["Recall (MQAR)", "Parity", "Lookup, key behind"]
+    assert asked.loc["Parity", ["trained on", "tested on", "layers", "steps"]].tolist() == [
+        "3 to 40 bits", "up to 256", 2, "1,500",
+    ]  # fmt: skip
     other = " ".join(capability.conclusion(made(cell("gqa", (0.3, 0.3, 0.3), state=500))))
-    assert "Most of it is forgotten, at the best rate tried: GQA 0.30." in other
+    assert "Little is recalled, at the best rate tried: GQA 0.30." in other
 
 
 def test_what_some_seeds_recall_is_not_said_to_recall_all():
@@ -399,13 +414,39 @@ def test_who_was_trained_longer_is_shown_with_both():
     figure = capability.recall_figure(made(), more)
     (axes,) = figure.axes
     hollow = [line for line in axes.lines if line.get_markerfacecolor() == "none" and line.get_marker() != "None"]
-    assert [0.97] in [line.get_ydata().tolist() for line in hollow] and "(hollow: 3,200)" in axes.get_title("left")
+    assert [0.97] * 3 in [line.get_ydata().tolist() for line in hollow] and "(hollow: 3,200)" in axes.get_title("left")
     assert not any(
         line.get_markerfacecolor() == "none" for line in capability.recall_figure(made(), made()).axes[0].lines
     )
     table = capability.tasks_table(made(), more).set_index("variant")
-    assert table.loc["LINEAR"].iloc[0] == "0.70 (n = 1), after 3,200 steps 0.97 [0.97, 0.97]"
+    assert table.loc["LINEAR"].iloc[0] == "0.70 (n = 1), after 3,200 steps 0.97 [0.97, 0.97] (n = 3)"
+    assert not any(
+        "longer" in one for one in capability.conclusion(made(), more)
+    )  # of those who recall little, all were
+    few = made(cell("gqa", (0.1, 0.1, 0.1)))
+    assert "Not trained for longer, so not shown to be unable: GQA." in capability.conclusion(few, more)
+    alone = more[(more["label"] == "linear") & (more["seed"] == 0)]
+    alone = alone.assign(setting=alone["setting"].str.replace('"steps":3200', '"steps":6400'), scaled=0.0)
+    lone = capability.conclusion(made(), pd.concat([more, alone]))  # puts nobody's results aside
+    assert any("after 3,200 steps 0.97" in one for one in lone)
     assert "MLA" not in table.index  # known after more steps alone: in the table of more steps
+
+
+def test_numbers_of_two_authors_are_not_mixed_unasked():
+    assert capability.folder_of_longer("beside", capability.CELLS) == capability.LONGER
+    assert capability.folder_of_longer("beside", "records/mine") == ""
+    assert capability.folder_of_longer("records/more", "records/mine") == "records/more"
+    assert capability.folder_of_longer("", capability.CELLS) == ""
+
+
+def test_a_variant_of_other_options_in_a_task_is_named_there():
+    found = made(cell("gqa", (1.0, 1.0, 1.0), title="GQA 2:1"),
+                 cell("gqa", (1, 1, 1, 1), "parity", convolution=False, title="GQA 4:1"),
+                 cell("sdpa", (0, 0, 0, 0), "parity", convolution=False))  # fmt: skip
+    row = capability.tasks_table(found).set_index("variant").loc["GQA 4:1"]
+    assert row.tolist() == ["1.00 (n = 1), as GQA 2:1", "1.00 (n = 1)"]
+    rates = capability.rates_table(found)
+    assert rates.groupby("task", sort=False)["variant"].agg(list).tolist()[0].count("GQA 2:1") == 1
 
 
 def test_what_is_learnt_here_is_shown_with_its_accuracy():

@@ -17,13 +17,13 @@ from lib.analysis import evidence as records
 from lib.analysis import style
 from lib.analysis.answer_basis import briefly_sure, escaped, how_sure, name_of, sure
 from lib.analysis.answer_figure import headline, picture
+from lib.analysis.capability import CELLS, LONGER
 from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, RECALLS, TIME, WORDS, Evidence, Pick, Recall
 from lib.analysis.words import cost, joined
+from lib.data.tasks import TASKS
 from lib.errors import UsageError
 
 STEPS = "records/steps-gpu"
-CELLS = "records/capability-cpu"
-LONGER = "records/capability-steps-cpu"
 LITTLE = 0.96  # of SDPA's cost: what is above saves less than twice what counts as equivalent
 BEGIN, END = "<!-- The answer: written by `python -m lib.analysis.answer` -->", "<!-- End of the answer -->"
 
@@ -283,7 +283,8 @@ def _footnote(evidence: Evidence) -> str:
     return (
         f"*Recall counts*: who has {RECALLS:.0%} or more of {PAIRS} facts in 128 tokens from every seed, in nets of "
         f"one or two layers and not in the models timed{'; ' * bool(others)}{tried}. Costs in time and joules are of "
-        "training at the row's length; decoding was not timed.\n\n"
+        "training at the row's length; decoding was not timed. Recall is one of "
+        f"{len(TASKS)} tasks; [the others](notebooks/capability.ipynb) may order the variants otherwise.\n\n"
     )
 
 

@@ -4,6 +4,7 @@ import re
 
 import pandas as pd
 
+from lib import attention
 from lib.analysis import compare
 from lib.analysis import steps as tables
 from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, NEXT_TO_NOTHING, PAIRS, TIME, Evidence, uuid_of
@@ -170,8 +171,10 @@ def _of_what_code(evidence: Evidence) -> list[str]:
 
 
 def _not_timed(evidence: Evidence) -> list[str]:
-    """Who was not in the session of a length."""
-    said = []
+    """Who was in no session, and who was not in that of a length."""
+    run = {part for record in evidence.all for entry in record.entries for part in attention.parts(entry.attention)}
+    never = [name for name in attention.variants() if name not in run]
+    said = [f"In none of these sessions: {joined([escaped(name) for name in never])}."] if never else []
     for context in evidence.lengths:
         absent = [label for label in evidence.labels if (context, label) not in evidence.source]
         if absent:

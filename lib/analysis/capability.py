@@ -19,6 +19,7 @@ from lib.data.tasks import TASKS
 MUST = {"recall": 0.99, "induction": 0.95, "lookup_key_behind": 0.95, "lookup_key_before": 0.95}  # SDPA, scaled
 MUST_OF_TWO = {"recall_rewritten": 0.95}  # two layers of SDPA: one cannot tell which writing came last
 SEEDS_WANTED = 3
+CELLS, LONGER = "records/capability-cpu", "records/capability-steps-cpu"  # what is committed
 SOLVED = 0.95  # scaled accuracy that counts as right
 
 
@@ -38,10 +39,23 @@ def trained_for(cells: pd.DataFrame) -> pd.Series:
     return cells["setting"].map(lambda text: json.loads(text)["steps"])
 
 
+def folder_of_longer(folder: str, records: str) -> str:
+    """Of the cells that were trained for longer than those of the folder `records`: `folder`, or for "beside" the
+    committed ones where `records` are the committed ones, else none: numbers of two authors are not mixed unasked."""
+    if folder != "beside":
+        return folder
+    return LONGER if records == CELLS else ""
+
+
 def of_most_steps(cells: pd.DataFrame) -> pd.DataFrame:
-    """Of each task, the rows of those that were trained the longest."""
-    steps = trained_for(cells)
-    return cells[steps == steps.groupby(cells["task"]).transform("max")]
+    """Of each task, the rows of the most steps of training that three seeds of somebody had at one rate, so that a lone
+    longer cell puts nobody's results aside; of the most of all where nobody has three seeds."""
+    steps = trained_for(cells).rename("steps")
+    usable = cells["accuracy"].notna()
+    seeds = cells[usable].groupby(["task", steps[usable], "label", "rate"])["seed"].nunique()
+    enough = seeds[seeds >= SEEDS_WANTED].reset_index().groupby("task")["steps"].max()
+    most = cells["task"].map(enough).fillna(steps.groupby(cells["task"]).transform("max"))
+    return cells[steps == most]
 
 
 def at_best(cells: pd.DataFrame) -> pd.DataFrame:
@@ -140,9 +154,10 @@ def tasks_table(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> pd.D
         row = {"variant": title[label]}
         for task, rows in columns.items():
             hardest = max(TASKS[task].tested_on)
-            row[f"{TASKS[task].title}, {hardest} {TASKS[task].unit}"] = _cell(_of(rows, label)) + (
-                task == "recall" and label in rows.index
-            ) * later(label)
+            own = _of(rows, label)
+            more = "" if own is None or task != "recall" else later(label)
+            more += "" if own is None or own["title"] == title[label] else f", as {own['title']}"
+            row[f"{TASKS[task].title}, {hardest} {TASKS[task].unit}"] = _cell(own) + more
         table.append(row)
     return pd.DataFrame(table)
 
@@ -165,11 +180,12 @@ def difficulty_table(cells: pd.DataFrame) -> pd.DataFrame:
 
 def rates_table(cells: pd.DataFrame) -> pd.DataFrame:
     """Median scaled accuracy at the hardest difficulty for every rate, a row per task and variant."""
-    title, table = dict(zip(cells["label"], cells["title"], strict=True)), []
+    table = []
     for task in shown_tasks(cells):
         own = cells[(cells["task"] == task) & (cells["difficulty"] == max(TASKS[task].tested_on))]
         own = own[own["convolution"] == TASKS[task].net.convolution]
         medians = own.groupby(["label", "rate"])["scaled"].agg(["median", "count"])
+        title = dict(zip(own["label"], own["title"], strict=True))
         for label in labels(own):
             row = {"task": TASKS[task].title, "variant": title[label]}
             for rate in sorted(cells["rate"].unique()):
@@ -274,7 +290,7 @@ def published_order(cells: pd.DataFrame) -> list[str]:
 
 def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
     """Scaled accuracy in recall against the bytes that the mixers keep: seeds as points, the median as a line, and
-    hollow, at the end of a dotted line, the median after more steps of training, of which `longer` are the cells."""
+    hollow, at the end of a dotted line, the same after more steps of training, of which `longer` are the cells."""
     use_style()
     figure, axes = plt.subplots(figsize=(8.4, 4.4))
     rows, best = _rows(cells, "recall"), at_best(cells)
@@ -290,9 +306,10 @@ def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
         axes.plot([x] * len(own), own["scaled"], alpha=0.55, markersize=6, label=row["title"], **style)
         axes.plot([x / 1.12, x * 1.12], [row["median"]] * 2, color=look[label]["color"], linewidth=2.5)
         if (more := _of(later, label)) is not None:
-            color = look[label]["color"]
+            color, hollow = look[label]["color"], {"markersize": 7, "markerfacecolor": "none"}
             axes.plot([x, x], [row["median"], more["median"]], ":", color=color, linewidth=1.2, zorder=1)
-            axes.plot([x], [more["median"]], **style | {"markersize": 9, "markerfacecolor": "none", "color": color})
+            axes.plot([x] * len(more["seeds"]), more["seeds"], **style | hollow)
+            axes.plot([x / 1.12, x * 1.12], [more["median"]] * 2, color=color, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel("KiB that the mixers keep of one sequence of 128 tokens, fp32")
@@ -476,21 +493,51 @@ def _later(longer: pd.DataFrame | None):
 
     def said(label):
         row = _of(rows, label)
-        return "" if row is None else f", after {steps:,} steps {row['median']:.2f} {_spread(row)}".rstrip()
+        known = "" if row is None else f"{row['median']:.2f} {_spread(row)}".rstrip()
+        return known and f", after {steps:,} steps {known} (n = {row['n']})"
 
     return said
 
 
 def _of_more_steps(longer: pd.DataFrame | None) -> tuple[int, pd.DataFrame]:
-    """The most steps of training in recall beyond the task's own, and a row per label of which three seeds had them."""
+    """The most steps of training in recall beyond the task's own, and a row per label of which three seeds had them;
+    `seeds` are their scaled accuracies."""
     net, none = TASKS["recall"].net, (0, pd.DataFrame())
     if longer is None:
         return none
     most = of_most_steps(longer[(longer["task"] == "recall") & (longer["convolution"] == net.convolution)])
     if most.empty or (steps := trained_for(most).max()) <= net.steps:
         return none
-    rows = _rows(most, "recall")
-    return steps, rows[rows["n"] >= SEEDS_WANTED]
+    rows, best = _rows(most, "recall"), at_best(most)
+    seeds = best[best["difficulty"] == best["difficulty"].max()].groupby("label")["scaled"].agg(list)
+    return steps, rows[rows["n"] >= SEEDS_WANTED].join(seeds.rename("seeds"))
+
+
+def _other_tasks(cells: pd.DataFrame) -> list[str]:
+    """Of the tasks beside recall, who solves the hardest from every seed: a sentence; none where none is shown."""
+    same, said = one_function(cells), []
+    for task in shown_tasks(cells):
+        rows = _rows(cells, task)
+        able = [row["title"] for label, row in rows.iterrows() if row["low"] >= SOLVED and label not in same]
+        if task != "recall":
+            hardest = f"{max(TASKS[task].tested_on):,} {TASKS[task].unit}"
+            said.append(
+                f"{TASKS[task].title[0].lower()}{TASKS[task].title[1:]} ({hardest}) {joined(able or ['nobody'])}"
+            )
+    return [f"The other tasks are solved from every seed, at their hardest: {'; '.join(said)}."] if said else []
+
+
+def asked_table(cells: pd.DataFrame) -> pd.DataFrame:
+    """The tasks of these records: what each asks, how hard it is made, what net learns it, and where it is from."""
+    return pd.DataFrame([
+        {
+            "task": task.title, "asks to": task.asks,
+            "trained on": f"{min(task.trained_on):,} to {max(task.trained_on):,} {task.unit}",
+            "tested on": f"up to {max(task.tested_on):,}", "layers": task.net.layers,
+            "steps": f"{task.net.steps:,}", "from": task.paper,
+        }
+        for name, task in TASKS.items() if name in set(cells["task"])
+    ])  # fmt: skip
 
 
 def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[str]:
@@ -499,7 +546,7 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
     rows = _rows(cells, "recall")
     if "recall" not in shown_tasks(cells) or rows.empty:
         return ["Recall cannot be judged from these records: SDPA does not solve it in them."]
-    full = rows.loc[REFERENCE, "state_bytes"]
+    full, n = rows.loc[REFERENCE, "state_bytes"], int(rows["n"].min())
     rows = rows.drop(index=[label for label in one_function(cells) if label in rows.index])
     rows.loc[REFERENCE, "title"] = _with_reference(cells)
     solves = rows[rows["low"] >= SOLVED].sort_values("state_bytes", kind="stable")
@@ -523,14 +570,20 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
         ]
         said.append(f"Not from every seed: {joined(which)}.")
     easiest, later = _easiest_of(cells, "recall"), _later(longer)
-    for what, part in (("Between all and nothing", between), ("Most of it is forgotten", fails)):
+    for what, part in (("Between all and nothing", between), ("Little is recalled", fails)):
         if len(part):
             which = [
                 f"{row['title']} {row['median']:.2f} {_spread(row)}".strip() + easiest(label, row) + later(label)
                 for label, row in part.iterrows()
             ]
             said.append(f"{what}, at the best rate tried: {joined(which)}.")
-    n, steps = int(rows["n"].min()), trained_for(in_one_setting(cells[cells["task"] == "recall"])).iloc[0]
+    if not (few := _of_more_steps(longer)[1]).empty:
+        shorter = [
+            row["title"] for part in (between, fails) for label, row in part.iterrows() if label not in few.index
+        ]
+        said += [f"Not trained for longer, so not shown to be unable: {joined(shorter)}."] if shorter else []
+    said += _other_tasks(cells)
+    steps = trained_for(in_one_setting(cells[cells["task"] == "recall"])).iloc[0]
     said.append(
         f"Medians over {n} seed{'s' if n > 1 else ''} or more at the best of the rates tried, {steps:,} steps of "
         "training, one small net on a CPU."

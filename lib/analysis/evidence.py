@@ -234,7 +234,8 @@ class Evidence:
         return label in self.recall and self.recall[label].low >= RECALLS
 
     def cheapest(self, context: int, metric: str, among: list[str]) -> Pick:
-        """Of `among` those that cost significantly less than SDPA and share the lowest rank."""
+        """Of `among` those that cost significantly less than SDPA and share the lowest rank of their session, without
+        those that cost significantly more than such a one of another session."""
         lower = [
             label for label in among
             if (row := self.ratio(label, context, metric)) is not None
