@@ -1,6 +1,7 @@
 """What all tests share."""
 
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -30,3 +31,11 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    """A figure that one test leaves open is none of the next one's, in whatever order they run."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
