@@ -532,7 +532,8 @@ def asked_table(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame([
         {
             "task": task.title, "asks to": task.asks,
-            "trained on": f"{min(task.trained_on):,} to {max(task.trained_on):,} {task.unit}",
+            "trained on": f"{' to '.join(f'{of:,}' for of in sorted({*task.trained_on[:1], *task.trained_on[-1:]}))} "
+            f"{task.unit}",
             "tested on": f"up to {max(task.tested_on):,}", "layers": task.net.layers,
             "steps": f"{task.net.steps:,}", "from": task.paper,
         }
