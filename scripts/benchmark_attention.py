@@ -39,7 +39,7 @@ from transformers import (
     MiniMaxConfig,
     Qwen3NextConfig,
     ReformerConfig,
-)  # fmt: skip
+)
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Attention, DeepseekV2RotaryEmbedding
 from transformers.models.diffllama.modeling_diffllama import DiffLlamaAttention
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention

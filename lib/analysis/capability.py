@@ -514,17 +514,18 @@ def _of_more_steps(longer: pd.DataFrame | None) -> tuple[int, pd.DataFrame]:
 
 
 def _other_tasks(cells: pd.DataFrame) -> list[str]:
-    """Of the tasks beside recall, who solves the hardest from every seed: a sentence; none where none is shown."""
+    """Of the tasks beside recall, who solves the hardest from every one of three seeds or more: a sentence; none where
+    none is shown."""
     same, said = one_function(cells), []
-    for task in shown_tasks(cells):
-        rows = _rows(cells, task)
-        able = [row["title"] for label, row in rows.iterrows() if row["low"] >= SOLVED and label not in same]
-        if task != "recall":
-            hardest = f"{max(TASKS[task].tested_on):,} {TASKS[task].unit}"
-            said.append(
-                f"{TASKS[task].title[0].lower()}{TASKS[task].title[1:]} ({hardest}) {joined(able or ['nobody'])}"
-            )
-    return [f"The other tasks are solved from every seed, at their hardest: {'; '.join(said)}."] if said else []
+    for name in shown_tasks(cells):
+        if name == "recall":
+            continue
+        task, rows = TASKS[name], _rows(cells, name).drop(index=list(same), errors="ignore")
+        able = list(rows.loc[(rows["low"] >= SOLVED) & (rows["n"] >= SEEDS_WANTED), "title"])
+        hardest = f"{max(task.tested_on):,} {task.unit}"
+        said.append(f"{task.title[0].lower()}{task.title[1:]} ({hardest}) {joined(able or ['nobody'])}")
+    start = f"The other tasks are solved from every seed, of {SEEDS_WANTED} or more, at their hardest"
+    return [f"{start}: {'; '.join(said)}."] if said else []
 
 
 def asked_table(cells: pd.DataFrame) -> pd.DataFrame:
