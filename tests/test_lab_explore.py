@@ -21,7 +21,7 @@ BUDGET, MAP, CERTIFICATE, DEVICE_FOLDER, ON_PAPER, HERE, TRAINING, TASK, GENERAT
 
 
 @pytest.fixture(scope="module")
-def notebook(tmp_path_factory):
+def explore(tmp_path_factory):
     here = tmp_path_factory.mktemp("explore")
     (here / "notebooks").mkdir()
     shutil.copy(NOTEBOOK, here / "notebooks")
@@ -34,8 +34,21 @@ def notebook(tmp_path_factory):
         opened.run_all()
         expect(screen(opened, LENGTHS)).to_be_visible(timeout=PATIENCE)
         opened.at_first = [len(re.findall("<img|<table", shown(opened, number))) for number in range(11)]
+        opened.variant = picked(opened)
         yield opened
         opened.close()
+
+
+@pytest.fixture
+def notebook(explore):
+    """The page with the variant that it begins with, whatever a test before has picked."""
+    if picked(explore) != explore.variant:
+        choose(explore, BUDGET, "variant", explore.variant)
+    return explore
+
+
+def picked(notebook) -> str:
+    return control(notebook, BUDGET, "variant").evaluate("select => select.selectedOptions[0]?.text ?? ''")
 
 
 def screen(notebook, number):
