@@ -189,6 +189,9 @@ def test_what_was_tried_with_another_option_is_named_so():
 def test_what_saves_next_to_nothing_is_said_to():
     _, said = say({"gqa": 0.97})
     assert "**At 512 tokens keep SDPA or save a little with GQA**: training time" in said
+    (headline,) = answer_figure.headline(say({"gqa": 0.97})[0])
+    assert re.fullmatch(r"512 tokens: SDPA or GQA, training time (2|3)\.\d % less\.", headline)
+    assert answer_figure.headline(say({"gqa": 0.8})[0])[0].startswith("512 tokens: GQA, training time")
     made = changed(made_steps({"gqa": 0.97}), "gqa", parameters=0)
     sdpa = next(entry.parameters for entry in made.entries if entry.label == "sdpa")
     found = evidence.Evidence(changed(made, "gqa", parameters=int(0.9 * sdpa)), made_cells())
@@ -523,7 +526,9 @@ def test_sessions_name_their_gpus_their_noise_and_their_code():
     found = evidence.Evidence(one, made_cells(), [other])
     said = answer.how_sure(found)
     assert "8 rounds (5 for 4 of the variants) in turns on 2 GPUs of the kind" in answer.briefly_sure(found)
-    assert re.search(r"; SDPA beside itself differs by 0\.\d( to 0\.\d)? %;", answer.briefly_sure(found))
+    assert re.search(
+        r"; SDPA beside itself differs by 0\.\d( to 0\.\d)? % by session and length;", answer.briefly_sure(found)
+    )
     assert any(line.startswith("Session 2, on another GPU of that kind, ") for line in said)
     assert any(line.startswith("Code, by session: ") and "bbbbbbb with changes beyond it" in line for line in said)
 
@@ -743,6 +748,20 @@ def test_who_has_too_few_rounds_for_a_verdict_is_named():
     )
 
 
+@pytest.mark.parametrize(("share", "told"), [(1.01, False), (1.5, True)])
+def test_more_memory_in_training_is_a_cost(share, told):
+    made = made_steps({"gqa": 0.8})
+    rounds = [
+        one.model_copy(update={"turns": [
+            turn.model_copy(update={"peak_memory_bytes": share * 2**30}) if turn.label == "gqa" else turn
+            for turn in one.turns
+        ]}) for one in made.rounds
+    ]  # fmt: skip
+    costs = answer.limits(evidence.Evidence(made.model_copy(update={"rounds": rounds}), made_cells()))
+    row = costs[costs["if you are limited by"].str.startswith("time")].iloc[0]
+    assert row["pick"] == "**GQA**" and ("1,536 MiB instead of 1,024 MiB in training" in row["it costs"]) == told
+
+
 def test_memory_beside_another_sdpa_is_not_compared():
     other = made_beside({})
     rounds = [
@@ -809,14 +828,15 @@ def test_who_nearly_recalls_and_takes_less_time_is_named():
     found, said = say({"linear": 0.5, "gqa": 0.8}, cells)
     assert not found.recalls("linear")
     assert re.search(
-        r"; not 95% from every seed, but near: LINEAR ÷ 2\.\d+ \[[^]]*\], recalls 97% \[93%, 98%\]\. ", said
-    )
+        r"; near to recalling, but not 95% from every seed: LINEAR saves more, ÷ 2\.\d+ \[[^]]*\], and recalls 97% "
+        r"\[93%, 98%\] after 800 steps of training\. ", said,
+    )  # fmt: skip
     for ratios in ({"linear": 0.9, "gqa": 0.8}, {"linear": 0.5}):  # dearer than who recalls; nobody who recalls saves
         said = say(ratios, cells)[1]
-        assert ("but near" in said) == (ratios["linear"] == 0.5)
-    assert "but near" not in say({"linear": 0.5, "gqa": 0.8})[1]  # far from it
+        assert ("near to" in said) == (ratios["linear"] == 0.5)
+    assert "near to" not in say({"linear": 0.5, "gqa": 0.8})[1]  # far from it
     forgets = made_cells(linear=0.98, mla=0.2)  # and is the fastest: who recalls is named beside it
     forgets.loc[(forgets["label"] == "linear") & (forgets["seed"] == 2), ["accuracy", "scaled"]] = 0.93
     for ratio in (0.7, 0.9):  # of one that nearly recalls, beside one that does and takes 0.8
         said = say({"linear": ratio, "gqa": 0.8, "mla": 0.5}, forgets)[1]
-        assert "**If it does not, MLA**" in said and ("but near" in said) == (ratio == 0.7)
+        assert "**If it does not, MLA**" in said and ("near to" in said) == (ratio == 0.7)

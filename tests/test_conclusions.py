@@ -34,6 +34,7 @@ def test_the_cheapest_is_named_with_how_large_and_how_sure(tmp_path):
     said = concluded(tmp_path, {"gqa": 0.8, "linear": 0.5, "mla": 1.3})
     assert said.answer[0].startswith("Least training time: linear, ÷ 2.0")
     assert said.answer[0].endswith("] than sdpa.") and len(said.answer) == 1  # joules were not measured
+    assert f"{said.of}: Least training time" in said.shown().data and "on a GPU" in said.of
     told = said.details[0]
     assert told.startswith("Training time beside sdpa's: significantly less: linear ÷ 2.0")
     assert "and gqa 20.0 % less [" in told

@@ -434,10 +434,10 @@ def test_who_was_trained_longer_is_shown_with_both():
 
 
 def test_numbers_of_two_authors_are_not_mixed_unasked():
-    assert capability.folder_of_longer("beside", capability.CELLS) == capability.LONGER
-    assert capability.folder_of_longer("beside", "records/mine") == ""
-    assert capability.folder_of_longer("records/more", "records/mine") == "records/more"
-    assert capability.folder_of_longer("", capability.CELLS) == ""
+    assert capability.folder_beside("beside", capability.CELLS, capability.LONGER) == capability.LONGER
+    assert capability.folder_beside("beside", "records/mine", capability.LONGER) == ""
+    assert capability.folder_beside("records/more", "records/mine", capability.LONGER) == "records/more"
+    assert capability.folder_beside("", capability.CELLS, capability.TEXT) == ""
 
 
 def test_a_variant_of_other_options_in_a_task_is_named_there():

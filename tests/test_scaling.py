@@ -156,9 +156,13 @@ def test_a_record_comes_back_as_it_was_and_a_changed_one_does_not(tmp_path):
 
 def test_the_committed_records_are_whole_and_name_no_machine_path():
     newer = {"sdpa", *set(attention.variants()) - set(STUDY_ORDER)}
-    for folder, variants in (("scaling-cpu", set(STUDY_ORDER)), ("scaling-newer-cpu", newer)):
+    for folder, variants, threads in (
+        ("scaling-cpu", set(STUDY_ORDER), 1), ("scaling-newer-cpu", newer, 1),
+        ("scaling-two-threads-cpu", set(STUDY_ORDER), 2),
+    ):  # fmt: skip
         folder = paths.ROOT / "records" / folder
         found = stored.load_all(folder)
+        assert {one.environment["torch_threads"] for one in found} == {threads}
         assert {one.label for one in found} == {path.stem for path in folder.glob("*.json")} == variants
         assert len({tuple((p.part, p.context) for p in one.points) for one in found}) == 1  # no gaps
         assert all(

@@ -1,5 +1,7 @@
 """The site: its pages say what files and records say, every link leads somewhere, and no network is asked for."""
 
+import base64
+import io
 import json
 import re
 import shutil
@@ -10,6 +12,7 @@ from urllib.parse import urlsplit
 import lab
 import pytest
 from bs4 import BeautifulSoup
+from PIL import Image
 from playwright.sync_api import expect
 
 from lib import attention
@@ -72,6 +75,23 @@ def test_the_site_is_small_and_holds_every_page(site):
     assert {path.stem for path in (site / "variants").glob("*.html")} == {"index", *attention.variants()}
     records = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("records/**/*.json")}
     assert {path.relative_to(site).as_posix() for path in site.glob("records/**/*.json")} == records
+
+
+def test_pictures_are_pixel_for_pixel_those_of_the_notebooks(site, parsed):
+    shown = 0
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        theirs, ours = (
+            [Image.open(io.BytesIO(base64.b64decode(text))).convert("RGBA").tobytes() for text in found]
+            for found in (
+                re.findall(r"data:image/png;base64,([A-Za-z0-9+/=]+)", path.read_text(encoding="utf-8")),
+                re.findall(r"base64,([A-Za-z0-9+/=]+)", " ".join(
+                    image["src"] for image in parsed[site / "notebooks" / f"{path.stem}.html"].find_all("img")
+                )),
+            )
+        )  # fmt: skip
+        assert set(theirs) <= set(ours)
+        shown += len(theirs)
+    assert shown > 10
 
 
 def test_every_icon_that_a_page_shows_is_there_and_few_others(site, parsed):

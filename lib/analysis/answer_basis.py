@@ -5,7 +5,7 @@ import re
 import pandas as pd
 
 from lib import attention
-from lib.analysis import compare
+from lib.analysis import compare, text_loss
 from lib.analysis import steps as tables
 from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, NEXT_TO_NOTHING, PAIRS, TIME, Evidence, uuid_of
 from lib.analysis.words import cost, counted, joined
@@ -52,6 +52,9 @@ def how_sure(evidence: Evidence) -> list[str]:
             f"{escaped(e.trained)}, at {rates}, the median of {n} or more seeds, on a CPU; who is slower to learn it "
             f"counts as one that does not.{_tried_as(e)}"
         )
+    told = e.text is not None and text_loss.is_told(e.text)
+    if e.text is not None:
+        said.append(f"Loss of text: {escaped(' '.join(text_loss.sentences(e.text)))}")
     gone = [name_of(e, label) for label, count in e.cache.items() if count != count]
     said.append(
         f"Cache: computed from each variant's formula, bf16, one sequence of {CACHE_CONTEXT:,} tokens; not run. "
@@ -59,8 +62,9 @@ def how_sure(evidence: Evidence) -> list[str]:
         + (f"; none for what is no variant of the study: {joined(gone)}." if gone else ".")
     )
     said.append(
-        f"Not shown: other sizes, GPUs and days, training beyond {e.long:,} tokens, decoding, and the quality of what "
-        "was trained. The published study's own claims: [replication.ipynb](notebooks/replication.ipynb)."
+        f"Not shown: other sizes, GPUs and days, training beyond {e.long:,} tokens, decoding there, and what "
+        f"{'the models timed learn' if told else 'is learnt'}. The published study's own claims: "
+        "[replication.ipynb](notebooks/replication.ipynb)."
     )
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
     uncertified = [name_of(e, entry.label) for entry in entries if not e.certified(entry.label, entry.label)]
@@ -237,7 +241,8 @@ def briefly_sure(evidence: Evidence) -> str:
         if e.own(record, [at]) and (row := e.control(record, at, TIME)) is not None
     ]  # fmt: skip
     off = [max(row.ratio, 1 / row.ratio) - 1 for row in controls]
-    noise = f"SDPA beside itself differs by {_range(off)}" if off else "without an A/A control"
+    by = " by session and length" if len(off) > 1 else ""
+    noise = f"SDPA beside itself differs by {_range(off)}{by}" if off else "without an A/A control"
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]
     passed = sum(e.certified(entry.label, entry.label) for entry in entries)
     return (

@@ -5,7 +5,7 @@ import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 from lib.analysis import style
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, PAIRS, TIME, Evidence, Pick
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, LITTLE, PAIRS, TIME, Evidence, Pick
 from lib.analysis.style import BLUE
 from lib.analysis.words import cost, counted, factor, joined
 from lib.record import REASONS
@@ -54,6 +54,8 @@ def _around(figure, e: Evidence):
     """The title, which is the conclusion, and what the numbers are of."""
     size, setting = figure.get_size_inches(), e.found.setting
     trained = e.trained or "not tried"
+    others = [one.title for label, one in e.recall.items() if label in e.title and one.title != e.title[label]]
+    tried = f"; tried as {joined(others)}" if others else ""
     figure.suptitle(
         "\n".join(headline(e)), x=0.0, y=1 + 0.05 / size[1], ha="left", va="bottom", fontweight="bold", fontsize=13
     )
@@ -64,7 +66,7 @@ def _around(figure, e: Evidence):
         "95 % intervals where they are wider than the marks. Italic numbers: not told apart from SDPA, or too few "
         f"rounds with joules. A mark alone: within {WORTH_A_WORD - 1:.1%}. Blank: not run.\n"
         f"Cache: by each variant's definition, bf16. Recall: {PAIRS} pairs in 128 tokens, a point a seed, the tick "
-        f"their median;\n{trained}; a window of 16 stands for the window.",
+        f"their median;\n{trained}{tried}.",
         fontsize=9, color=QUIET, va="top", parse_math=False,
     )  # fmt: skip
 
@@ -94,7 +96,8 @@ def headline(evidence: Evidence) -> list[str]:
 
 def _less(e: Evidence, pick: Pick, context: int, between: str = ", training time ") -> str:
     how = joined([cost(e.ratio(label, context, TIME)).split(" [")[0] for label in pick.labels])
-    return f"{joined([e.title[label] for label in pick.labels])}{between}{how}"
+    little = all(e.ratio(label, context, TIME).ratio > LITTLE for label in pick.labels)
+    return f"{'SDPA or ' * little}{joined([e.title[label] for label in pick.labels])}{between}{how}"
 
 
 def _nothing(axis, words: str):

@@ -11,15 +11,17 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
+from lib import paths
 from lib.analysis.style import BESIDE, INK, KIB, looks, tell, use_style
 from lib.analysis.words import joined
 from lib.attention import REFERENCE, STUDY_ORDER
 from lib.data.tasks import TASKS
+from lib.record import probe
 
 MUST = {"recall": 0.99, "induction": 0.95, "lookup_key_behind": 0.95, "lookup_key_before": 0.95}  # SDPA, scaled
 MUST_OF_TWO = {"recall_rewritten": 0.95}  # two layers of SDPA: one cannot tell which writing came last
 SEEDS_WANTED = 3
-CELLS, LONGER = "records/capability-cpu", "records/capability-steps-cpu"  # what is committed
+CELLS, LONGER, TEXT = "records/capability-cpu", "records/capability-steps-cpu", "records/small-cpu"  # committed
 SOLVED = 0.95  # scaled accuracy that counts as right
 
 
@@ -39,12 +41,19 @@ def trained_for(cells: pd.DataFrame) -> pd.Series:
     return cells["setting"].map(lambda text: json.loads(text)["steps"])
 
 
-def folder_of_longer(folder: str, records: str) -> str:
-    """Of the cells that were trained for longer than those of the folder `records`: `folder`, or for "beside" the
-    committed ones where `records` are the committed ones, else none: numbers of two authors are not mixed unasked."""
+def folder_beside(folder: str, records: str, committed: str) -> str:
+    """Of what is shown beside the cells of the folder `records`: `folder`, or for "beside" the `committed` one where
+    `records` are the committed cells, else none: numbers of two authors are not mixed unasked."""
     if folder != "beside":
         return folder
-    return LONGER if records == CELLS else ""
+    return committed if records == CELLS else ""
+
+
+def beside(folder: str, records: str, cells: pd.DataFrame) -> pd.DataFrame:
+    """The cells of more training that are shown beside the `cells` of the folder `records` (`folder_beside`); these
+    themselves where there are none."""
+    folder = folder_beside(folder, records, LONGER)
+    return probe.frame(probe.load_all(paths.from_root(folder))) if folder else cells
 
 
 def of_most_steps(cells: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,7 @@ import pandas as pd
 from IPython.display import HTML
 
 from lib import attention, markup
-from lib.analysis import capability, compare, growth_tables, ngrams, notes, quality
+from lib.analysis import capability, compare, growth_tables, ngrams, notes, quality, text_loss
 from lib.analysis.growth import SHOWN, ratios
 from lib.analysis.style import labels, titles
 from lib.analysis.words import cost, counted, joined, size
@@ -23,17 +23,18 @@ DIFFERENT = "significantly different"
 
 
 class Conclusion(NamedTuple):
-    """What is shown first and last. `answer` in bold, a sentence each; `details` behind it."""
+    """What is shown first and last. `answer` in bold, a sentence each, begun with what it is `of`; `details` behind."""
 
     answer: list[str]
     details: list[str]
     rests_on: str
     not_shown: str
+    of: str = ""
 
     def shown(self) -> HTML:
-        return markup.conclusion(
-            self.answer, [*self.details, f"Rests on: {self.rests_on}", f"Not shown: {self.not_shown}"]
-        )
+        first, *others = self.answer
+        behind = [*self.details, f"Rests on: {self.rests_on}", f"Not shown: {self.not_shown}"]
+        return markup.conclusion([f"{self.of}: {first}" if self.of else first, *others], behind)
 
 
 def of_runs(group: compare.Group) -> Conclusion:
@@ -58,6 +59,7 @@ def of_runs(group: compare.Group) -> Conclusion:
     return Conclusion(
         answer, details, f"{group.title}; {order}; {control}; {flagged} of {len(runs)} runs flagged.",
         f"other sizes, lengths and machines, and what is recalled (capability.ipynb). {_unmeasured(runs)}".strip(),
+        group.title,
     )  # fmt: skip
 
 
@@ -166,6 +168,7 @@ def of_lengths(points: pd.DataFrame, metrics: list[str], reference: str, title: 
     return Conclusion(
         answer, standing, f"{title}. {basis}",
         f"other machines, widths and batches, and what a variant can recall or learn (capability.ipynb).{joules}",
+        title,
     )  # fmt: skip
 
 
@@ -179,17 +182,22 @@ def _at_length(points: pd.DataFrame, metric: str, reference: str, context: int) 
     return f"At {context:,} tokens cheaper than {called[reference]} ({what}): {said}."
 
 
-def of_capability(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> Conclusion:
-    """Of the small tasks: who recalls, with how much memory, and who forgets; of these also after more training."""
+def of_capability(
+    cells: pd.DataFrame, longer: pd.DataFrame | None = None, text: pd.DataFrame | None = None
+) -> Conclusion:
+    """Of the small tasks: who recalls, with how much memory, and who forgets; of these also after more training; and
+    what runs of `text` say of language."""
     said = capability.conclusion(cells, longer)
     first, *details, basis = [*said, *([""] if len(said) == 1 else [])]
+    told = text is not None and text_loss.is_told(text)
     untried = [row.title for row in cells[cells["accuracy"].isna()].drop_duplicates("label").itertuples()]
     lost = f" No result of some runs: {joined(untried)}." if untried else ""
     return Conclusion(
-        [first], details, basis or "no task that SDPA solves.",
-        "larger nets, longer texts and language itself; more steps, after which some recall what they do not here (the "
-        "table of more steps, by which README's answer judges); a variant that fails here is hard to train or not "
-        f"able, and which of the two stays open.{lost}",
+        [first], [*details, *([] if text is None else text_loss.sentences(text))],
+        basis or "no task that SDPA solves.",
+        f"larger nets and {'longer texts' if told else 'language itself'}; more steps, after which some recall what "
+        "they do not here (the table of more steps, by which README's answer judges); a variant that fails here is "
+        f"hard to train or not able, and which of the two stays open.{lost}",
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ import torch
 from scipy import stats
 
 from lib import attention
-from lib.analysis import capability, compare
+from lib.analysis import capability, compare, text_loss
 from lib.analysis import steps as tables
 from lib.analysis.paired import FEWEST_BLOCKS
 from lib.analysis.words import cost, counted, joined, size
@@ -38,6 +38,7 @@ PAIRS = max(TASKS[TASK].tested_on)
 CACHE_CONTEXT, CACHE_BYTES = 32_768, 2  # tokens; bytes of a number in bf16
 TIME, ENERGY = tables.METRICS
 WORDS = {TIME: "time", ENERGY: "joules"}
+LITTLE = 0.96  # of SDPA's cost: what is above saves less than twice what counts as equivalent
 SMALLER = 0.98  # a count below this share of SDPA's is a saving that is worth a word
 NEXT_TO_NOTHING = 0.01  # of SDPA's cache: below it, caches are alike, and time decides
 
@@ -66,13 +67,14 @@ class Evidence:
     """What the records say. `found`: the steps; `cells`: of `lib.record.probe.frame`, or None where there are none;
     `beside`: steps of other variants or lengths under the same conditions. A variant's turns at a length are those of
     the record of the most rounds in which it, and SDPA, did not fail there. `longer`: cells of more training, by which
-    whom they have is judged.
+    whom they have is judged. `text`: runs of train.ipynb, of which the loss of text is told.
     """
 
     def __init__(
-        self, found: Steps, cells: pd.DataFrame | None, beside: list[Steps] = (), longer: pd.DataFrame | None = None
-    ):
-        self.found, self.all = found, [found, *beside]
+        self, found: Steps, cells: pd.DataFrame | None, beside: list[Steps] = (), longer: pd.DataFrame | None = None,
+        text: pd.DataFrame | None = None,
+    ):  # fmt: skip
+        self.found, self.all, self.text = found, [found, *beside], text
         self.entries, self.home = {}, {}  # by label: its entry, and the record that it is of
         self.source = {}  # by (length, label): the record whose turns count
         batches = {}
@@ -396,11 +398,14 @@ def _conditions(found: Steps) -> tuple:
     return setting, found.environment["device_name"], packages.get("torch")
 
 
-def read(where: Path, cells_folder: Path, longer_folder: Path | None = None) -> Evidence:
+def read(
+    where: Path, cells_folder: Path, longer_folder: Path | None = None, text_folder: Path | None = None
+) -> Evidence:
     """The evidence in these records: of the file of steps `where`, or of all in that folder, first that of the most
-    lengths, of these that of the most rounds. `longer_folder`: of cells of more training, if there is one.
+    lengths, of these that of the most rounds. `longer_folder`: of cells of more training, if there is one;
+    `text_folder`: of runs of train.ipynb.
 
-    Raises UsageError where the steps are none or made up, or the folder is none.
+    Raises UsageError where steps or runs are none or made up, or a folder is none.
     """
     files = sorted(where.glob("*.json")) if where.is_dir() else [where]
     if not files:
@@ -418,4 +423,5 @@ def read(where: Path, cells_folder: Path, longer_folder: Path | None = None) -> 
         for folder in (cells_folder, longer_folder)
     )
     first, *beside = sorted(records, key=lambda one: (-len(one.setting.sizes), -len(one.rounds)))
-    return Evidence(first, cells, beside, longer)
+    text = None if text_folder is None else text_loss.read(text_folder)
+    return Evidence(first, cells, beside, longer, text)

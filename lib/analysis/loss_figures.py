@@ -150,6 +150,7 @@ def loss_against_cost(runs):
     metric, scale, unit = ("energy_j", 1e3, "GPU energy, kJ") if on_energy else ("time_s", 1, "training time, s")
     figure, axes = plt.subplots(figsize=(7, 4.2))
     cost, loss = compare.ratios(runs, metric).set_index("label"), compare.differences(runs).set_index("label")
+    plain = unit
     if len(cost) and (cost["low"].notna() & loss["low"].notna()).any():
         _paired_points(axes, runs, cost, loss)
         unit = f"{unit.split(',')[0]}, ratio to SDPA's"
@@ -161,7 +162,7 @@ def loss_against_cost(runs):
     tell(
         figure,
         f"Validation loss at the end, nats: {_said(means['validation_loss'], names, titles(runs))}; "
-        f"{unit}: {_said(means[metric] / scale, names, titles(runs), '{:.3g}')}.",
+        f"{plain}: {_said(means[metric] / scale, names, titles(runs), '{:.3g}')}.",
     )
     also = [ngrams.sentence(runs), *folded_away(names, _by_loss(runs), LOSS)]
     note(figure, runs, {unit.split(",")[0]: metric, "validation loss": "validation_loss"}, also)

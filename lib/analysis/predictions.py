@@ -46,6 +46,19 @@ def _of_these(runs: pd.DataFrame, predictions: list[Prediction]) -> list[Predict
     return [one for one in predictions if (one.setting, one.device_name) == here]
 
 
+def in_words(found: pd.DataFrame) -> str:
+    """What the rows of `residuals` say of the prediction, which is a floor: that some are below it, or that none is."""
+    above = pd.concat([found["s, above"], found["J, above"]]).dropna().astype(float)
+    if above.empty:
+        return "nothing that was predicted was measured"
+    if (above >= 0).all():
+        return f"Measured above the prediction by {above.min():.0%} to {above.max():.0%}, as above a floor."
+    return (
+        f"{(above < 0).sum()} of {len(above)} were measured below the prediction, by up to {-above.min():.0%}: it is "
+        "no floor, this device is quicker than the peaks that were assumed for it, and the prediction is wrong."
+    )
+
+
 def table(found: pd.DataFrame) -> pd.DataFrame:
     """`residuals` as text: rounded, a dash where nothing was predicted or measured."""
     formats = {"predicted": "{:,.4g}", "measured": "{:,.4g}", "above": "{:+.0%}"}

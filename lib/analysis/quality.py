@@ -27,6 +27,8 @@ def sentences(runs: pd.DataFrame) -> list[str]:
     if found["p"].isna().all():
         whole = len(compare.whole_blocks(runs).groupby(compare.BLOCK))
         why = f"a verdict needs {compare.FEWEST_BLOCKS} whole blocks, and there are {whole}"
+        if whole >= compare.FEWEST_BLOCKS:
+            why = "no other variant with so many blocks passes its certificate"
         first = f"Whose validation loss differs from {reference}'s is not told: {why}."
     else:
         first = f"Validation loss beside {reference}'s, paired: {'; '.join(_by_verdict(found, called))}."
