@@ -235,7 +235,9 @@ def test_what_was_predicted_before_stands_beside_what_was_measured(made, tmp_pat
     assert predictions.table(found)["s, above"].tolist() == ["+25%", "+25%"]
     assert predictions.in_words(found) == "Measured above the prediction by 25% to 50%, as above a floor."
     quicker = predictions.in_words(found.assign(**{"s, above": [0.25, -0.4], "J, above": None}))
-    assert quicker.startswith("1 of 2 were measured below the prediction, by up to 40%: it is no floor")
+    assert quicker.startswith(
+        "1 of 2 times and joules were measured below the prediction, by up to 40%: it is no floor"
+    )
     assert "nothing" in predictions.in_words(found.assign(**{"s, above": None, "J, above": None}))
 
 

@@ -303,8 +303,8 @@ def _footnote(evidence: Evidence) -> str:
     }  # fmt: skip
     tried = joined([f"{name_of(e, label)} was tried as {escaped(title)}" for label, title in others.items()] or [""])
     return (
-        f"*If recall counts*, who gave back less than {RECALLS:.0%} of {PAIRS} facts in 128 tokens from any seed is "
-        "left out. That was tried in nets of one or two layers, not in the models timed nor at their lengths"
+        f"*If recall counts*, who gave back less than {RECALLS:.0%} of {PAIRS} facts in 128 tokens from even one seed "
+        "is left out. That was tried in nets of one or two layers, not in the models timed nor at their lengths"
         f"{'; ' * bool(others)}{tried}; it is one of {len(TASKS)} tasks, and [the "
         "others](notebooks/capability.ipynb) may order the variants otherwise. Time and joules are of training at the "
         "length that is named; decoding was timed on a CPU alone ([scaling.ipynb](notebooks/scaling.ipynb)).\n\n"

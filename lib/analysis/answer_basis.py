@@ -62,8 +62,8 @@ def how_sure(evidence: Evidence) -> list[str]:
         + (f"; none for what is no variant of the study: {joined(gone)}." if gone else ".")
     )
     said.append(
-        f"Not shown: other sizes, GPUs and days, training beyond {e.long:,} tokens, decoding there, and what "
-        f"{'the models timed learn' if told else 'is learnt'}. The published study's own claims: "
+        f"Not shown: other sizes, GPUs and days, training beyond {e.long:,} tokens, decoding on {escaped(e.machine)}, "
+        f"and what {'the models timed learn' if told else 'is learnt'}. The published study's own claims: "
         "[replication.ipynb](notebooks/replication.ipynb)."
     )
     entries = [entry for entry in e.entries.values() if entry.label != CONTROL]

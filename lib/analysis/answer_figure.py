@@ -55,7 +55,7 @@ def _around(figure, e: Evidence):
     size, setting = figure.get_size_inches(), e.found.setting
     trained = e.trained or "not tried"
     others = [one.title for label, one in e.recall.items() if label in e.title and one.title != e.title[label]]
-    tried = f"; tried as {joined(others)}" if others else ""
+    tried = f"; tried as {'; '.join(others)}" if others else ""
     figure.suptitle(
         "\n".join(headline(e)), x=0.0, y=1 + 0.05 / size[1], ha="left", va="bottom", fontweight="bold", fontsize=13
     )

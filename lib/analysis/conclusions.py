@@ -193,8 +193,8 @@ def of_capability(
     untried = [row.title for row in cells[cells["accuracy"].isna()].drop_duplicates("label").itertuples()]
     lost = f" No result of some runs: {joined(untried)}." if untried else ""
     return Conclusion(
-        [first], [*details, *([] if text is None else text_loss.sentences(text))],
-        basis or "no task that SDPA solves.",
+        [first], [*details, *([] if text is None else [f"Of text: {' '.join(text_loss.sentences(text))}"])],
+        f"{'of the tasks: ' * (text is not None)}{basis or 'no task that SDPA solves.'}",
         f"larger nets and {'longer texts' if told else 'language itself'}; more steps, after which some recall what "
         "they do not here (the table of more steps, by which README's answer judges); a variant that fails here is "
         f"hard to train or not able, and which of the two stays open.{lost}",

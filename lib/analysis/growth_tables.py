@@ -103,6 +103,20 @@ def growth_table(points: pd.DataFrame, reference: str, start: int) -> pd.DataFra
     return table.rename(titles(points)).rename_axis("variant").reset_index()
 
 
+def threads_table(one: pd.DataFrame, more: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """A row per variant of both records, of one thread and of more: milliseconds at the longest length that both have,
+    and how many times less the second take."""
+    at = max(set(one["context"]) & set(more["context"]))
+    columns = {}
+    for name, points in (("one thread, ms", one), ("more threads, ms", more)):
+        found = points[(points["metric"] == metric) & (points["context"] == at)].set_index("label")["value"]
+        columns[name] = found.dropna() * 1e3
+    both = pd.DataFrame(columns).dropna()
+    both = both.reindex([label for label in labels(one) if label in both.index])
+    table = both.map("{:,.0f}".format).assign(**{"÷": (both.iloc[:, 0] / both.iloc[:, 1]).map("{:.2f}".format)})
+    return table.rename(titles(one)).rename_axis(f"variant, at {at:,} tokens").reset_index()
+
+
 def _interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
     if np.isnan(value):
         return "–"

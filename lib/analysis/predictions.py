@@ -54,8 +54,9 @@ def in_words(found: pd.DataFrame) -> str:
     if (above >= 0).all():
         return f"Measured above the prediction by {above.min():.0%} to {above.max():.0%}, as above a floor."
     return (
-        f"{(above < 0).sum()} of {len(above)} were measured below the prediction, by up to {-above.min():.0%}: it is "
-        "no floor, this device is quicker than the peaks that were assumed for it, and the prediction is wrong."
+        f"{(above < 0).sum()} of {len(above)} times and joules were measured below the prediction, by up to "
+        f"{-above.min():.0%}: it is no floor, so the peaks that it assumes are too low for this device, or its counts "
+        "too high."
     )
 
 

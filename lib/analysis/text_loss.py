@@ -20,7 +20,7 @@ from lib.errors import UsageError
 
 KINDS = {"loss": "all tokens", "repeated_bigram_loss": "repeated bigrams", "other_loss": "the rest"}
 MORE = "repeated bigrams − the rest"
-ARCHITECTURES = {"gpt2": "GPT-2", "llama": "Llama"}
+ARCHITECTURES = {"gpt2": "GPT-2's", "llama": "Llama's"}
 
 
 def read(folder: Path) -> pd.DataFrame:
@@ -93,16 +93,25 @@ def _nats(row: pd.Series) -> str:
 
 def sentences(runs: pd.DataFrame) -> list[str]:
     """Who loses more or less of text than SDPA, on which tokens, and what that rests on: a sentence or two each."""
-    return [quality.sentences(runs)[0], *(_where(runs) if is_told(runs) else []), basis(runs)]
+    return [quality.sentences(runs)[0], *(_where(runs) if is_told(runs) else []), *_weights(runs), basis(runs)]
 
 
 def _where(runs: pd.DataFrame) -> list[str]:
-    """Whose difference from SDPA is another on repeated bigrams than on the rest; none where nobody's surely is."""
+    """Whose difference from SDPA is another on repeated bigrams than on the rest, or that nobody's surely is."""
     found, called, share = differences(runs, MORE), titles(runs), share_of_repeated(runs)
     surely = found[(found["verdict"] == DIFFERENT) & (found.index != attention.CONTROL)]
     of = "" if np.isnan(share) else f" ({share:.0%} of all)"
+    on = f"On tokens that end a bigram which their row has held before{of}"
+    of_all = differences(runs)
+    lost = of_all[(of_all["verdict"] == DIFFERENT) & (of_all["difference"] > 0) & (of_all.index != attention.CONTROL)]
+    if surely.empty and len(lost) and found.loc[lost.index, "low"].notna().all():
+        by = joined([f"{called[label]} {_nats(found.loc[label])} nats" for label in lost.index])
+        return [
+            f"{on} nobody's difference from SDPA is told apart from that on the rest ({by}): it is not shown that what "
+            "is lost is recall."
+        ]
     return [
-        f"On tokens that end a bigram which their row has held before{of} the difference from SDPA is {side} than on "
+        f"{on} the difference from SDPA is {side} than on "
         f"the rest by {joined([f'{_nats(row)} nats for {called[label]}' for label, row in own.iterrows()])}."
         for side, own in (
             ("higher", surely[surely["difference"] > 0].sort_values("difference", ascending=False, kind="stable")),
@@ -115,9 +124,23 @@ def basis(runs: pd.DataFrame) -> str:
     """The nets, the training, the validation and the n-gram table of these runs."""
     p, seen = runs["parameter_values"].iloc[0], runs["series_non_padding_tokens"].map(lambda tokens: tokens[-1]).max()
     text = "the builtin text (Python docstrings)" if p["dataset"] == "builtin" else record.printable(p["dataset"], 60)
-    name = ARCHITECTURES.get(p.get("architecture", "gpt2"), "a model")
+    whose = ARCHITECTURES.get(p.get("architecture", "gpt2"), "its own")
     return (
-        f"{name} with {counted(p['layers'], 'layer')} of {p['width']}, trained on {seen:,} tokens of {text} in rows of "
-        f"{p['context']:,} at one learning rate for all; intervals are of seeds, on one validation text. "
+        f"A model with {counted(p['layers'], 'layer')} of {whose}, {p['width']} wide, trained on {seen:,} tokens of "
+        f"{text} in rows of {p['context']:,}, at one learning rate for all; p is corrected for the number of variants, "
+        "intervals are not: they are of seeds, on one validation text. "
         f"{ngrams.sentence(runs)}"
     )
+
+
+def _weights(runs: pd.DataFrame) -> list[str]:
+    """Whose model is smaller or larger than SDPA's by 1 % or more."""
+    held, called = runs.groupby("label")["parameters"].max(), titles(runs)
+    if attention.REFERENCE not in held:
+        return []
+    share = held / held[attention.REFERENCE] - 1
+    said = [
+        f"{called[label]} has {abs(share[label]):.1%} {'more' if share[label] > 0 else 'fewer'} parameters"
+        for label in labels(runs) if abs(share[label]) >= 0.01
+    ]  # fmt: skip
+    return [f"{joined(said)}."] if said else []
