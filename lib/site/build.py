@@ -20,7 +20,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from bs4 import BeautifulSoup
-from PIL import Image
+from PIL.Image import open as open_image  # a name of its own: no text is read
 
 from lib import attention
 from lib.errors import UsageError
@@ -276,7 +276,7 @@ def _pack_images(made: Path) -> None:
 
     def packed(found: re.Match) -> str:
         file = io.BytesIO()
-        with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+        with open_image(io.BytesIO(base64.b64decode(found[1]))) as image:
             if max(image.size) > MOST_PIXELS or image.mode.startswith(("I", "F")):
                 return found[0]
             image.save(file, "webp", lossless=True, exact=True)
