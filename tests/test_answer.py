@@ -298,6 +298,10 @@ def test_the_command_writes_between_the_marks_and_nowhere_else(tmp_path, capsys)
     first = page.read_text()
     assert first.startswith("before\n") and first.endswith("behind\n") and "take LINEAR" in first and "old" not in first
     assert answer.main(words) == 0 and page.read_text() == first
+    assert "Loss of text" not in first  # the committed runs are not these cells' author's
+    committed = [*words[:2], *words[4:]]
+    assert answer.main(committed) == 0 and "Loss of text" in page.read_text()
+    assert answer.main(words) == 0 and page.read_text() == first
     (tmp_path / "steps.json").unlink()
     assert answer.main(words) == 2 and page.read_text() == first
     with pytest.raises(UsageError):

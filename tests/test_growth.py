@@ -644,13 +644,3 @@ def test_figures_are_drawn_byte_identical(name, tmp_path):
     for kind in ("svg", "png"):
         one, two = ((tmp_path / turn / f"{name}.{kind}").read_bytes() for turn in ("one", "two"))
         assert one == two
-
-
-def test_of_two_threads_the_times_of_both_stand_side_by_side():
-    one = points({"sdpa": lambda t: t / 1e3, "gqa": lambda t: t / 500, "mla": lambda t: t / 1e3}, n=3)
-    more = points({"sdpa": lambda t: t / 2e3, "gqa": lambda t: t / 1e3}, contexts=CONTEXTS[:-1], n=3)
-    table = growth_tables.threads_table(one, more, "forward_backward_s")
-    at = CONTEXTS[-2]  # the longest that both have
-    assert table.columns[0] == f"variant, at {at:,} tokens" and list(table.iloc[:, 0]) == ["sdpa", "gqa"]
-    assert list(table["one thread, ms"]) == [f"{at:,}", f"{2 * at:,}"]
-    assert list(table["÷"]) == ["2.00", "2.00"]

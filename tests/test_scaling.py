@@ -175,6 +175,26 @@ def test_the_committed_records_are_whole_and_name_no_machine_path():
         assert str(paths.ROOT) not in text and "/tmp/" not in text
 
 
+def timed(label, ms, threads, contexts=(16, 32), **changes):
+    """A record of prefill that takes `ms` times its tokens."""
+    points = [
+        POINT | {"context": at, "samples": POINT["samples"] | {"prefill_s": [ms * at / 1e3]}} for at in contexts
+    ]  # fmt: skip
+    facts = {"device_name": "a machine", "torch_threads": threads, "device": "cpu"} | changes
+    return made(label, points=points, environment=facts)
+
+
+def test_times_of_two_threads_stand_beside_those_of_one_of_the_same_machine_alone():
+    one = [timed("sdpa", 2, 1), timed("b", 4, 1), timed("c", 1, 1)]
+    two = [timed("sdpa", 1, 2, (16,)), timed("b", 3, 2, (16,))]
+    table = growth_tables.threads_table(one, two, "prefill_s")
+    assert list(table.columns) == ["variant, at 16 tokens", "1 thread, ms", "2 threads, ms", "÷"]  # the longest of both
+    assert table.to_numpy().tolist() == [["sdpa", "32", "16", "2.00"], ["b", "64", "48", "1.33"]]
+    for other in ([timed("sdpa", 1, 1)], [timed("sdpa", 1, 2, device_name="another")]):
+        assert "not side by side" in growth_tables.threads_table(one, other, "prefill_s")
+    assert "no length in common" in growth_tables.threads_table(one, [timed("sdpa", 1, 2, (64,))], "prefill_s")
+
+
 def test_records_of_two_machines_and_empty_folders_are_refused(tmp_path):
     with pytest.raises(UsageError, match="there is no record"):
         stored.load_all(tmp_path)

@@ -333,7 +333,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--figures", type=Path, default=paths.ROOT / "figures", help="where the picture is written")
     options = parser.parse_args(words)
     try:
-        committed_too = options.cells == paths.ROOT / CELLS
+        committed_too = options.cells.resolve() == (paths.ROOT / CELLS).resolve()
         beside = [
             folder if folder or not committed_too else paths.ROOT / committed
             for folder, committed in ((options.longer, LONGER), (options.text, TEXT))

@@ -6,9 +6,10 @@ import pandas as pd
 from lib.analysis import crossovers as claims
 from lib.analysis.growth import DEGREE, FEWEST_PROCESSES, SHOWN, exponents, fits, labels, ratios
 from lib.analysis.style import titles
+from lib.analysis.words import counted
 from lib.errors import UsageError
-from lib.record import REASONS
-from lib.record.scaling import OUTCOMES, PART
+from lib.record import REASONS, scaling
+from lib.record.scaling import OUTCOMES, PART, Scaling
 
 METRICS = ("forward_backward_s", "peak_activation_bytes", "prefill_s", "decode_s_per_token", "cache_bytes")
 LEAST_REGION = 0.01  # of the map; smaller ones are one row
@@ -103,18 +104,24 @@ def growth_table(points: pd.DataFrame, reference: str, start: int) -> pd.DataFra
     return table.rename(titles(points)).rename_axis("variant").reset_index()
 
 
-def threads_table(one: pd.DataFrame, more: pd.DataFrame, metric: str) -> pd.DataFrame:
-    """A row per variant of both records, of one thread and of more: milliseconds at the longest length that both have,
-    and how many times less the second take."""
-    at = max(set(one["context"]) & set(more["context"]))
-    columns = {}
-    for name, points in (("one thread, ms", one), ("more threads, ms", more)):
-        found = points[(points["metric"] == metric) & (points["context"] == at)].set_index("label")["value"]
-        columns[name] = found.dropna() * 1e3
+def threads_table(first: list[Scaling], second: list[Scaling], metric: str) -> pd.DataFrame | str:
+    """A row per variant of two folders of records that differ in threads alone: milliseconds of both at the longest
+    length that both have, and the first over the second. What cannot stand side by side is said instead."""
+    setting, device, threads, gpu = scaling.machine(first[0])
+    other = scaling.machine(second[0])
+    if (setting, device, gpu) != (other[0], other[1], other[3]) or threads == other[2]:
+        return "the times of the two folders are of other settings or machines, or of as many threads: not side by side"
+    columns, frames = {}, [scaling.frame(found) for found in (first, second)]
+    shared = set.intersection(*(set(points["context"]) for points in frames))
+    if not shared:
+        return "the two folders have no length in common"
+    for count, points in zip((threads, other[2]), frames, strict=True):
+        found = points[(points["metric"] == metric) & (points["context"] == max(shared))].set_index("label")["value"]
+        columns[f"{counted(count, 'thread')}, ms"] = found.dropna() * 1e3
     both = pd.DataFrame(columns).dropna()
-    both = both.reindex([label for label in labels(one) if label in both.index])
+    both = both.reindex([label for label in labels(frames[0]) if label in both.index])
     table = both.map("{:,.0f}".format).assign(**{"÷": (both.iloc[:, 0] / both.iloc[:, 1]).map("{:.2f}".format)})
-    return table.rename(titles(one)).rename_axis(f"variant, at {at:,} tokens").reset_index()
+    return table.rename(titles(frames[0])).rename_axis(f"variant, at {max(shared):,} tokens").reset_index()
 
 
 def _interval(value: float, low: float, high: float, form: str = "{:.2f}") -> str:
