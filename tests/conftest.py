@@ -21,11 +21,14 @@ def small_disk(tmp_path):
     subprocess.run(["umount", disk], check=True)
 
 
-# What takes minutes begins first, so that of two workers (`--dist loadfile`) none ends alone with one of these.
+# The longest first, so that of two workers (`--dist loadfile`) none ends alone with one of these.
 LONG = (
-    "test_study.py", "test_figures.py", "test_faults.py", "test_lab_explore.py", "test_cluster.py", "test_lab.py",
-    "test_probes.py", "capability.ipynb", "test_growth.py", "test_house.py", "train.ipynb", "explore.ipynb",
-    "test_standin.py", "test_attention.py", "scaling.ipynb", "test_scaling.py", "replication.ipynb", "summary.ipynb",
+    "test_transformers.py", "test_certificate.py", "test_lab_explore.py", "test_certificate_faults.py", "test_site.py",
+    "test_study.py", "test_lab.py", "test_faults.py", "test_cluster.py", "test_published.py", "test_strangers.py",
+    "capability.ipynb", "test_figures.py", "test_standin.py", "test_lab_strangers.py", "test_answer.py",
+    "test_probes.py", "test_prediction.py", "test_corpus.py", "train.ipynb", "test_compile.py", "test_explore.py",
+    "test_house.py", "explore.ipynb", "test_files.py", "scaling.ipynb", "test_attention.py", "test_mla.py",
+    "test_replication.py", "test_lsh.py", "replication.ipynb", "summary.ipynb",
 )  # fmt: skip
 
 

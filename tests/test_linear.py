@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from make import fails
 from test_attention import Shapes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.cache_utils import Cache
@@ -15,10 +16,10 @@ FAULTS = {  # what is planted: the right code, the wrong one, the check that is 
     "a normalizer that holds its own chunk": ("normalizers[:-1, ..., None]", "normalizers[1:, ..., None]", "causal"),
     "normalised over the sequence": ("else scores).sum(-1, keepdim=True)", "else scores).sum(-2)[..., None]", "causal"),
     "chunks filled up in front": ("(0, 0, 0, N * c - T)", "(0, 0, N * c - T, 0)", "prefix_equal"),
-    "chunks that do not add up": ("k.mT @ v]).cumsum(0)", "k.mT @ v])", "reference_difference"),
-    "another feature map": ("F.elu(qk) + 1", "F.softplus(qk)", "reference_difference"),
-    "an epsilon that biases": ("== 0, 1.0)", "== 0, 1.0) + 0.01", "reference_difference"),
-    "no normalizer": ("return numerator / ", "return numerator + 0 * ", "reference_difference"),
+    "chunks that do not add up": ("k.mT @ v]).cumsum(0)", "k.mT @ v])", "reference"),
+    "another feature map": ("F.elu(qk) + 1", "F.softplus(qk)", "reference"),
+    "an epsilon that biases": ("== 0, 1.0)", "== 0, 1.0) + 0.01", "reference"),
+    "no normalizer": ("return numerator / ", "return numerator + 0 * ", "reference"),
     "decoding forgets": ("torch.addcmul(state, turned[1].mT, v)", "turned[1].mT @ v", "cached_equal"),
     "decoding does not count": ("normalizer + k.squeeze(2)", "normalizer", "cached_equal"),
     "decoding reads before it updates": ("turned[0] @ state,", "q @ (state - k.mT @ v),", "cached_equal"),
@@ -80,7 +81,7 @@ def test_a_bad_chunk_is_said_in_one_sentence(chunk):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("chunk", [1, 8, 64])
+@pytest.mark.parametrize("chunk", [1, 8])
 def test_the_certificate_passes_between_chunks_too(chunk):
     certified = certificate.certify("linear", {"chunk": chunk})
     assert certified["passed"] and certified["reference_difference"] < 1e-12, certified
@@ -92,12 +93,7 @@ def test_a_planted_fault_is_caught(fault, tmp_path):
     source = attention.find("linear").read_text()
     assert source.count(right) == 1
     (tmp_path / "planted.py").write_text(source.replace(right, wrong))
-    certified = certificate.certify(str(tmp_path / "planted.py"), {"chunk": 8})
-    assert not certified["passed"]
-    if check == "reference_difference":
-        assert certified[check] > certificate.TOLERANCE
-    else:
-        assert certified[check] is False, certified
+    assert fails(tmp_path / "planted.py", {"chunk": 8}, check)
 
 
 def test_memory_grows_with_the_length_alone():

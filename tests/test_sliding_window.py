@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make import fails
 from test_attention import Shapes, tiny_config
 from transformers import MistralConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_sliding_window_causal_mask
 
-from lib import attention, certificate
+from lib import attention
 from lib.model import build_model, gpt2_config
 
 
@@ -95,12 +96,12 @@ def test_a_window_that_mixes_nothing_is_refused(window):
     ("right", "wrong", "check"),
     [
         ("band = (j > i) & (j <= i + W)", "band = (j > i + 1) & (j <= i + W + 1)", "causal"),
-        ("band = (j > i) & (j <= i + W)", "band = (j >= i) & (j <= i + W)", "reference_difference"),
-        ("mask = (band & exists)[None]", "mask = band.expand(N, W, 2 * W)[None]", "reference_difference"),
+        ("band = (j > i) & (j <= i + W)", "band = (j >= i) & (j <= i + W)", "reference"),
+        ("mask = (band & exists)[None]", "mask = band.expand(N, W, 2 * W)[None]", "reference"),
         (
             "start = max(0, keys.shape[2] - (self.window - 1))",
             "start = max(0, keys.shape[2] - self.window + 3)",
-            "cached",
+            "cached_equal",
         ),
     ],
 )
@@ -108,11 +109,4 @@ def test_planted_faults_are_caught(right, wrong, check, tmp_path):
     source = attention.find("sliding_window").read_text()
     assert right in source
     (tmp_path / "planted.py").write_text(source.replace(right, wrong))
-    said = certificate.certify(str(tmp_path / "planted.py"), {"window": 8})
-    assert not said["passed"]
-    if check == "causal":
-        assert not said["causal"]
-    elif check == "cached":
-        assert not said["cached_equal"] and said["causal"]
-    else:
-        assert said["reference_difference"] > 1e-6
+    assert fails(tmp_path / "planted.py", {"window": 8}, check)
