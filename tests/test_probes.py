@@ -380,6 +380,14 @@ def test_tables_show_medians_ranges_and_what_was_not_tried():
     assert published[published["mixer"] == "LINEAR"]["numbers kept"].tolist() == ["62"]
 
 
+def test_a_label_of_one_s_own_says_what_it_stands_for():
+    mixer = {"attention": "here/mine.py", "options": {"gate": False, "taps": [1, 2]}, "attention_sha256": "0" * 64}
+    own = cell("short", (0.9, 0.8, 0.7), title="short", pattern=[mixer, mixer])
+    assert capability.remarks(made(own))[0] == "short is mine (gate: false, taps: [1, 2])."
+    plain = cell("linear", (0.9, 0.8, 0.7), title="linear", seed=1)
+    assert not any(said.startswith("linear is") for said in capability.remarks(made(plain)))
+
+
 def test_what_was_not_tried_is_said():
     found = made(*(cell("sdpa", [1.0] * 5, "induction", seed=seed) for seed in range(3)))
     assert "Induction: LINEAR was not tried." in capability.remarks(found)

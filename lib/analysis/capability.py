@@ -375,7 +375,9 @@ def _easiest_of(cells: pd.DataFrame, task: str):
 def remarks(cells: pd.DataFrame) -> list[str]:
     """A sentence for each task that is not shown, each cell that failed, and what each failure means."""
     title = dict(zip(cells["label"], cells["title"], strict=True))
-    said = [why for task in TASKS if task in set(cells["task"]) for why in [why_not_shown(cells, task)] if why]
+    own = cells[cells["made_of"] != ""].drop_duplicates(["title", "made_of"])
+    said = [f"{row.title} is {row.made_of}." for row in own.itertuples()]
+    said += [why for task in TASKS if task in set(cells["task"]) for why in [why_not_shown(cells, task)] if why]
     other = cells.drop(in_one_setting(cells).index).drop_duplicates(["label", "task", "rate", "seed", "setting"])
     if len(other):
         said.append(f"Left out, of another setting than most of their task: n = {len(other)}.")

@@ -1,5 +1,6 @@
 """Records of what a variant can do: one JSON file per variant, task, rate and seed, written by `lib.study.probes`."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -124,12 +125,14 @@ def load_all(folder: Path) -> list[Probe]:
 
 
 def frame(found: list[Probe]) -> pd.DataFrame:
-    """A row per cell and difficulty: who (`label`, `title`), `task`, `convolution`, `rate`, `seed`, `difficulty`,
-    `accuracy`, `scaled`, `state_bytes`, `outcome`, `says`. A cell without results has one row, its numbers NaN."""
+    """A row per cell and difficulty: who (`label`, `title`, `made_of`), `task`, `convolution`, `rate`, `seed`,
+    `difficulty`, `accuracy`, `scaled`, `state_bytes`, `outcome`, `says`. A cell without results has one row, its
+    numbers NaN. `made_of` says what a label of the reader's own stands for, and is empty for a variant's own title."""
     rows = []
     for one in found:
         cell = {
-            "label": one.label, "title": one.title, "task": one.setting.task, "convolution": one.setting.convolution,
+            "label": one.label, "title": one.title, "made_of": _made_of(one), "task": one.setting.task,
+            "convolution": one.setting.convolution,
             "rate": one.learning_rate, "seed": one.seed, "outcome": one.outcome, "says": one.says,
             "setting": one.setting.model_dump_json(),
         }  # fmt: skip
@@ -144,3 +147,15 @@ def frame(found: list[Probe]) -> pd.DataFrame:
         rows += [cell | result for result in results or [nothing]]
     numbers = dict.fromkeys(("difficulty", "accuracy", "scaled", "state_bytes"), float)
     return pd.DataFrame(rows).astype(numbers)
+
+
+def _made_of(found: Probe) -> str:
+    if found.title != found.label:
+        return ""
+    said = []
+    for mixer in found.pattern:
+        options = ", ".join(f"{name}: {json.dumps(value)}" for name, value in mixer.options.items())
+        name = Path(mixer.attention).stem
+        said.append(f"{name} ({options})" if options else name)
+    made_of = " + ".join(dict.fromkeys(said))
+    return "" if made_of == found.label else made_of
