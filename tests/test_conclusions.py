@@ -135,7 +135,7 @@ def test_of_one_process_for_each_point_nothing_is_claimed():
 def test_of_the_tasks_who_recalls_and_who_forgets():
     found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
     said = conclusions.of_capability(found)
-    assert "GQA does so with 50% of SDPA's memory" in said.answer[0]
+    assert "; GQA with 50% of SDPA's memory" in said.answer[0]
     assert (
         any("SLIDING_WINDOW 0.00 (0.10 of 8 pairs)" in one for one in said.details) and "Medians over" in said.rests_on
     )

@@ -252,7 +252,7 @@ def test_a_task_that_sdpa_does_not_solve_is_named_and_not_shown():
 def test_the_sentences_follow_from_the_records():
     found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
     said = " ".join(capability.conclusion(found))
-    assert "GQA and SDPA recall all, from every seed" in said and "GQA does so with 50% of SDPA's memory" in said
+    assert "GQA and SDPA recall all, from every seed" in said and "; GQA with 50% of SDPA's memory" in said
     assert "Between all and nothing, at the best rate tried: LINEAR 0.70 (0.90 of 8 pairs)." in said
     assert "Little is recalled, at the best rate tried: SLIDING_WINDOW 0.00 (0.10 of 8 pairs)." in said
     assert "Not from every seed" not in said
@@ -279,7 +279,7 @@ def test_the_sentences_follow_from_the_records():
 def test_what_some_seeds_recall_is_not_said_to_recall_all():
     torn = [cell("gqa", (1.0, 1.0, value), seed=seed, state=9) for seed, value in enumerate((1.0, 0.97, 0.1))]
     first, second, *_ = capability.conclusion(made(*torn))
-    assert "SDPA recalls all, from every seed" in first and "GQA" not in first and "100% of SDPA's memory" in first
+    assert "SDPA recalls all, from every seed" in first and "GQA" not in first and "memory" not in first
     assert second == "Not from every seed: GQA from 2 of 3 (median 0.97, 0.10 at worst)."
     odd = [cell("sdpa", (1.0, 1.0, value), rate=1e-2, seed=seed) for seed, value in enumerate((1.0, 1.0, 0.5))]
     assert capability.conclusion(probe.frame(odd))[0] == "Of 32 pairs in 128 tokens nobody recalls all from every seed."
@@ -438,7 +438,7 @@ def test_who_was_trained_longer_is_shown_with_both():
     alone = alone.assign(setting=alone["setting"].str.replace('"steps":3200', '"steps":6400'), scaled=0.0)
     lone = capability.conclusion(made(), pd.concat([more, alone]))  # puts nobody's results aside
     assert any("after 3,200 steps 0.97" in one for one in lone)
-    assert "MLA" not in table.index  # known after more steps alone: in the table of more steps
+    assert "MLA" not in table.index  # known after more steps alone: in the table of recall
 
 
 def test_numbers_of_two_authors_are_not_mixed_unasked():
@@ -498,6 +498,30 @@ def test_a_task_whose_reference_was_tried_in_another_way_is_not_shown():
     assert capability.shown_tasks(found) == [] and "was not tested" in capability.remarks(found)[0]
 
 
+def test_recall_stands_beside_the_share_of_sdpa_s_memory_in_as_many_layers():
+    def of_layers(count, *given, **changes):
+        found = cell(*given, **changes)
+        return found.model_copy(update={"setting": found.setting.model_copy(update={"layers": count})})
+
+    pattern = [
+        of_layers(4, "linear+sdpa", (1.0, 1.0, 0.97), state=1200, seed=seed, rate=1e-2, title="A + B")
+        for seed in range(3)
+    ]
+    mla = [cell("mla", (1.0, 1.0, 0.96), state=190, seed=seed, rate=1e-2) for seed in range(3)]
+    found = made(*pattern, *mla)
+    table = capability.recall_table(found).set_index("variant")
+    assert list(table.index) == ["MLA", "LINEAR", "A + B", "SDPA"]  # the smallest share first
+    assert table["of SDPA's memory"].tolist() == ["19%", "25%", "30%", "100%"]
+    assert table.loc["A + B"].tolist() == [4, "30%", f"{1200 / 1024:.3g}", "0.97 [0.97, 0.97] (n = 3)"]
+    assert capability.conclusion(found)[0].endswith(
+        "; MLA with 19% and A + B with 30% of SDPA's memory in as many layers."
+    )
+    without = found[found["label"] != "sdpa"]
+    assert set(capability.recall_table(without)["of SDPA's memory"]) == {"–"}
+    nobody = capability.recall_table(found.assign(task="induction"))
+    assert nobody == "Recall and what is kept for it: not tried in these records."
+
+
 def test_recall_after_more_steps_stands_beside_that_after_the_usual_ones():
     def longer(label, value, seed=0, steps=3200):
         found = cell(label, (1.0, 1.0, value), seed=seed, rate=3e-3)
@@ -506,12 +530,11 @@ def test_recall_after_more_steps_stands_beside_that_after_the_usual_ones():
     cells = made()
     more = probe.frame([longer("linear", value, seed) for seed, value in enumerate((0.9, 0.8, 1.0))])
     usual = probe.frame([longer("mamba2", 0.0, steps=800)])  # in the same folder, for it has no other
-    table = capability.steps_table(cells, pd.concat([more, usual])).set_index("variant")
-    assert table.loc["LINEAR", "800 steps"] == "0.70 (n = 1)"
-    assert table.loc["LINEAR", "3,200 steps"] == "0.90 [0.80, 1.00] (n = 3)" and set(table.index) == {"LINEAR"}
+    table = capability.recall_table(cells, pd.concat([more, usual])).set_index("variant")
+    assert table.loc["LINEAR", "800 steps"] == "0.70 (n = 1)" and table.loc["SDPA", "3,200 steps"] == "–"
+    assert table.loc["LINEAR", "3,200 steps"] == "0.90 [0.80, 1.00] (n = 3)" and "MAMBA2" in table.index
     both = pd.concat([more, usual, probe.frame([longer("mamba2", 1.0)])])
-    table = capability.steps_table(cells, both).set_index("variant")
-    assert table.loc["MAMBA2"].tolist() == ["0.00 (n = 1)", "1.00 (n = 1)"]
-    nobody = capability.steps_table(cells, cells)
-    assert nobody == "Recall after more steps of training: not tried in these records."
+    table = capability.recall_table(cells, both).set_index("variant")
+    assert table.loc["MAMBA2", ["800 steps", "3,200 steps"]].tolist() == ["0.00 (n = 1)", "1.00 (n = 1)"]
+    assert "3,200 steps" not in capability.recall_table(cells, cells)
     assert len(capability.of_most_steps(both)) == 4 * 3

@@ -373,13 +373,11 @@ def _rows_of_recall(cells: pd.DataFrame) -> pd.DataFrame:
 
 def _recall(cells: pd.DataFrame) -> dict[str, Recall]:
     rows, found = _rows_of_recall(cells), {}
-    layer_bytes = rows.loc[rows["label"] == REFERENCE, "state_bytes"].max()  # SDPA itself is tried in one layer
+    layers, shares = capability.layers(cells), capability.state_shares(cells)
     settings = cells[cells["task"] == TASK].groupby("label")["setting"].first()
     for row in rows.itertuples():
-        net = json.loads(settings[row.label])
-        layers, numbers = net["layers"], (row.median, row.low, row.high, row.n)
-        share = row.state_bytes / (layers * layer_bytes)
-        found[row.label] = Recall(*numbers, row.title, layers, net["steps"], share)
+        numbers, steps = (row.median, row.low, row.high, row.n), json.loads(settings[row.label])["steps"]
+        found[row.label] = Recall(*numbers, row.title, layers[row.label], steps, shares[row.label])
     return found
 
 
