@@ -508,7 +508,10 @@ def test_recall_stands_beside_the_share_of_sdpa_s_memory_in_as_many_layers():
         for seed in range(3)
     ]
     mla = [cell("mla", (1.0, 1.0, 0.96), state=190, seed=seed, rate=1e-2) for seed in range(3)]
-    found = made(*pattern, *mla)
+    fewer = [mla[0].results[0].model_copy(update={"state_bytes": 50}), *mla[0].results[1:]]  # fewer pairs, fewer tokens
+    mla[0] = mla[0].model_copy(update={"results": fewer})
+    parity = of_layers(2, "mla", (0.0,) * len(TASKS["parity"].tested_on), "parity")
+    found = pd.concat([probe.frame([parity]), made(*pattern, *mla)], ignore_index=True)
     table = capability.recall_table(found).set_index("variant")
     assert list(table.index) == ["MLA", "LINEAR", "A + B", "SDPA"]  # the smallest share first
     assert table["of SDPA's memory"].tolist() == ["19%", "25%", "30%", "100%"]

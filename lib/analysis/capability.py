@@ -222,15 +222,19 @@ def convolution_table(cells: pd.DataFrame) -> pd.DataFrame | str:
     )
 
 
+def _of_recall(cells: pd.DataFrame) -> pd.DataFrame:
+    return cells[(cells["task"] == "recall") & (cells["convolution"] == TASKS["recall"].net.convolution)]
+
+
 def layers(cells: pd.DataFrame) -> pd.Series:
     """The layers of each label's net in recall: one for a variant alone, of a pattern one for each of its mixers."""
-    own = cells[(cells["task"] == "recall") & (cells["convolution"] == TASKS["recall"].net.convolution)]
-    return own.groupby("label")["setting"].first().map(lambda text: json.loads(text)["layers"])
+    return _of_recall(cells).groupby("label")["setting"].first().map(lambda text: json.loads(text)["layers"])
 
 
 def state_shares(cells: pd.DataFrame) -> pd.Series:
     """By label, what its mixers keep in recall, as a share of what SDPA keeps in a net of as many layers."""
-    hardest = cells[(cells["task"] == "recall") & (cells["difficulty"] == max(TASKS["recall"].tested_on))]
+    own = _of_recall(cells)
+    hardest = own[own["difficulty"] == max(TASKS["recall"].tested_on)]
     of_a_layer = hardest.groupby("label")["state_bytes"].first() / layers(cells)
     return of_a_layer / of_a_layer.get(REFERENCE, np.nan)
 
@@ -239,8 +243,7 @@ def recall_table(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> pd.
     """What each recalls and keeps for it, the smallest share of SDPA's memory first, and what it recalls after the most
     steps of training that some were given, where they were. A sentence where recall was not tried."""
     net, title = TASKS["recall"].net, "Recall and what is kept for it"
-    cells = cells if longer is None else pd.concat([cells, longer])
-    cells = cells[(cells["task"] == "recall") & (cells["convolution"] == net.convolution)]
+    cells = _of_recall(cells if longer is None else pd.concat([cells, longer]))
     cells = cells.drop_duplicates(["label", "setting", "rate", "seed", "difficulty"])
     if cells["accuracy"].isna().all():
         return f"{title}: not tried in these records."
@@ -535,11 +538,11 @@ def _later(longer: pd.DataFrame | None):
 def _of_more_steps(longer: pd.DataFrame | None) -> tuple[int, pd.DataFrame]:
     """The most steps of training in recall beyond the task's own, and a row per label of which three seeds had them;
     `seeds` are their scaled accuracies."""
-    net, none = TASKS["recall"].net, (0, pd.DataFrame())
+    none = 0, pd.DataFrame()
     if longer is None:
         return none
-    most = of_most_steps(longer[(longer["task"] == "recall") & (longer["convolution"] == net.convolution)])
-    if most.empty or (steps := trained_for(most).max()) <= net.steps:
+    most = of_most_steps(_of_recall(longer))
+    if most.empty or (steps := trained_for(most).max()) <= TASKS["recall"].net.steps:
         return none
     rows, best = _rows(most, "recall"), at_best(most)
     seeds = best[best["difficulty"] == best["difficulty"].max()].groupby("label")["scaled"].agg(list)
