@@ -553,6 +553,24 @@ def test_what_a_pattern_keeps_is_told_beside_as_many_layers_of_sdpa():
     found = evidence.Evidence(made_steps({}), cells)
     assert (found.recall["gqa"].layers, found.recall["gqa"].state_share) == (2, 0.25)
     assert any("one layer (two for GQA) behind" in line for line in answer.how_sure(found))
+    cells.loc[of_two, "setting"] = cells.loc[of_two, "setting"].str.replace('"layers":2', '"layers":4')
+    more = evidence.Evidence(made_steps({}), cells)
+    assert any("one layer (four for GQA) behind" in line for line in answer.how_sure(more))
+
+
+def test_who_recalls_with_less_memory_and_was_not_timed_is_named():
+    def said(**recalled):
+        cells = made_cells(**recalled)
+        few = cells["label"].isin(["mla+sdpa", "kda+sdpa"])
+        cells.loc[few & (cells["label"] == "mla+sdpa"), "state_bytes"] = 100
+        cells.loc[few & (cells["label"] == "kda+sdpa"), "state_bytes"] = 50
+        cells.loc[~few, "state_bytes"] = 200
+        return next(x for x in answer.how_sure(evidence.Evidence(made_steps({}), cells)) if x.startswith("Recall: "))
+
+    both = said(**{"mla+sdpa": 1.0, "kda+sdpa": 1.0, "differential+sdpa": 1.0})
+    assert both.endswith(" Recall all from every seed too, and were not timed: KDA+SDPA 25%, MLA+SDPA 50%.")
+    assert said(**{"mla+sdpa": 1.0, "kda+sdpa": 0.96}).endswith(" were not timed: MLA+SDPA 50%.")  # one seed: 0.94
+    assert "were not timed" not in said()
 
 
 def made_longer(ratios: dict, **changes) -> steps.Steps:

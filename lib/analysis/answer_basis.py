@@ -7,7 +7,7 @@ import pandas as pd
 from lib import attention
 from lib.analysis import compare, text_loss
 from lib.analysis import steps as tables
-from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, NEXT_TO_NOTHING, PAIRS, TIME, Evidence, uuid_of
+from lib.analysis.evidence import CACHE_CONTEXT, ENERGY, NEXT_TO_NOTHING, PAIRS, SMALLER, TIME, Evidence, uuid_of
 from lib.analysis.words import cost, counted, joined
 from lib.attention import CONTROL, REFERENCE
 from lib.record import steps
@@ -44,13 +44,16 @@ def how_sure(evidence: Evidence) -> list[str]:
     if e.recall:
         shown = {label: one for label, one in e.recall.items() if label in e.entries}
         n = min(one.n for one in (shown or e.recall).values())
-        deep = [name_of(e, label) for label, one in shown.items() if one.layers > 1]
-        depths = "one layer" + (f" (two for {joined(deep)})" if deep else "")
+        deep: dict[int, list[str]] = {}
+        for label, one in shown.items():
+            deep.setdefault(one.layers, []).append(name_of(e, label))
+        more = [f"{NUMBERS.get(count, count)} for {joined(deep[count])}" for count in sorted(deep) if count > 1]
+        depths = "one layer" + (f" ({', '.join(more)})" if more else "")
         rates = "one rate" if e.rates == 1 else f"the best of {NUMBERS.get(e.rates, e.rates)} rates"
         said.append(
             f"Recall: {PAIRS} pairs in 128 tokens, {depths} behind a short convolution, "
             f"{escaped(e.trained)}, at {rates}, the median of {n} or more seeds, on a CPU; who is slower to learn it "
-            f"counts as one that does not.{_tried_as(e)}"
+            f"counts as one that does not.{_tried_as(e)}{_recalls_untimed(e)}"
         )
     told = e.text is not None and text_loss.is_told(e.text)
     if e.text is not None:
@@ -231,6 +234,16 @@ def _tried_as(evidence: Evidence) -> str:
             if other or abs(found.state_share - 1) > 0.01:
                 parts.append(f"{name_of(evidence, label)}{other} {found.state_share:.0%}")
     return f" Kept there, of SDPA's memory: {', '.join(parts)}." if parts else ""
+
+
+def _recalls_untimed(evidence: Evidence) -> str:
+    """Who recalls with less memory than SDPA, and was in no session."""
+    parts = [
+        f"{escaped(found.title)} {found.state_share:.0%}"
+        for label, found in sorted(evidence.recall.items(), key=lambda item: item[1].state_share)
+        if label not in evidence.entries and evidence.recalls(label) and found.state_share < SMALLER
+    ]
+    return f" Recall all from every seed too, and were not timed: {', '.join(parts)}." if parts else ""
 
 
 def briefly_sure(evidence: Evidence) -> str:

@@ -39,7 +39,7 @@ CACHE_CONTEXT, CACHE_BYTES = 32_768, 2  # tokens; bytes of a number in bf16
 TIME, ENERGY = tables.METRICS
 WORDS = {TIME: "time", ENERGY: "joules"}
 LITTLE = 0.96  # of SDPA's cost: what is above saves less than twice what counts as equivalent
-SMALLER = 0.98  # a count below this share of SDPA's is a saving that is worth a word
+SMALLER = capability.SMALLER  # a count below this share of SDPA's is a saving that is worth a word
 NEXT_TO_NOTHING = 0.01  # of SDPA's cache: below it, caches are alike, and time decides
 
 
