@@ -561,10 +561,8 @@ def test_what_a_pattern_keeps_is_told_beside_as_many_layers_of_sdpa():
 def test_who_recalls_with_less_memory_and_was_not_timed_is_named():
     def said(**recalled):
         cells = made_cells(**recalled)
-        few = cells["label"].isin(["mla+sdpa", "kda+sdpa"])
-        cells.loc[few & (cells["label"] == "mla+sdpa"), "state_bytes"] = 100
-        cells.loc[few & (cells["label"] == "kda+sdpa"), "state_bytes"] = 50
-        cells.loc[~few, "state_bytes"] = 200
+        kept = {"mla+sdpa": 100, "kda+sdpa": 50, "gqa": 20}  # GQA was timed
+        cells["state_bytes"] = cells["label"].map(kept).fillna(200)
         return next(x for x in answer.how_sure(evidence.Evidence(made_steps({}), cells)) if x.startswith("Recall: "))
 
     both = said(**{"mla+sdpa": 1.0, "kda+sdpa": 1.0, "differential+sdpa": 1.0})
