@@ -303,13 +303,10 @@ def _checked_layer(name: str, given: dict, p):
 
     from lib.model import gpt2_config
 
+    attention.check_options(name, given)
     variant = attention.load(name)
     known = attention.defaults(variant)
     for option, value in given.items():
-        if option not in known:
-            guess = get_close_matches(str(option), known, n=1)
-            hint = f"did you mean {guess[0]!r}?" if guess else f"it has: {', '.join(known) or 'none'}."
-            raise UsageError(f"{name} has no option {option!r}; {hint}")
         kind = type(known[option])
         if kind in (bool, int, str) and type(value) is not kind:
             raise UsageError(f"{name}'s option {option} must be {kind.__name__}, not {value!r}")

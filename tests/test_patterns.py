@@ -211,6 +211,23 @@ def test_one_layer_s_cost_of_a_pattern_is_the_mean_of_its_layers(monkeypatch):
     assert ran == ["sliding_window", "linear"] * 4 and len(found["forward_backward_s"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("retention", {"chunks": 1}, "retention has no option 'chunks'; did you mean 'chunk'?"),
+        ("sdpa", {"window": 1}, "sdpa has no option 'window'; it has: none."),
+        ("retention,kda", {"kda": {"foo": 1}}, "kda has no option 'foo'; it has: chunk, heads, kernels."),
+        ("retention,kda", {"retentoin": {"chunk": 8}}, "options of 'retentoin', which is not among retention, kda; did "
+         "you mean 'retention'?"),
+        ("retention,kda", {"kda": {"chunk": 3}}, "kda: chunk must be a power of two"),
+    ],
+)  # fmt: skip
+def test_a_wrong_option_is_one_sentence_from_python_too(name, options, says):
+    with pytest.raises(ValueError) as error:
+        build_model(name, gpt2_config(2, 16, 2, 32, 9), **options)
+    assert str(error.value).startswith(says) and "\n" not in str(error.value)
+
+
 def test_an_option_given_twice_is_refused_whatever_the_order():
     pattern = attention.load("linear,sdpa")
     for given in ({"linear": {"chunk": 32}, "chunk": 16}, {"chunk": 16, "linear": {"chunk": 32}}):

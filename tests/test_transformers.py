@@ -286,6 +286,37 @@ def test_a_cache_is_cut_or_says_that_it_cannot(name):
     assert model.new_cache().crop(0) is None
 
 
+@pytest.mark.parametrize("pattern", ["sdpa,retention", "lsh,linear", "moba,gated_deltanet", "gated,kda", "gqa,sinks"])
+def test_where_one_layer_refuses_to_give_tokens_back_none_gives_any(pattern):
+    model, ids = small(pattern, **({"window": 4} if "sinks" in pattern else {})), ids_of(2, 20)
+    cache = model.new_cache()
+    model(ids[:, :10], past_key_values=cache)
+    with pytest.raises(ValueError):
+        cache.crop(-3)
+    assert [layer.get_seq_length() for layer in cache.layers] == [10, 10]
+    close(model(ids[:, 10:], past_key_values=cache).logits, model(ids).logits[:, 10:])
+
+
+@pytest.mark.parametrize(
+    ("name", "own", "other", "others"),
+    [
+        ("sinks", {"window": 0}, "sdpa", {}),
+        ("sinks", {"window": 8}, "sliding_window", {"window": 8}),
+        ("mamba2", {"conv": 4}, None, {"conv": 0}),
+        ("gated", {"qk_norm": True}, None, {"qk_norm": False}),
+    ],
+)
+def test_weights_that_a_variant_lacks_are_not_left_out_in_silence(name, own, other, others, tmp_path):
+    build_model(name, CONFIG, **own).save_pretrained(tmp_path)
+    asked = {"attention": other, "attention_options": others}
+    with pytest.raises(Unsupported, match=r"are not those of '\w+' with these options, which has no .*attn") as error:
+        GPT2.from_pretrained(tmp_path, **asked)
+    assert "\n" not in str(error.value)
+    loaded = GPT2.from_pretrained(tmp_path, **asked, ignore_mismatched_sizes=True)
+    assert loaded.config.attention == (other or name)
+    assert GPT2.from_pretrained(tmp_path).config.attention_options == own
+
+
 def test_a_window_cannot_take_back_what_it_let_go_unless_it_is_told_before():
     model, ids = small("sliding_window", window=5), ids_of(1, 12)
     cache = model.new_cache()

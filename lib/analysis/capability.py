@@ -228,7 +228,8 @@ def _of_recall(cells: pd.DataFrame) -> pd.DataFrame:
 
 def layers(cells: pd.DataFrame) -> pd.Series:
     """The layers of each label's net in recall: one for a variant alone, of a pattern one for each of its mixers."""
-    return _of_recall(cells).groupby("label")["setting"].first().map(lambda text: json.loads(text)["layers"])
+    settings = _of_recall(cells).groupby("label")["setting"].first()
+    return settings.map(lambda text: json.loads(text)["layers"]).astype(int)  # also of none
 
 
 def state_shares(cells: pd.DataFrame) -> pd.Series:

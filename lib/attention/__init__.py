@@ -284,7 +284,11 @@ class Pattern:
         if len(self.names) > config.n_layer:
             raise ValueError(f"{','.join(self.names)} names {len(self.names)} layers, the model has {config.n_layer}")
         name = self.names[layer_idx % len(self.names)]
-        return self.variants[name](config, layer_idx, **self.options_of(options)[name])
+        own = self.options_of(options)[name]
+        try:
+            return self.variants[name](config, layer_idx, **own)
+        except ValueError as error:
+            raise ValueError(f"{stem(name)}: {error}") from None
 
     def options_of(self, options: dict) -> dict[str, dict]:
         """The options of each variant."""
@@ -293,15 +297,15 @@ class Pattern:
         for option, value in options.items():
             if isinstance(value, dict):
                 if option not in by_stem:
-                    raise ValueError(f"options of {option!r}, which is not among {', '.join(by_stem)}")
+                    hint = _meant(option, by_stem, "")
+                    raise ValueError(f"options of {option!r}, which is not among {', '.join(by_stem)}{hint}")
                 _take(found[by_stem[option]], value, option)
                 continue
             owners = [name for name in found if option in defaults(self.variants[name])]
             if not owners:
                 known = sorted({known for variant in self.variants.values() for known in defaults(variant)})
-                guess = get_close_matches(option, known, n=1)
-                hint = f"did you mean {guess[0]!r}?" if guess else f"they have: {', '.join(known) or 'none'}."
-                raise ValueError(f"none of {', '.join(by_stem)} has an option {option!r}; {hint}")
+                hint = _meant(option, known, f"; they have: {', '.join(known) or 'none'}.")
+                raise ValueError(f"none of {', '.join(by_stem)} has an option {option!r}{hint}")
             if len(owners) > 1:
                 raise ValueError(
                     f"{' and '.join(map(stem, owners))} have an option {option!r} each; say whose it is: "
@@ -309,6 +313,22 @@ class Pattern:
                 )
             _take(found[owners[0]], {option: value}, stem(owners[0]))
         return found
+
+
+def _meant(given: str, known, otherwise: str) -> str:
+    """What ends a sentence about a name that is not `known`: the nearest, if one is near."""
+    guess = get_close_matches(str(given), known, n=1)
+    return f"; did you mean {guess[0]!r}?" if guess else otherwise
+
+
+def check_options(name: str, options: dict) -> None:
+    """Raises ValueError, in one sentence, for an option that a variant, or one of a pattern, does not have."""
+    for part, (variant, own) in by_part(name, options).items():
+        known = defaults(variant)
+        for option in own:
+            if option not in known:
+                hint = _meant(option, known, f"; it has: {', '.join(known) or 'none'}.")
+                raise ValueError(f"{part} has no option {option!r}{hint}")
 
 
 def _take(own: dict, given: dict, name: str) -> None:

@@ -17,7 +17,7 @@ def build_model(name: str, config: GPT2Config, seed: int = 0, **options) -> "GPT
     """A GPT-2 with the attention `name` (a variant, or the path of a .py file) and its options.
 
     The same seed gives every variant the same weights wherever names and shapes are shared. `config` is left as it is.
-    Raises ValueError for an unknown variant or a option that it refuses, TypeError for a option that it does not have.
+    Raises ValueError, in one sentence, for an unknown variant, and for an option that it does not have or refuses.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -33,7 +33,15 @@ class VariantCache(DynamicCache):
         self.read = None
 
     def crop(self, tokens_to_remove):
-        super().crop(tokens_to_remove)
+        """Of all layers, or, where one refuses, of none: layers of different lengths would go on without a word."""
+        before = [{name: copy.copy(value) for name, value in vars(layer).items()} for layer in self.layers]
+        try:
+            super().crop(tokens_to_remove)
+        except Exception:
+            for layer, held in zip(self.layers, before, strict=True):
+                vars(layer).clear()
+                vars(layer).update(held)
+            raise
         length = self.get_seq_length()
         if not length:
             self.reset()  # or an empty tensor would remember how many rows there were

@@ -110,6 +110,7 @@ class GPT2(GPT2LMHeadModel):
             llama.exchange(self.transformer, config)
             for block in self.transformer.h:
                 block.mlp.apply(self._init_weights)  # before a variant draws: then every variant has the same
+        attention.check_options(name, config.attention_options)
         variant = attention.load(name)
         for layer, block in enumerate(self.transformer.h):
             block.attn = convolution.add(variant(config, layer, **config.attention_options), config, layer)
@@ -133,7 +134,7 @@ class GPT2(GPT2LMHeadModel):
         only where the caller names that file again: a downloaded folder must not choose what code runs here.
 
         Raises Unsupported where the weights are not the variant's, unless `ignore_mismatched_sizes` lets those start
-        anew that do not fit.
+        anew that do not fit, and leaves out those of another attention.
         """
         config = kwargs.get("config")
         if kwargs.get("attn_implementation") or getattr(config, "_attn_implementation", None) not in NOT_ASKED_FOR:
@@ -143,6 +144,13 @@ class GPT2(GPT2LMHeadModel):
             output_loading_info=True, **kwargs,
         )  # fmt: skip
         odd = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+        lost = sorted(key for key in found["unexpected_keys"] if ".attn." in key)
+        if lost and not odd and not ignore_mismatched_sizes:
+            raise Unsupported(
+                f"the weights in {folder} are not those of {model.config.attention!r} with these options, which has no "
+                f"{lost[0]} and {len(lost) - 1} others that are there; name the attention and the options that they "
+                "were trained with, or leave them out by ignore_mismatched_sizes=True"
+            )
         if odd and not ignore_mismatched_sizes:
             raise Unsupported(
                 f"the weights in {folder} are not those of {model.config.attention!r}, which has {odd[0]} and "
