@@ -65,20 +65,20 @@ class VariantCache(DynamicCache):
             self.read = change(self.read)
 
     def note(self, padding_mask, shape, past):
-        """Keeps the mask under which `shape` (B, T) more tokens are read. Raises Unsupported where it says of cached
-        tokens what was not said when they were read: a state cannot forget them."""
+        """Keeps the mask under which `shape` (B, T) more tokens are read; None is one without padding. Raises
+        Unsupported where it says of cached tokens what was not said when they were read: a state cannot forget them."""
         if padding_mask is None and self.read is None:
             return
         B, T = shape
-        device = (self.read if padding_mask is None else padding_mask).device
-        before = torch.ones(B, past, dtype=torch.bool, device=device) if self.read is None else self.read
-        if padding_mask is not None and not torch.equal(padding_mask[:, :past], before):
+        if padding_mask is None:
+            padding_mask = torch.ones(B, past + T, dtype=torch.bool, device=self.read.device)
+        before = padding_mask.new_ones(B, past) if self.read is None else self.read
+        if not torch.equal(padding_mask[:, :past], before):
             raise Unsupported(
                 "attention_mask says of cached tokens that they are padding, or are not, unlike when they were read; "
-                "give each token's mask with the token, or start from a new cache"
+                "give the mask of all tokens with each call, or start from a new cache"
             )
-        new = torch.ones(B, T, dtype=torch.bool, device=device) if padding_mask is None else padding_mask[:, past:]
-        self.read = torch.cat([before, new], dim=1)
+        self.read = padding_mask
 
 
 def own(cache, kinds, new_layers):
