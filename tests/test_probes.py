@@ -410,8 +410,11 @@ def test_every_seed_is_a_point_of_the_figure_at_its_state():
     points = {
         line.get_label(): line.get_xydata().tolist() for line in axes.lines if not line.get_label().startswith("_")
     }
-    assert points["SDPA"] == [[1000 / 1024, value] for value in (0.98, 1.0, 0.99)]
-    assert points["LINEAR"] == [[250 / 1024, 0.7]]
+    assert points["SDPA"] == [[1, value] for value in (0.98, 1.0, 0.99)]
+    assert points["LINEAR"] == [[0.25, 0.7]]
+    found = made()
+    alone = capability.recall_figure(found[found["label"] == "linear"])  # nothing to have a share of
+    assert alone.axes[0].lines[0].get_xydata().tolist() == [[250 / 1024, 0.7]] and "KiB" in alone.axes[0].get_xlabel()
     assert 0.99 in {line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("_")}  # the median
 
 

@@ -24,6 +24,7 @@ SEEDS_WANTED = 3
 CELLS, LONGER, TEXT = "records/capability-cpu", "records/capability-steps-cpu", "records/small-cpu"  # committed
 SOLVED = 0.95  # scaled accuracy that counts as right
 SMALLER = 0.98  # a share of SDPA's memory that is worth a word
+SHARES = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1)  # ticks
 
 
 def in_one_setting(cells: pd.DataFrame) -> pd.DataFrame:
@@ -121,7 +122,7 @@ def why_not_shown(cells: pd.DataFrame, task: str) -> str | None:
         if np.isnan(reached):
             return f"{TASKS[task].title} is not shown: {label} was not tested at what it has to solve"
         if reached < must:
-            return f"{TASKS[task].title} is not shown: {label} reaches {reached:.2f} where it must reach {must:.2f}"
+            return f"{TASKS[task].title} is not shown: {label} reaches {reached:z.2f} where it must reach {must:z.2f}"
     return None
 
 
@@ -146,8 +147,8 @@ def _rows(cells: pd.DataFrame, task: str, convolution: bool | None = None) -> pd
 def _cell(row) -> str:
     if row is None:
         return "–"
-    spread = "" if row["n"] == 1 else f" [{row['low']:.2f}, {row['high']:.2f}]"
-    return f"{row['median']:.2f}{spread} (n = {row['n']})"
+    spread = "" if row["n"] == 1 else f" [{row['low']:z.2f}, {row['high']:z.2f}]"
+    return f"{row['median']:z.2f}{spread} (n = {row['n']})"
 
 
 def _of(rows: pd.DataFrame, label: str):
@@ -181,7 +182,7 @@ def difficulty_table(cells: pd.DataFrame) -> pd.DataFrame:
             own = found[(found["task"] == task) & (found["label"] == label) & (found["convolution"] == net.convolution)]
             if own.empty:
                 continue
-            said = [f"{row.difficulty:.0f}: {row.median:.2f}" for row in own.sort_values("difficulty").itertuples()]
+            said = [f"{row.difficulty:.0f}: {row.median:z.2f}" for row in own.sort_values("difficulty").itertuples()]
             table.append(
                 {"task": TASKS[task].title, "variant": title[label], "scaled accuracy by difficulty": ", ".join(said)}
             )
@@ -200,7 +201,7 @@ def rates_table(cells: pd.DataFrame) -> pd.DataFrame:
             row = {"task": TASKS[task].title, "variant": title[label]}
             for rate in sorted(cells["rate"].unique()):
                 value = medians.loc[(label, rate)] if (label, rate) in medians.index else None
-                row[f"rate {rate:g}"] = "–" if value is None else f"{value['median']:.2f} (n = {value['count']:.0f})"
+                row[f"rate {rate:g}"] = "–" if value is None else f"{value['median']:z.2f} (n = {value['count']:.0f})"
             table.append(row)
     return pd.DataFrame(table)
 
@@ -280,14 +281,14 @@ def published_table(cells: pd.DataFrame) -> pd.DataFrame:
     """Published accuracies in MQAR beside ours by what is kept, each in numbers; the settings differ."""
     title = dict(zip(cells["label"], cells["title"], strict=True))
     rows = [
-        {"mixer": one.mixer, "numbers kept": one[2], "accuracy": f"{one.accuracy:.2f}", "from": "published, zoology"}
+        {"mixer": one.mixer, "numbers kept": one[2], "accuracy": f"{one.accuracy:z.2f}", "from": "published, zoology"}
         for one in PUBLISHED.itertuples()
     ]
     ours = _rows(cells, "recall")
     rows += [
         {
             "mixer": title[label], "numbers kept": int(ours.loc[label, "state_bytes"] / 4),
-            "accuracy": f"{ours.loc[label, 'median']:.2f}", "from": "here, 32 pairs in 128 tokens",
+            "accuracy": f"{ours.loc[label, 'median']:z.2f}", "from": "here, 32 pairs in 128 tokens",
         }
         for label in labels(cells) if label in ours.index
     ]  # fmt: skip
@@ -307,7 +308,7 @@ def published_order(cells: pd.DataFrame) -> list[str]:
         return ["Too few of the mixers of zoology's figure were tried here to compare the order."]
     best = {label: PUBLISHED.loc[PUBLISHED["mixer"] == ORDERED[label], "accuracy"].max() for label in tried}
     theirs = sorted(tried, key=best.get, reverse=True)
-    said = joined([f"{ours.loc[label, 'title']} {ours.loc[label, 'median']:.2f}" for label in theirs])
+    said = joined([f"{ours.loc[label, 'title']} {ours.loc[label, 'median']:z.2f}" for label in theirs])
     turned = [(a, b) for a, b in pairwise(theirs) if ours.loc[a, "low"] <= ours.loc[b, "high"]]
     order = "attention first, linear attention next, a window last"
     if not turned:
@@ -324,19 +325,22 @@ def published_order(cells: pd.DataFrame) -> list[str]:
 
 
 def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
-    """Scaled accuracy in recall against the bytes that the mixers keep: seeds as points, the median as a line, and
-    hollow, at the end of a dotted line, the same after more steps of training, of which `longer` are the cells."""
+    """Scaled accuracy in recall against what the mixers keep, as a share of SDPA's memory in as many layers: seeds as
+    points, the median as a line, and hollow, at the end of a dotted line, the same after more steps of training, of
+    which `longer` are the cells. Without SDPA the bytes themselves; what computes its function is its own point."""
     use_style()
-    figure, axes = plt.subplots(figsize=(8.4, 4.4))
-    rows, best = _rows(cells, "recall"), at_best(cells)
+    rows, best, share = _rows(cells, "recall"), at_best(cells), state_shares(cells)
+    rows = rows.drop(index=one_function(cells), errors="ignore")
+    is_share = share.notna().any()
+    kept = share if is_share else rows["state_bytes"] / KIB
     best = best[
         (best["task"] == "recall") & best["convolution"] & (best["difficulty"] == max(TASKS["recall"].tested_on))
     ]
     names = [label for label in labels(cells) if label in rows.index]
+    figure, axes = plt.subplots(figsize=(8.4, max(4.4, 1 + 0.24 * len(names))))  # as high as its legend
     look, (steps, later) = looks(names), _of_more_steps(longer)
     for label in names:
-        row, own = rows.loc[label], best[best["label"] == label]
-        x = row["state_bytes"] / KIB
+        row, own, x = rows.loc[label], best[best["label"] == label], kept[label]
         style = look[label] | {"linestyle": ""}
         axes.plot([x] * len(own), own["scaled"], alpha=0.55, markersize=6, label=row["title"], **style)
         axes.plot([x / 1.12, x * 1.12], [row["median"]] * 2, color=look[label]["color"], linewidth=2.5)
@@ -347,19 +351,29 @@ def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
             axes.plot([x / 1.12, x * 1.12], [more["median"]] * 2, color=color, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_ylim(-0.05, 1.05)
-    axes.set_xlabel("KiB that the mixers keep of one sequence of 128 tokens, fp32")
+    axes.set_xlabel(
+        "kept of one sequence of 128 tokens, share of SDPA's in as many layers" if is_share
+        else "KiB that the mixers keep of one sequence of 128 tokens, fp32"
+    )  # fmt: skip
     axes.set_ylabel("scaled accuracy (0: guessing)")
     after = f" after {trained_for(best).iloc[0]:,} steps of training" if len(best) else ""
     after += f" (hollow: {steps:,})" if len(later) else ""
     axes.set_title(f"Recall of 32 pairs{after}, against what is kept", loc="left")
-    axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: f"{value:g}"))
+    if is_share:
+        axes.set_xticks([one for one in SHARES if one >= 0.9 * kept[names].min()])
+        axes.minorticks_off()
+    axes.xaxis.set_major_formatter(plt.FuncFormatter(lambda value, _: _kept(value, is_share, "")))
     axes.legend(**BESIDE)
     also = _later(longer)
     said = [
-        f"{row['title']} {row['median']:.2f}{also(label)} with {row['state_bytes'] / KIB:.3g} KiB"
+        f"{row['title']} {row['median']:z.2f}{also(label)} with {_kept(kept[label], is_share)}"
         for label, row in rows.iterrows()
     ]
     return tell(figure, f"Recall of 32 pairs, median scaled accuracy and what is kept: {', '.join(said)}.")
+
+
+def _kept(value: float, is_share: bool, unit: str = " KiB") -> str:
+    return f"{100 * value:.3g}%" if is_share else f"{value:.3g}{unit}"
 
 
 def learning_figure(shown: pd.DataFrame):
@@ -393,7 +407,7 @@ def _easiest_of(cells: pd.DataFrame, task: str):
         first = found[found["label"] == label].sort_values("difficulty").iloc[0]
         if first["median"] - row["median"] < 0.05 or first["median"] < 0.05:
             return ""
-        return f" ({first['median']:.2f} of {first['difficulty']:.0f} {TASKS[task].unit})"
+        return f" ({first['median']:z.2f} of {first['difficulty']:.0f} {TASKS[task].unit})"
 
     return said
 
@@ -459,8 +473,8 @@ def gives_in(cells: pd.DataFrame, task: str) -> str:
         right = own[(own["low"] >= SOLVED).cummin()]
         if right.empty:
             first, last = own.iloc[0], own.iloc[-1]
-            far = f", {last['median']:.2f} at {last['difficulty']:,.0f}" if len(own) > 1 else ""
-            near = f"{first['median']:.2f} {_spread(first)}".strip()
+            far = f", {last['median']:z.2f} at {last['difficulty']:,.0f}" if len(own) > 1 else ""
+            near = f"{first['median']:z.2f} {_spread(first)}".strip()
             never.append(f"{first['title']} ({near} at {first['difficulty']:,.0f}{far})")
         else:
             by_reach.setdefault(right["difficulty"].iloc[-1], []).append(own["title"].iloc[0])
@@ -507,21 +521,21 @@ def rate_matters(cells: pd.DataFrame) -> str:
     label = low[[one for one in rows.index[rows["low"] >= SOLVED] if one in low]].idxmin()
     best = rows.loc[label, "rate"]
     rest = [
-        f"{row['median']:.2f} at {rate:g} (n = {row['count']:.0f})"
+        f"{row['median']:z.2f} at {rate:g} (n = {row['count']:.0f})"
         for rate, row in last.loc[label].iterrows() if rate != best
     ]  # fmt: skip
     worst = last.loc[REFERENCE, "median"].idxmin()
     mine = by.loc[(REFERENCE, worst)]
     return (
-        f"In recall of {hardest} pairs {rows.loc[label, 'title']} has {rows.loc[label, 'median']:.2f} at rate {best:g} "
-        f"(n = {rows.loc[label, 'n']}), and {joined(rest)}; {rows.loc[REFERENCE, 'title']} at its worst rate, "
-        f"{worst:g}, has {joined([f'{value:.2f}' for value in mine['median']])} of "
+        f"In recall of {hardest} pairs {rows.loc[label, 'title']} has {rows.loc[label, 'median']:z.2f} at rate "
+        f"{best:g} (n = {rows.loc[label, 'n']}), and {joined(rest)}; {rows.loc[REFERENCE, 'title']} at its worst rate, "
+        f"{worst:g}, has {joined([f'{value:z.2f}' for value in mine['median']])} of "
         f"{joined([f'{pairs:.0f}' for pairs in mine.index])} pairs (n = {mine['count'].min():.0f})."
     )
 
 
 def _spread(row) -> str:
-    return "" if row["n"] == 1 else f"[{row['low']:.2f}, {row['high']:.2f}]"
+    return "" if row["n"] == 1 else f"[{row['low']:z.2f}, {row['high']:z.2f}]"
 
 
 def _later(longer: pd.DataFrame | None):
@@ -530,7 +544,7 @@ def _later(longer: pd.DataFrame | None):
 
     def said(label):
         row = _of(rows, label)
-        known = "" if row is None else f"{row['median']:.2f} {_spread(row)}".rstrip()
+        known = "" if row is None else f"{row['median']:z.2f} {_spread(row)}".rstrip()
         return known and f", after {steps:,} steps {known} (n = {row['n']})"
 
     return said
@@ -605,7 +619,7 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
         said.append("Of 32 pairs in 128 tokens nobody recalls all from every seed.")
     if len(unsure):
         which = [
-            f"{row.title} from {row.solved} of {row.n} (median {row.median:.2f}, {row.low:.2f} at worst)"
+            f"{row.title} from {row.solved} of {row.n} (median {row.median:z.2f}, {row.low:z.2f} at worst)"
             for row in unsure.itertuples()
         ]
         said.append(f"Not from every seed: {joined(which)}.")
@@ -613,7 +627,7 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
     for what, part in (("Between all and nothing", between), ("Little is recalled", fails)):
         if len(part):
             which = [
-                f"{row['title']} {row['median']:.2f} {_spread(row)}".strip() + easiest(label, row) + later(label)
+                f"{row['title']} {row['median']:z.2f} {_spread(row)}".strip() + easiest(label, row) + later(label)
                 for label, row in part.iterrows()
             ]
             said.append(f"{what}, at the best rate tried: {joined(which)}.")
