@@ -233,7 +233,7 @@ def _tried_as(evidence: Evidence) -> str:
             other = "" if found.title == evidence.entries[label].title else f" as {escaped(found.title)}"
             if other or abs(found.state_share - 1) > 0.01:
                 parts.append(f"{name_of(evidence, label)}{other} {found.state_share:.0%}")
-    return f" Kept there, of SDPA's memory: {', '.join(parts)}." if parts else ""
+    return f" Kept there, of SDPA's memory at 128 tokens: {', '.join(parts)}." if parts else ""
 
 
 def _recalls_untimed(evidence: Evidence) -> str:
@@ -243,7 +243,7 @@ def _recalls_untimed(evidence: Evidence) -> str:
         for label, found in sorted(evidence.recall.items(), key=lambda item: item[1].state_share)
         if label not in evidence.entries and evidence.recalls(label) and found.state_share < SMALLER
     ]
-    return f" Recall all from every seed too, and were not timed: {', '.join(parts)}." if parts else ""
+    return f" Not timed, and recalling all from every seed too: {', '.join(parts)}." if parts else ""
 
 
 def briefly_sure(evidence: Evidence) -> str:

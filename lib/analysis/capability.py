@@ -605,8 +605,10 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
     solves = rows[rows["low"] >= SOLVED]
     solves = solves.loc[share[solves.index].sort_values(kind="stable").index]
     unsure = rows[(rows["median"] >= SOLVED) & (rows["low"] < SOLVED)]
-    fails = rows[rows["median"] < 0.5].sort_values("median")
-    between = rows[(rows["median"] >= 0.5) & (rows["median"] < SOLVED)]
+    judged = rows["median"].copy()  # by the longest training that three seeds had
+    judged.update(_of_more_steps(longer)[1].get("median", judged.iloc[:0]))
+    fails = rows[(rows["median"] < SOLVED) & (judged < 0.5)].sort_values("median")
+    between = rows[(rows["median"] < SOLVED) & (judged >= 0.5)]
     said = []
     if len(solves):
         less = [f"{row['title']} with {share[label]:.0%}" for label, row in solves.iterrows() if share[label] < SMALLER]
@@ -624,7 +626,7 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
         ]
         said.append(f"Not from every seed: {joined(which)}.")
     easiest, later = _easiest_of(cells, "recall"), _later(longer)
-    for what, part in (("Between all and nothing", between), ("Little is recalled", fails)):
+    for what, part in (("In part, by seed, or with more steps", between), ("Little is recalled", fails)):
         if len(part):
             which = [
                 f"{row['title']} {row['median']:z.2f} {_spread(row)}".strip() + easiest(label, row) + later(label)
