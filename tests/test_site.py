@@ -22,7 +22,7 @@ from lib.record import kinds, probe
 from lib.site import __main__ as command
 from lib.site import build, lookup
 
-MOST_BYTES = 15e6
+MOST_BYTES = 16e6  # it grows with the records, which it holds
 
 
 @pytest.fixture(scope="module")
