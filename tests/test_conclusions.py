@@ -143,6 +143,8 @@ def test_of_the_tasks_who_recalls_and_who_forgets():
     more["setting"] = more["setting"].str.replace('"steps":800', '"steps":3200')
     (line,) = (one for one in conclusions.of_capability(found, more).details if "SLIDING_WINDOW" in one)
     assert "SLIDING_WINDOW 0.00 (0.10 of 8 pairs), after 3,200 steps 0.97 [0.97, 0.97]" in line
+    assert "800 steps of training where no more are said" in conclusions.of_capability(found, more).rests_on
+    assert "no more are said" not in said.rests_on
     assert line.startswith("In part, by seed, or with more steps")  # not "Little is recalled"
     for fewer in (more.query("seed < 2"), found):  # too few seeds, or no more steps
         assert all("after" not in one for one in conclusions.of_capability(found, fewer).details)

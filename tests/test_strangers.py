@@ -800,6 +800,7 @@ def of_probes(folder: Path):
     for said in (
         conclusions.of_capability, capability.remarks, capability.recall_figure, capability.convolution_table,
         capability.tasks_table, capability.difficulty_table, capability.rates_table, capability.published_table,
+        capability.recall_table,
     ):  # fmt: skip
         yield partial(said, cells)
     known = Evidence(steps_record.Steps.model_validate_json(json.dumps(OTHERS["steps"]["steps.json"])), cells)
@@ -905,7 +906,7 @@ def test_whatever_is_sent_of_other_kinds_gives_a_table_or_a_sentence(kind, tmp_p
     each()
 
 
-@pytest.mark.parametrize(("kind", "shown"), {"scaling": 13, "steps": 4, "benchmark": 10, "probe": 10}.items())
+@pytest.mark.parametrize(("kind", "shown"), {"scaling": 13, "steps": 4, "benchmark": 10, "probe": 11}.items())
 def test_the_records_of_other_kinds_pass_where_nothing_was_changed(kind, shown, tmp_path):
     for name, content in OTHERS[kind].items():
         (tmp_path / name).write_text(signed(content))

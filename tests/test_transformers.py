@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from surface import CELLS, CONFIG, NEW, OPTIONS, PAGE, close, documented, ids_of, lively, outcome
 from transformers import (
     AutoConfig,
@@ -329,6 +330,20 @@ def test_weights_that_a_variant_lacks_are_not_left_out_in_silence(name, own, oth
     loaded = GPT2.from_pretrained(tmp_path, **asked, ignore_mismatched_sizes=True)
     assert loaded.config.attention == (other or name)
     assert GPT2.from_pretrained(tmp_path).config.attention_options == own
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", ""])
+def test_the_causal_mask_that_older_gpt2_files_hold_is_no_weight(prefix, tmp_path):
+    theirs = GPT2LMHeadModel(CONFIG).eval()
+    theirs.save_pretrained(tmp_path)
+    held = {prefix + key.removeprefix("transformer."): value for key, value in theirs.state_dict().items()}
+    del held[f"{prefix}lm_head.weight"]
+    for layer in range(2):
+        held[f"{prefix}h.{layer}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+        held[f"{prefix}h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    save_file({key: value.clone() for key, value in held.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    ids = ids_of(1, 9)
+    torch.testing.assert_close(GPT2.from_pretrained(tmp_path, attention="sdpa").eval()(ids).logits, theirs(ids).logits)
 
 
 def test_a_window_cannot_take_back_what_it_let_go_unless_it_is_told_before():

@@ -633,7 +633,8 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
                 for label, row in part.iterrows()
             ]
             said.append(f"{what}, at the best rate tried: {joined(which)}.")
-    if not (few := _of_more_steps(longer)[1]).empty:
+    few = _of_more_steps(longer)[1]
+    if not few.empty:
         shorter = [
             row["title"] for part in (between, fails) for label, row in part.iterrows() if label not in few.index
         ]
@@ -642,6 +643,6 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
     steps = trained_for(in_one_setting(cells[cells["task"] == "recall"])).iloc[0]
     said.append(
         f"Medians over {n} seed{'s' if n > 1 else ''} or more at the best of the rates tried, {steps:,} steps of "
-        "training, one small net on a CPU."
+        f"training{' where no more are said' * (not few.empty)}, one small net on a CPU."
     )
     return said

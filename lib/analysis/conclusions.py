@@ -195,8 +195,8 @@ def of_capability(
     return Conclusion(
         [first], [*details, *([] if text is None else [f"Of text: {' '.join(text_loss.sentences(text))}"])],
         f"{'of the tasks: ' * (text is not None)}{basis or 'no task that SDPA solves.'}",
-        f"larger nets and {'longer texts' if told else 'language itself'}; more steps, after which some recall what "
-        "they do not here (the table of recall, by which README's answer judges); a variant that fails here is "
+        f"larger nets and {'longer texts' if told else 'language itself'}; more steps than these, after which some may "
+        "recall what they do not here; a variant that fails here is "
         f"hard to train or not able, and which of the two stays open.{lost}",
     )  # fmt: skip
 

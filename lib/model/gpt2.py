@@ -22,6 +22,9 @@ def _unused(*_, **__):
 AttentionInterface.register("replaced", _unused)
 
 
+CONSTANTS = (".attn.bias", ".attn.masked_bias")  # GPT-2's causal mask, which older files hold among the weights
+
+
 class VariantConfig(GPT2Config):
     """GPT-2's config with the variant, its options, and whose layers the model has. A type of its own, so that no
     folder loads as what it is not."""
@@ -144,7 +147,7 @@ class GPT2(GPT2LMHeadModel):
             output_loading_info=True, **kwargs,
         )  # fmt: skip
         odd = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
-        lost = sorted(key for key in found["unexpected_keys"] if ".attn." in key)
+        lost = sorted(key for key in found["unexpected_keys"] if ".attn." in key and not key.endswith(CONSTANTS))
         if lost and not odd and not ignore_mismatched_sizes:
             raise Unsupported(
                 f"the weights in {folder} are not those of {model.config.attention!r} with these options, which has no "
