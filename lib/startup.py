@@ -9,7 +9,7 @@ from types import ModuleType
 
 @contextlib.contextmanager
 def quick_imports():
-    """Imports inside wait for neither the garbage collector nor scikit-learn.
+    """Imports inside wait for neither the garbage collector nor scikit-learn, nor for grammars of web addresses.
 
     PyTorch and transformers are four thousand modules; while they come in, the collector searches them again and again
     and finds nothing. Where it was off before, it stays off.
@@ -17,7 +17,7 @@ def quick_imports():
     collecting = gc.isenabled()
     gc.disable()
     try:
-        with _when_first_used("sklearn.metrics", "roc_curve"):
+        with _when_first_used("sklearn.metrics", "roc_curve"), _when_first_used("rfc3987_syntax", "is_valid_syntax"):
             yield
     finally:
         if collecting:
@@ -28,7 +28,8 @@ def quick_imports():
 def _when_first_used(module: str, function: str):
     """Inside, whoever takes `function` from `module` gets one that imports the module when it is called.
 
-    transformers takes `roc_curve` from scikit-learn, for assisted generation alone. Any other name gives the real one.
+    transformers takes `roc_curve` from scikit-learn, for assisted generation alone; jsonschema, which reads notebooks,
+    takes `is_valid_syntax` for addresses in other alphabets. Any other name gives the real one.
     """
     if module in sys.modules:
         yield

@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import subprocess
 import sys
 
@@ -34,6 +35,10 @@ LONG = (
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by now stays: the collector need not search it again in every test
 
 
 @pytest.fixture(autouse=True)

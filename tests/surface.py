@@ -192,13 +192,19 @@ def inputs_embeds(model):
 
 
 def compiled(model):
+    """The loss and the gradients of a layer in training; no kernel is built."""
     torch._dynamo.reset()
     model.transformer.h = model.transformer.h[:1]
-    whole = torch.compile(model, fullgraph=True, backend="eager")
-    with torch.no_grad():
-        for length in (16, 33):
-            ids = ids_of(2, length)
-            close(whole(ids, use_cache=False).logits, model(ids).logits)
+    ids, weights = ids_of(2, 61), list(model.train().parameters())
+
+    def trained(whole):
+        loss = whole(ids, labels=ids, use_cache=False, num_items_in_batch=torch.tensor(ids.numel())).loss
+        return [loss, *torch.autograd.grad(loss, weights)]
+
+    for got, expected in zip(
+        trained(torch.compile(model, fullgraph=True, backend="aot_eager")), trained(model), strict=True
+    ):
+        close(got, expected)
 
 
 def checkpointing(model):

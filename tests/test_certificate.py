@@ -79,10 +79,11 @@ def test_bf16_gradients_may_be_off_as_far_as_rounding_moves_those_of_the_definit
     assert gradients.passed and gradients.largest > examinations.GRADIENTS_WORSE * examinations.FLOOR["bf16"]
 
 
+@pytest.mark.skipif("CERTIFICATE_SEEDS" not in os.environ, reason="CERTIFICATE_SEEDS says of how many seeds")
 @every_variant
-def test_no_false_alarm_by_another_seed_and_in_bf16(name):
-    """CERTIFICATE_SEEDS=200 for as many as docs/certificate.md speaks of: too slow for every day."""
-    for seed in range(1, 1 + int(os.environ.get("CERTIFICATE_SEEDS", "1"))):
+def test_no_false_alarm_by_other_seeds_and_in_bf16(name):
+    """CERTIFICATE_SEEDS=200 for as many as docs/certificate.md has; test_certificate_faults.py asks one of each."""
+    for seed in range(1, 1 + int(os.environ["CERTIFICATE_SEEDS"])):
         found = variant.examined(name, {}, Setting(precision=("fp32", "bf16")[seed % 2]), seed=seed)
         assert not [one for one in found if one.passed is False], seed
         assert {one.check for one in found} == set(certificate.CLAIMS)

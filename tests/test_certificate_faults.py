@@ -533,8 +533,8 @@ def test_each_kind_of_mistake_fails_the_check_that_is_about_it(check, kind, one,
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_wrapper_alone_is_no_mistake(name, tmp_path):
-    measures = variant.examined(planted(name, Fault(), tmp_path), {}, Setting(**SIZES))
+def test_the_wrapper_alone_is_no_mistake_by_another_seed_in_bf16(name, tmp_path):
+    measures = variant.examined(planted(name, Fault(), tmp_path), {}, Setting(**SIZES, precision="bf16"), seed=1)
     assert not [one for one in measures if one.passed is False]
     assert set(FAULTS) == {one.check for one in measures} == set(CLAIMS)  # a kind for every check
 

@@ -109,7 +109,7 @@ MAY_IMPORT = {
     "extras": set(),
     "training": MODEL | {"parameters", "certificate", "measure"},
     "analysis": MODEL | {"parameters", "certificate", "measure", "published", "markup"},
-    "study": MODEL | {"parameters", "certificate", "measure", "training"},
+    "study": MODEL | {"parameters", "certificate", "measure", "training", "startup"},
     "explore": MODEL
     | {"parameters", "certificate", "measure", "training", "analysis", "study", "published"}
     | {"markup"},

@@ -16,10 +16,10 @@ pytestmark = [
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 CURVE = "img[src^='data:image/svg']"  # as Lab shows an SVG
 
-# What Lab shows does not depend on how long a run is, so the copies that run here train little; yet long enough for a
-# curve to be seen growing.
-STEPS = 16
-SHORT = {"steps_per_epoch": STEPS, "epochs": 1, "validation_sequences": 8, "new_tokens": 4}
+# What Lab shows does not depend on how long a run is, so the copies that run here train a small model a little; yet
+# long enough for a curve to be seen growing.
+STEPS = 24
+SHORT = {"layers": 2, "steps_per_epoch": STEPS, "epochs": 1, "validation_sequences": 8, "new_tokens": 4}
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,18 @@
 import inspect
 import math
 
+import make
 import pandas as pd
 import pytest
 import torch
 from test_certificate import planted
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib import attention, certificate, training
+from lib import attention, training
 from lib.analysis import figures, published_flops, replication
+from lib.certificate import Setting, variant
+from lib.certificate.examinations import receptive_field
+from lib.certificate.twins import Twins
 from lib.model import build_model, gpt2_config, meta_model
 from lib.paths import ROOT
 from lib.study import plan
@@ -88,20 +92,17 @@ def test_random_buckets_move_their_own_alone():
 )
 def test_certificates_agree_with_the_audit(name, padded):
     assert ("masked" in inspect.signature(attention.load(path(name))).parameters) >= padded
-    said = certificate.certify(path(name), PADDED if padded else {})
+    options = PADDED if padded else {}
+    measures = variant.examined(path(name), options, Setting(), (*variant.NAMED, "reference"))
+    said, field = variant.summary(measures), receptive_field(Twins(path(name), options, Setting(), 0))
     causal = name in ("baseline", "gqa", "flash") or (padded and name != "lsh")  # lsh: no two forwards agree
     assert said["causal"] == said["prefix_equal"] == causal
     assert said["cached_equal"] == (causal and name != "flash")  # whose bf16 weights are not fp32 to rounding
     assert said["mixes"] == (name != "flash")
-    assert said["receptive_field"] == 150 or name in ("sliding_window", "lsh", "flash")
+    assert field == {"sliding_window": 4, "flash": 1}.get(name, 150) or name == "lsh"
     assert said["gpt2_projection"] == (name == "baseline")
     assert not said["gpt2_initialisation"] and not said["passed"]
     assert max(said["reference_difference"], said["reference_gradient_difference"]) < 1e-12
-
-
-def test_receptive_fields_of_those_that_see_few():
-    fields = {name: certificate.certify(path(name), {})["receptive_field"] for name in ("sliding_window", "flash")}
-    assert fields == {"sliding_window": 4, "flash": 1}
 
 
 @every_definition
@@ -227,6 +228,6 @@ def test_a_definition_that_is_wrong_is_seen(tmp_path):
     wrong = planted(path("sliding_window"), "REACH = 3", "REACH = 4", tmp_path)
     assert replication.moved_by_a_token(wrong) == (8, 8)
     wrong = planted(path("linear"), "state = k.mT @ v", "state = k[:, :1].mT @ v[:, :1]", tmp_path)
-    assert certificate.certify(wrong, {})["reference_difference"] > 1e-6
+    assert make.fails(wrong, {}, "reference")
     wrong = planted(path("flash"), "x.unflatten(2, (self.heads, -1))", "x.unflatten(2, (-1, self.heads))", tmp_path)
     assert published_flops.derived(wrong, counted=True) != published_flops.observed(wrong)

@@ -30,6 +30,28 @@ def test_a_run_waits_for_no_module_that_it_does_not_use_and_generation_finds_its
     assert said.stdout.splitlines() == ["[]", "[0.0, 1.0, 1.0]", "[0.0, 1.0, 1.0] 1.0"]
 
 
+def test_nothing_is_searched_for_garbage_when_a_process_ends():
+    last = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import lib"
+    said = subprocess.run([sys.executable, "-c", last], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout == "True\n"
+
+
+ADDRESSES = """
+import sys
+from lib.startup import quick_imports
+
+with quick_imports():
+    import jsonschema
+print("rfc3987_syntax.syntax_helpers" in sys.modules)
+print([jsonschema.FormatChecker().conforms(one, "iri") for one in ("https://ü.example/ß", "https://a b")])
+"""
+
+
+def test_addresses_in_other_alphabets_are_told_from_what_is_none_once_they_are_asked_for():
+    said = subprocess.run([sys.executable, "-c", ADDRESSES], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.splitlines() == ["False", "[True, False]"]
+
+
 @pytest.mark.parametrize("collecting", [True, False])
 def test_the_garbage_collector_is_as_it_was_also_after_an_error(collecting):
     (gc.enable if collecting else gc.disable)()

@@ -32,15 +32,15 @@ def in_one_setting(cells: pd.DataFrame) -> pd.DataFrame:
     question. The number of layers is a pattern's own and no part of it."""
     if cells.empty:
         return cells
-    settings = [{k: v for k, v in json.loads(text).items() if k != "layers"} for text in cells["setting"]]
-    asked = pd.Series([json.dumps(one, sort_keys=True) for one in settings], index=cells.index)
+    settings = {text: json.loads(text) | {"layers": None} for text in cells["setting"].unique()}
+    asked = cells["setting"].map({text: json.dumps(one, sort_keys=True) for text, one in settings.items()})
     most = asked.groupby([cells["task"], cells["convolution"]]).transform(lambda own: own.value_counts().index[0])
     return cells[asked == most]
 
 
 def trained_for(cells: pd.DataFrame) -> pd.Series:
     """The steps of training of each row."""
-    return cells["setting"].map(lambda text: json.loads(text)["steps"])
+    return cells["setting"].map({text: json.loads(text)["steps"] for text in cells["setting"].unique()})
 
 
 def folder_beside(folder: str, records: str, committed: str) -> str:
@@ -72,15 +72,20 @@ def of_most_steps(cells: pd.DataFrame) -> pd.DataFrame:
 def at_best(cells: pd.DataFrame) -> pd.DataFrame:
     """The rows at each variant's best rate for a task: the highest median, at the hardest difficulty, over the seeds
     that every rate has (or all, where they share none); the middle one of equals."""
-    cells = in_one_setting(cells)
-    usable, kept = cells.dropna(subset=["accuracy"]), []
-    for _, own in usable.groupby(["label", "title", "task", "convolution", "setting"], sort=False):
-        hardest = own[own["difficulty"] == own["difficulty"].max()]
-        shared = set.intersection(*(set(part["seed"]) for _, part in hardest.groupby("rate")))
-        medians = (hardest[hardest["seed"].isin(shared)] if shared else hardest).groupby("rate")["scaled"].median()
-        equal = sorted(medians.index[medians == medians.max()])
-        kept.append(own[own["rate"] == equal[(len(equal) - 1) // 2]])
-    return pd.concat(kept, ignore_index=True) if kept else usable
+    usable = in_one_setting(cells).dropna(subset=["accuracy"]).reset_index(drop=True)
+    if usable.empty:
+        return usable
+    who = usable.groupby(["label", "title", "task", "convolution", "setting"], sort=False).ngroup().rename("who")
+    hardest = usable[usable["difficulty"] == usable.groupby(who)["difficulty"].transform("max")]
+    rates = hardest.groupby(who)["rate"].transform("nunique")
+    shared = hardest.groupby([who, "seed"])["rate"].transform("nunique") == rates
+    judged = hardest[shared | ~shared.groupby(who).transform("any")]
+    medians = judged.groupby([who, "rate"])["scaled"].median()
+    equal = medians[medians == medians.groupby("who").transform("max")].groupby("who")  # from the lowest rate
+    middle = equal.cumcount() == (equal.transform("size") - 1) // 2
+    rate = middle[middle].reset_index().set_index("who")["rate"]
+    kept = usable[usable["rate"] == who.map(rate)]
+    return kept.loc[who[kept.index].sort_values(kind="stable").index].reset_index(drop=True)
 
 
 def summary(cells: pd.DataFrame) -> pd.DataFrame:
@@ -110,15 +115,15 @@ def shown_tasks(cells: pd.DataFrame) -> list[str]:
 
 
 def why_not_shown(cells: pd.DataFrame, task: str) -> str | None:
-    found = summary(cells)
-    found = found[(found["task"] == task) & found["hardest"] & (found["convolution"] == TASKS[task].net.convolution)]
-    found = found.set_index("label")["median"]
+    own = summary(cells)
+    own = own[(own["task"] == task) & (own["convolution"] == TASKS[task].net.convolution)]
+    found = own[own["hardest"]].set_index("label")["median"]
     for label, must in ((REFERENCE, MUST.get(task)), (f"{REFERENCE}+{REFERENCE}", MUST_OF_TWO.get(task))):
         if must is None:
             continue
         if label not in found.index:
             return f"{TASKS[task].title} is not shown: {label} was not tried, which has to solve it"
-        reached = found[label] if task in MUST_OF_TWO else _easiest(cells, task, label)
+        reached = found[label] if task in MUST_OF_TWO else _easiest(own, task, label)
         if np.isnan(reached):
             return f"{TASKS[task].title} is not shown: {label} was not tested at what it has to solve"
         if reached < must:
@@ -126,12 +131,10 @@ def why_not_shown(cells: pd.DataFrame, task: str) -> str | None:
     return None
 
 
-def _easiest(cells: pd.DataFrame, task: str, label: str) -> float:
-    """The median where training and test agree in length; for recall that is its hardest difficulty too."""
-    found = summary(cells)
-    own = found[(found["task"] == task) & (found["label"] == label)]
-    own = own[own["convolution"] == TASKS[task].net.convolution]
-    own = own.loc[own["difficulty"] <= max(TASKS[task].trained_on), "median"]
+def _easiest(found: pd.DataFrame, task: str, label: str) -> float:
+    """Of a task's `summary` the median where training and test agree in length; for recall that is its hardest
+    difficulty too."""
+    own = found.loc[(found["label"] == label) & (found["difficulty"] <= max(TASKS[task].trained_on)), "median"]
     return float(own.iloc[-1]) if len(own) else np.nan
 
 

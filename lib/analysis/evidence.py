@@ -75,6 +75,7 @@ class Evidence:
         text: pd.DataFrame | None = None,
     ):  # fmt: skip
         self.found, self.all, self.text = found, [found, *beside], text
+        self._ranked = {}
         self.entries, self.home = {}, {}  # by label: its entry, and the record that it is of
         self.source = {}  # by (length, label): the record whose turns count
         batches = {}
@@ -245,7 +246,7 @@ class Evidence:
         ]  # fmt: skip
         leaders = []
         for record in self.at(context):
-            ranks = compare.ranks(tables.runs(record, context), metric)
+            ranks = self._ranks(record, context, metric)
             own = [label for label in lower if label in ranks and self.source[context, label] is record]
             own.sort(key=lambda label: ranks[label])
             leaders += [[label for label in own if ranks[label][0] == ranks[own[0]][0]]] if own else []
@@ -260,6 +261,13 @@ class Evidence:
         ]  # fmt: skip
         aside = {label: self._aside(context, label) for label in found}
         return Pick(found, [cost(self.ratio(label, context, metric)) + aside[label] for label in found])
+
+    def _ranks(self, record: Steps, context: int, metric: str) -> dict[str, tuple[int, int]]:
+        """`compare.ranks` of a record, worked out once for all who may be picked."""
+        key = id(record), context, metric
+        if key not in self._ranked:
+            self._ranked[key] = compare.ranks(tables.runs(record, context), metric)
+        return self._ranked[key]
 
     def _aside(self, context: int, label: str) -> str:
         """Which session a number is of, where that is not the first of its length."""
@@ -368,7 +376,7 @@ class Evidence:
 def _rows_of_recall(cells: pd.DataFrame) -> pd.DataFrame:
     found = capability.summary(cells)
     found = found[(found["task"] == TASK) & found["hardest"] & found["convolution"]]
-    return found if TASK in capability.shown_tasks(cells) else found.iloc[:0]
+    return found if TASK in set(cells["task"]) and capability.why_not_shown(cells, TASK) is None else found.iloc[:0]
 
 
 def _recall(cells: pd.DataFrame) -> dict[str, Recall]:

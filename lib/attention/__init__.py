@@ -48,6 +48,7 @@ the model (`Pattern`). `linear,linear,linear,sdpa` is three layers of one to one
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.machinery
@@ -165,19 +166,20 @@ def _imported(path: Path, source: bytes) -> dict[Path, bytes]:
     return {file: found[file] for file in sorted(found) if file != path}
 
 
-def _names_imported(source: bytes, package: str) -> set[str]:
+@functools.lru_cache(maxsize=64)  # a variant's file is read at every turn, to see whether it changed
+def _names_imported(source: bytes, package: str) -> frozenset[str]:
     """Full names of what a text of `package` imports, wherever in it; what is imported from a module may be one."""
     try:
         lines = list(ast.walk(ast.parse(source)))
     except (SyntaxError, ValueError):  # said when it is run
-        return set()
+        return frozenset()
     found = {one.name for line in lines if isinstance(line, ast.Import) for one in line.names}
     for line in lines:
         if isinstance(line, ast.ImportFrom):
             above = package.split(".")[: len(package.split(".")) + 1 - line.level] if line.level else []
             base = ".".join([*above, *([line.module] if line.module else [])])
             found |= {base, *(f"{base}.{one.name}" for one in line.names)}
-    return found - {""}
+    return frozenset(found - {""})
 
 
 NAMED_BY_VERSION = {"torch", "transformers"} | sys.stdlib_module_names

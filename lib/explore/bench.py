@@ -290,7 +290,8 @@ def _fits(choice: Choice, size: str) -> bool:
 
 @cache
 def _by_context(name: str, options: tuple, size: str) -> pd.DataFrame:
-    choice, rows = Choice(name, dict(options)), []
+    choice, rows, (layers, width, heads, _) = Choice(name, dict(options)), [], SIZES[size]
+    check(choice, {"layers": layers, "width": width, "heads": heads, "positions": max(CONTEXTS)})
     for context in CONTEXTS:
         layers = _layers(choice, size, context)
         costs = {
@@ -302,11 +303,13 @@ def _by_context(name: str, options: tuple, size: str) -> pd.DataFrame:
 
 
 def _layers(choice: Choice, size: str, context: int) -> list:
-    """The layers without their weights of a model of a size with so many positions."""
-    config = _config(size, context)
-    check(choice, {"layers": config.n_layer, "width": config.n_embd, "heads": config.n_head, "positions": context})
-    with torch.device("meta"):
-        return attention.layers(choice.attention, config, **choice.options)
+    """The layers without their weights of a model of a size with so many positions. Raises UsageError where they
+    refuse that many."""
+    try:
+        with torch.device("meta"):
+            return attention.layers(choice.attention, _config(size, context), **choice.options)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def on_paper(choice: Choice, size: str) -> list:

@@ -16,10 +16,10 @@ import re
 import shutil
 import tempfile
 import tomllib
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from bs4 import BeautifulSoup
 from PIL.Image import open as open_image  # a name of its own: no text is read
 
 from lib import attention
@@ -286,21 +286,32 @@ def _pack_images(made: Path) -> None:
         path.write_text(PNG.sub(packed, path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
+class _Page(HTMLParser):
+    """What the tags of a page are called (`names`), and what they name: (tag, address)."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.names, self.named = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        of = {name: value or "" for name, value in attrs}
+        self.names |= {of["id"]} if "id" in of else set()
+        self.named += [(tag, of[name]) for name in ("href", "src") if name in of]
+
+
 def _check_links(made: Path) -> None:
     """Raises UsageError for what a page names and the site does not hold: Sphinx looks at Markdown's links alone."""
-    parsed = {
-        path: BeautifulSoup(path.read_text(encoding="utf-8"), "html.parser") for path in sorted(made.rglob("*.html"))
-    }
-    names = {path: {tag["id"] for tag in page.find_all(id=True)} for path, page in parsed.items()}
-    for path, page in parsed.items():
-        for tag, attribute in ((tag, name) for name in ("href", "src") for tag in page.find_all(attrs={name: True})):
-            parts = urlsplit(tag[attribute])
-            if parts.scheme and not (tag.name != "a" and parts.scheme in ("http", "https")):
+    pages_of = {path: _Page(path.read_text(encoding="utf-8")) for path in sorted(made.rglob("*.html"))}
+    for path, page in pages_of.items():
+        for tag, address in page.named:
+            parts = urlsplit(address)
+            if parts.scheme and not (tag != "a" and parts.scheme in ("http", "https")):
                 continue  # elsewhere, where a reader goes by a click, or a picture in the page itself
             target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
             is_there = not parts.scheme and target.is_file() and target.is_relative_to(made.resolve())
-            if is_there and parts.fragment and target in names and "=" not in parts.fragment:
-                is_there = unquote(parts.fragment) in names[target]
+            if is_there and parts.fragment and target in pages_of and "=" not in parts.fragment:
+                is_there = unquote(parts.fragment) in pages_of[target].names
             if not is_there:
                 where = path.relative_to(made).with_suffix("").as_posix()
-                raise UsageError(f"the page {where} names {tag[attribute][:200]!r}, which the site does not hold")
+                raise UsageError(f"the page {where} names {address[:200]!r}, which the site does not hold")

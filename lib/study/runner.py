@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 
 from lib import parameters, paths, record
 from lib.errors import UsageError, is_out_of_memory
+from lib.startup import quick_imports
 from lib.study import blocks, plan
 from lib.study.blocks import Data, is_finished
 
@@ -57,8 +58,9 @@ def _kill_kernels() -> None:
 
 def execute(notebook: Path, output: Path, given: dict, context: dict) -> tuple[str, str] | None:
     """Papermill in a kernel of its own; returns None, or why it failed: one of `record.FAILURES` and one line."""
-    import papermill
-    from nbclient.exceptions import DeadKernelError
+    with quick_imports():
+        import papermill
+        from nbclient.exceptions import DeadKernelError
 
     os.environ[record.POSITION_VARIABLE] = json.dumps(context)
     killed_before = killed_for_memory()
@@ -268,7 +270,8 @@ def summarize(folder: Path, own_metrics: dict | None = None) -> str | None:
 
 def answer(page: Path) -> list[str]:
     """What an executed summary.ipynb begins with, as lines for a terminal: the page's own words and numbers."""
-    import nbformat  # here, because its second would be added to every job of a workflow
+    with quick_imports():
+        import nbformat  # here, because its time would be added to every job of a workflow
 
     try:
         cells = nbformat.read(page, as_version=4).cells
