@@ -77,6 +77,26 @@ def test_what_is_faster_but_forgets_is_named_with_what_it_recalls_and_what_recal
     assert [name for name in table.index if name.startswith("time")][-1] == row  # who recalls comes first
 
 
+def test_what_the_picked_leave_unsolved_of_the_other_tasks_is_said_beside_them():
+    """Of tasks that SDPA solves from every seed; a task that it does not says nothing against them."""
+    ratios, task = {"gqa": 0.8, "linear": 0.2}, "lookup_key_behind"
+
+    def noted(**solved):
+        more = [cell(label, (1.0, 1.0, max(0.0, value - 0.1 * seed)), task, seed=seed, rate=3e-3)
+                for label, value in solved.items() for seed in range(3)]  # fmt: skip
+        found = pd.concat([made_cells(), probe.frame(more)] if more else [made_cells()], ignore_index=True)
+        found.loc[(found["task"] == task) & (found["label"] == "sdpa"), ["accuracy", "scaled"]] = solved.get("sdpa", 1)
+        return answer.markdown(evidence.Evidence(made_steps(ratios), found))
+
+    others, title = "which order the variants otherwise", "*Lookup, key behind*"
+    assert f"{others}: of the other that SDPA solves from every seed, GQA answers 40% [30%, 50%] of {title}." in noted(
+        sdpa=1.0, gqa=0.5, linear=0.0
+    )
+    assert f"{others}: GQA was not tried in them." in noted(sdpa=1.0, linear=0.0)
+    for silent in ({}, {"sdpa": 0.9, "gqa": 0.5}, {"gqa": 0.5}):
+        assert f"{others}. Time and joules" in noted(**silent), silent
+
+
 def test_what_fails_from_one_seed_does_not_count_as_recalling():
     cells = made_cells(linear=1.0)
     cells.loc[(cells["label"] == "linear") & (cells["seed"] == 2), ["accuracy", "scaled"]] = 0.1

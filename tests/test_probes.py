@@ -418,6 +418,14 @@ def test_every_seed_is_a_point_of_the_figure_at_its_state():
     assert 0.99 in {line.get_ydata()[0] for line in axes.lines if line.get_label().startswith("_")}  # the median
 
 
+def test_who_keeps_about_as_much_stands_side_by_side_in_the_figure():
+    kept = pd.Series({"a": 1.0, "low": 0.5, "high": 0.5, "more": 0.55, "b": 0.25})
+    at = capability._side_by_side(kept)
+    assert at["a"] == 1 and at["b"] == 0.25 and at.sort_values().index.tolist() == ["b", "low", "high", "more", "a"]
+    steps = at[["low", "high", "more"]].to_numpy()
+    assert steps[1:] / steps[:-1] == pytest.approx(capability.APART) and kept["low"] < at["high"] < kept["more"]
+
+
 def test_who_was_trained_longer_is_shown_with_both():
     more = made(
         *[cell(name, (1.0, 1.0, 0.97), seed=seed, rate=3e-3) for name in ("linear", "mla") for seed in range(3)]
@@ -437,6 +445,12 @@ def test_who_was_trained_longer_is_shown_with_both():
     )  # of those who recall little, all were
     few = made(cell("gqa", (0.1, 0.1, 0.1)))
     assert "Not trained for longer, so not shown to be unable: GQA." in capability.conclusion(few, more)
+    rates = capability.rates_table(made(), more)
+    assert rates["task"].unique().tolist() == ["Recall (MQAR)", "Recall (MQAR), 3,200 steps"]
+    assert (
+        rates.set_index(["task", "variant"]).loc[("Recall (MQAR), 3,200 steps", "MLA"), "rate 0.003"] == "0.97 (n = 3)"
+    )
+    assert capability.rates_table(made(), made()).equals(capability.rates_table(made()))
     alone = more[(more["label"] == "linear") & (more["seed"] == 0)]
     alone = alone.assign(setting=alone["setting"].str.replace('"steps":3200', '"steps":6400'), scaled=0.0)
     lone = capability.conclusion(made(), pd.concat([more, alone]))  # puts nobody's results aside

@@ -305,10 +305,28 @@ def _footnote(evidence: Evidence) -> str:
     return (
         f"*If recall counts*, who gave back less than {RECALLS:.0%} of {PAIRS} facts in 128 tokens from even one seed "
         "is left out. That was tried in nets of one or two layers, not in the models timed nor at their lengths"
-        f"{'; ' * bool(others)}{tried}; it is one of {len(TASKS)} tasks, and [the "
-        "others](notebooks/capability.ipynb) may order the variants otherwise. Time and joules are of training at the "
-        "length that is named; decoding was timed on a CPU alone ([scaling.ipynb](notebooks/scaling.ipynb)).\n\n"
+        f"{'; ' * bool(others)}{tried}. It is one of [{len(TASKS)} tasks](notebooks/capability.ipynb), which order the "
+        f"variants otherwise{_elsewhere(e, picked)}. Time and joules are of training at the length that is named; "
+        "decoding was timed on a CPU alone ([scaling.ipynb](notebooks/scaling.ipynb)). In brackets: 95 % intervals of "
+        "costs, and of what is recalled the worst and the best seed.\n\n"
     )
+
+
+def _elsewhere(evidence: Evidence, picked: str) -> str:
+    """What those of the table that recall leave unsolved of the other tasks that SDPA solves from every seed, in words;
+    empty where the records have no such task."""
+    e, missed, untried = evidence, [], []
+    for label in (label for label in e.recall if label in e.entries and label != REFERENCE and e.recalls(label)):
+        if f"**{name_of(e, label)}**" in picked and len(e.elsewhere):
+            own = e.elsewhere[e.elsewhere["label"] == label]
+            short = [f"{_share(row)} of *{row.task}*" for row in own[own["low"] < RECALLS].itertuples()]
+            missed += [f"{name_of(e, label)} answers {joined(short)}"] if short else []
+            untried += [name_of(e, label)] if own.empty else []
+    count = len(set(e.elsewhere["task"])) if missed else 0
+    of = f"of the {f'{count} ' if count > 1 else ''}other{'s' if count > 1 else ''} that SDPA solves from every seed"
+    said = [f"{of}, {'; '.join(missed)}"] if missed else []
+    said += [f"{joined(untried)} {'was' if len(untried) == 1 else 'were'} not tried in them"] if untried else []
+    return f": {'; '.join(said)}" if said else ""
 
 
 def put(page: str, text: str) -> str:

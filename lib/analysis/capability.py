@@ -192,17 +192,22 @@ def difficulty_table(cells: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
-def rates_table(cells: pd.DataFrame) -> pd.DataFrame:
-    """Median scaled accuracy at the hardest difficulty for every rate, a row per task and variant."""
-    table = []
-    for task in shown_tasks(cells):
-        own = cells[(cells["task"] == task) & (cells["difficulty"] == max(TASKS[task].tested_on))]
+def rates_table(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Median scaled accuracy at the hardest difficulty for every rate, a row per task and variant; of recall also in
+    `longer`, cells of more training."""
+    table, tried = [], [(task, TASKS[task].title, cells) for task in shown_tasks(cells)]
+    steps, more = (0, None) if longer is None else _longest_recall(longer)
+    if steps:
+        tried.append(("recall", f"{TASKS['recall'].title}, {steps:,} steps", more))
+    rates = sorted({rate for *_, own in tried for rate in own["rate"]})
+    for task, said, own in sorted(tried, key=lambda one: list(TASKS).index(one[0])):
+        own = own[(own["task"] == task) & (own["difficulty"] == max(TASKS[task].tested_on))]
         own = own[own["convolution"] == TASKS[task].net.convolution]
         medians = own.groupby(["label", "rate"])["scaled"].agg(["median", "count"])
         title = dict(zip(own["label"], own["title"], strict=True))
         for label in labels(own):
-            row = {"task": TASKS[task].title, "variant": title[label]}
-            for rate in sorted(cells["rate"].unique()):
+            row = {"task": said, "variant": title[label]}
+            for rate in rates:
                 value = medians.loc[(label, rate)] if (label, rate) in medians.index else None
                 row[f"rate {rate:g}"] = "–" if value is None else f"{value['median']:z.2f} (n = {value['count']:.0f})"
             table.append(row)
@@ -330,7 +335,8 @@ def published_order(cells: pd.DataFrame) -> list[str]:
 def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
     """Scaled accuracy in recall against what the mixers keep, as a share of SDPA's memory in as many layers: seeds as
     points, the median as a line, and hollow, at the end of a dotted line, the same after more steps of training, of
-    which `longer` are the cells. Without SDPA the bytes themselves; what computes its function is its own point."""
+    which `longer` are the cells. Who keeps about as much stands side by side. Without SDPA the bytes themselves; what
+    computes its function is its own point."""
     use_style()
     rows, best, share = _rows(cells, "recall"), at_best(cells), state_shares(cells)
     rows = rows.drop(index=one_function(cells), errors="ignore")
@@ -340,24 +346,26 @@ def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
         (best["task"] == "recall") & best["convolution"] & (best["difficulty"] == max(TASKS["recall"].tested_on))
     ]
     names = [label for label in labels(cells) if label in rows.index]
+    drawn_at = _side_by_side(kept[rows["median"].sort_values(kind="stable").index])
     figure, axes = plt.subplots(figsize=(8.4, max(4.4, 1 + 0.24 * len(names))))  # as high as its legend
     look, (steps, later) = looks(names), _of_more_steps(longer)
     for label in names:
-        row, own, x = rows.loc[label], best[best["label"] == label], kept[label]
+        row, own, x = rows.loc[label], best[best["label"] == label], drawn_at[label]
+        line = [x * APART**-0.45, x * APART**0.45]
         style = look[label] | {"linestyle": ""}
         axes.plot([x] * len(own), own["scaled"], alpha=0.55, markersize=6, label=row["title"], **style)
-        axes.plot([x / 1.12, x * 1.12], [row["median"]] * 2, color=look[label]["color"], linewidth=2.5)
+        axes.plot(line, [row["median"]] * 2, color=look[label]["color"], linewidth=2.5)
         if (more := _of(later, label)) is not None:
             color, hollow = look[label]["color"], {"markersize": 7, "markerfacecolor": "none"}
             axes.plot([x, x], [row["median"], more["median"]], ":", color=color, linewidth=1.2, zorder=1)
             axes.plot([x] * len(more["seeds"]), more["seeds"], **style | hollow)
-            axes.plot([x / 1.12, x * 1.12], [more["median"]] * 2, color=color, linewidth=1.2)
+            axes.plot(line, [more["median"]] * 2, color=color, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_ylim(-0.05, 1.05)
     axes.set_xlabel(
-        "kept of one sequence of 128 tokens, share of SDPA's in as many layers" if is_share
-        else "KiB that the mixers keep of one sequence of 128 tokens, fp32"
-    )  # fmt: skip
+        ("share of SDPA's memory in as many layers" if is_share else "KiB that the mixers keep, fp32")
+        + ", of one sequence of 128 tokens; alike: side by side"
+    )
     axes.set_ylabel("scaled accuracy (0: guessing)")
     after = f" after {trained_for(best).iloc[0]:,} steps of training" if len(best) else ""
     after += f" (hollow: {steps:,})" if len(later) else ""
@@ -373,6 +381,18 @@ def recall_figure(cells: pd.DataFrame, longer: pd.DataFrame | None = None):
         for label, row in rows.iterrows()
     ]
     return tell(figure, f"Recall of 32 pairs, median scaled accuracy and what is kept: {', '.join(said)}.")
+
+
+ALIKE, APART = 1.2, 1.05  # up to which factor two keep about as much; the step from one to the next that do
+
+
+def _side_by_side(kept: pd.Series) -> pd.Series:
+    """Where each is drawn on a logarithmic axis: those that keep about as much beside each other, by what they keep and
+    then in the order given."""
+    logs = np.log(kept.sort_values(kind="stable"))
+    group = (logs.diff() > np.log(ALIKE)).cumsum()
+    place = group.groupby(group).cumcount() - (group.groupby(group).transform("size") - 1) / 2
+    return np.exp(logs.groupby(group).transform("mean") + np.log(APART) * place)
 
 
 def _kept(value: float, is_share: bool, unit: str = " KiB") -> str:
@@ -553,15 +573,19 @@ def _later(longer: pd.DataFrame | None):
     return said
 
 
+def _longest_recall(longer: pd.DataFrame) -> tuple[int, pd.DataFrame]:
+    """The most steps of training in recall beyond the task's own, and their cells; 0 where there are none."""
+    most = of_most_steps(_of_recall(longer))
+    steps = 0 if most.empty else trained_for(most).max()
+    return (steps if steps > TASKS["recall"].net.steps else 0), most
+
+
 def _of_more_steps(longer: pd.DataFrame | None) -> tuple[int, pd.DataFrame]:
     """The most steps of training in recall beyond the task's own, and a row per label of which three seeds had them;
     `seeds` are their scaled accuracies."""
-    none = 0, pd.DataFrame()
-    if longer is None:
-        return none
-    most = of_most_steps(_of_recall(longer))
-    if most.empty or (steps := trained_for(most).max()) <= TASKS["recall"].net.steps:
-        return none
+    steps, most = (0, None) if longer is None else _longest_recall(longer)
+    if not steps:
+        return 0, pd.DataFrame()
     rows, best = _rows(most, "recall"), at_best(most)
     seeds = best[best["difficulty"] == best["difficulty"].max()].groupby("label")["scaled"].agg(list)
     return steps, rows[rows["n"] >= SEEDS_WANTED].join(seeds.rename("seeds"))
@@ -580,6 +604,19 @@ def _other_tasks(cells: pd.DataFrame) -> list[str]:
         said.append(f"{task.title[0].lower()}{task.title[1:]} ({hardest}) {joined(able or ['nobody'])}")
     start = f"The other tasks are solved from every seed, of {SEEDS_WANTED} or more, at their hardest"
     return [f"{start}: {'; '.join(said)}."] if said else []
+
+
+def beside_recall(cells: pd.DataFrame) -> pd.DataFrame:
+    """Of the other tasks whose hardest SDPA solves from every one of three seeds or more: a row per task and label,
+    with `task`, `label`, `title`, `n`, `median`, `low` and `high`."""
+    found = []
+    for name in shown_tasks(cells):
+        rows = _rows(cells, name)
+        sdpa = rows[(rows.index == REFERENCE) & (rows["low"] >= SOLVED) & (rows["n"] >= SEEDS_WANTED)]
+        if name != "recall" and len(sdpa):
+            found.append(rows.reset_index().assign(task=TASKS[name].title))
+    columns = ["task", "label", "title", "n", "median", "low", "high"]
+    return pd.concat(found, ignore_index=True)[columns] if found else pd.DataFrame(columns=columns)
 
 
 def asked_table(cells: pd.DataFrame) -> pd.DataFrame:
