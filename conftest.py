@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SCRATCH = tempfile.TemporaryDirectory(prefix="attention-study-tests-")  # removed when pytest ends
@@ -11,3 +12,6 @@ if not IS_WORKER:  # all workers share the tokens of the one that started them
 else:
     os.environ["OMP_NUM_THREADS"] = "1"  # kernels too: another worker has the other core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a hub
+if not IS_WORKER:
+    quick_exit = Path(__file__).resolve().parent / "tests" / "quick_exit"
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(quick_exit), os.environ.get("PYTHONPATH"))))

@@ -3,8 +3,6 @@
 Shape letters used everywhere: B batch, T tokens (of the queries), S keys seen so far, C width, H heads, D = C/H.
 """
 
-import atexit
-import gc
 import importlib.util
 import os
 import sys
@@ -17,9 +15,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # torch's profiler reports its own starts and stops on the terminal otherwise.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-
-# A process that ends gives back its memory at once; searching all of PyTorch for garbage first took a second.
-atexit.register(gc.freeze)
 
 # What a terminal has no sign for is printed as its number: a study must not end because a variant says "φ" where the
 # locale is C.

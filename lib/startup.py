@@ -2,7 +2,7 @@
 
 import contextlib
 import gc
-import importlib
+import importlib.util
 import sys
 from types import ModuleType
 
@@ -31,7 +31,7 @@ def _when_first_used(module: str, function: str):
     transformers takes `roc_curve` from scikit-learn, for assisted generation alone; jsonschema, which reads notebooks,
     takes `is_valid_syntax` for addresses in other alphabets. Any other name gives the real one.
     """
-    if module in sys.modules:
+    if module in sys.modules or importlib.util.find_spec(module.partition(".")[0]) is None:
         yield
         return
 

@@ -10,7 +10,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from make import make_record
+from make import NINTH, make_record
 
 from lib import attention, paths, record
 from lib.analysis import figures, growth
@@ -163,6 +163,15 @@ def test_the_cost_table_follows_the_options():
         for table in tables_of
     ]
     assert held[0] == 4 * held[1]
+
+
+@pytest.mark.parametrize("raises", ["ValueError('few')", "RuntimeError('few')", "OSError('few')"])
+def test_a_file_that_refuses_few_positions_is_one_sentence(raises, tmp_path):
+    begin = "        self.layer_idx, self.weight"
+    few = f"        if config.n_positions < 1000:\n            raise {raises}\n{begin}"
+    (tmp_path / "long_ones.py").write_text(NINTH.replace(begin, few, 1))
+    with pytest.raises(UsageError, match=r"^[^\n]*few$"):
+        bench.by_context(Choice(str(tmp_path / "long_ones.py")), bench.GPT2_SMALL)
 
 
 def test_costs_by_context_are_each_variant_s_own_and_a_refused_option_is_one_sentence():

@@ -426,6 +426,14 @@ def test_who_keeps_about_as_much_stands_side_by_side_in_the_figure():
     assert steps[1:] / steps[:-1] == pytest.approx(capability.APART) and kept["low"] < at["high"] < kept["more"]
 
 
+@pytest.mark.parametrize(("factor", "count"), [(1.19, 12), (1.0, 12), (1.02, 9), (1.5, 4)])
+def test_nobody_is_drawn_where_others_keep_more_or_far_from_what_it_keeps(factor, count):
+    kept = pd.Series({f"mixer {place}": factor**place for place in range(count)})
+    at = capability._side_by_side(kept)
+    assert at[kept.index].is_monotonic_increasing and at.is_unique
+    assert ((at / kept).between(1 / capability.ALIKE, capability.ALIKE)).all()
+
+
 def test_who_was_trained_longer_is_shown_with_both():
     more = made(
         *[cell(name, (1.0, 1.0, 0.97), seed=seed, rate=3e-3) for name in ("linear", "mla") for seed in range(3)]
@@ -451,6 +459,11 @@ def test_who_was_trained_longer_is_shown_with_both():
         rates.set_index(["task", "variant"]).loc[("Recall (MQAR), 3,200 steps", "MLA"), "rate 0.003"] == "0.97 (n = 3)"
     )
     assert capability.rates_table(made(), made()).equals(capability.rates_table(made()))
+    fails = made().assign(scaled=0.2, accuracy=0.2)
+    assert not len(capability.rates_table(fails, more))  # SDPA cannot: recall is in no table
+    wide = more.assign(setting=more["setting"].str.replace('"width":64', '"width":128'), scaled=0.1)
+    wide = wide[wide["label"] == "linear"]
+    assert capability.rates_table(made(), pd.concat([more, wide])).equals(rates)
     alone = more[(more["label"] == "linear") & (more["seed"] == 0)]
     alone = alone.assign(setting=alone["setting"].str.replace('"steps":3200', '"steps":6400'), scaled=0.0)
     lone = capability.conclusion(made(), pd.concat([more, alone]))  # puts nobody's results aside

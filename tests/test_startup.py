@@ -30,12 +30,6 @@ def test_a_run_waits_for_no_module_that_it_does_not_use_and_generation_finds_its
     assert said.stdout.splitlines() == ["[]", "[0.0, 1.0, 1.0]", "[0.0, 1.0, 1.0] 1.0"]
 
 
-def test_nothing_is_searched_for_garbage_when_a_process_ends():
-    last = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 0)); import lib"
-    said = subprocess.run([sys.executable, "-c", last], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert said.stdout == "True\n"
-
-
 ADDRESSES = """
 import sys
 from lib.startup import quick_imports
@@ -50,6 +44,11 @@ print([jsonschema.FormatChecker().conforms(one, "iri") for one in ("https://ü.e
 def test_addresses_in_other_alphabets_are_told_from_what_is_none_once_they_are_asked_for():
     said = subprocess.run([sys.executable, "-c", ADDRESSES], capture_output=True, text=True, check=True, cwd=ROOT)
     assert said.stdout.splitlines() == ["False", "[True, False]"]
+
+
+def test_what_is_not_installed_is_not_stood_in_for():
+    with startup._when_first_used("a_package_of_nobody", "name"), pytest.raises(ImportError):
+        import a_package_of_nobody  # noqa: F401
 
 
 @pytest.mark.parametrize("collecting", [True, False])

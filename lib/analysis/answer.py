@@ -17,7 +17,7 @@ from lib.analysis import evidence as records
 from lib.analysis import style
 from lib.analysis.answer_basis import briefly_sure, escaped, how_sure, name_of, sure
 from lib.analysis.answer_figure import headline, picture
-from lib.analysis.capability import CELLS, LONGER, TEXT
+from lib.analysis.capability import CELLS, LONGER, SEEDS_WANTED, TEXT
 from lib.analysis.evidence import (
     CACHE_CONTEXT,
     ENERGY,
@@ -33,7 +33,6 @@ from lib.analysis.evidence import (
 )
 from lib.analysis.words import cost, joined, size
 from lib.attention import REFERENCE
-from lib.data.tasks import TASKS
 from lib.errors import UsageError
 
 STEPS = "records/steps-gpu"
@@ -305,28 +304,38 @@ def _footnote(evidence: Evidence) -> str:
     return (
         f"*If recall counts*, who gave back less than {RECALLS:.0%} of {PAIRS} facts in 128 tokens from even one seed "
         "is left out. That was tried in nets of one or two layers, not in the models timed nor at their lengths"
-        f"{'; ' * bool(others)}{tried}. It is one of [{len(TASKS)} tasks](notebooks/capability.ipynb), which order the "
-        f"variants otherwise{_elsewhere(e, picked)}. Time and joules are of training at the length that is named; "
-        "decoding was timed on a CPU alone ([scaling.ipynb](notebooks/scaling.ipynb)). In brackets: 95 % intervals of "
-        "costs, and of what is recalled the worst and the best seed.\n\n"
+        f"{'; ' * bool(others)}{tried}. {_elsewhere(e, picked)}Time and joules are of training at the length that is "
+        "named; decoding was timed on a CPU alone ([scaling.ipynb](notebooks/scaling.ipynb)). In brackets: 95 % "
+        "intervals of costs, and of what is recalled the worst and the best seed.\n\n"
     )
 
 
 def _elsewhere(evidence: Evidence, picked: str) -> str:
-    """What those of the table that recall leave unsolved of the other tasks that SDPA solves from every seed, in words;
-    empty where the records have no such task."""
-    e, missed, untried = evidence, [], []
-    for label in (label for label in e.recall if label in e.entries and label != REFERENCE and e.recalls(label)):
-        if f"**{name_of(e, label)}**" in picked and len(e.elsewhere):
-            own = e.elsewhere[e.elsewhere["label"] == label]
-            short = [f"{_share(row)} of *{row.task}*" for row in own[own["low"] < RECALLS].itertuples()]
-            missed += [f"{name_of(e, label)} answers {joined(short)}"] if short else []
-            untried += [name_of(e, label)] if own.empty else []
-    count = len(set(e.elsewhere["task"])) if missed else 0
-    of = f"of the {f'{count} ' if count > 1 else ''}other{'s' if count > 1 else ''} that SDPA solves from every seed"
-    said = [f"{of}, {'; '.join(missed)}"] if missed else []
-    said += [f"{joined(untried)} {'was' if len(untried) == 1 else 'were'} not tried in them"] if untried else []
-    return f": {'; '.join(said)}" if said else ""
+    """That there are other tasks, and what those of the table that recall leave unsolved, or were not tried in, of
+    these that SDPA solves from every seed: a sentence; empty where recall is the one task of the records."""
+    e, known, said = evidence, evidence.elsewhere, []
+    if e.tasks < 2:
+        return ""
+    keepers = [label for label in e.recall if label in e.entries and label != REFERENCE and e.recalls(label)]
+    keepers = [label for label in keepers if f"**{name_of(e, label)}**" in picked]
+    tried = known[known["n"] >= SEEDS_WANTED].set_index("label")
+    for label in keepers:
+        short = [
+            f"{_share(row)} of *{row.task}*" + f" as {escaped(row.title)}" * (row.title != e.recall[label].title)
+            for row in tried[(tried.index == label) & (tried["low"] < RECALLS)].itertuples()
+        ]
+        said += [f"{name_of(e, label)} answers {joined(short)}"] if short else []
+    if said:
+        count = known["task"].nunique()
+        said[0] = f"of {'the one' if count == 1 else count} that SDPA solves from every seed {said[0]}"
+    for task in dict.fromkeys(known["task"]):
+        names = [name_of(e, label) for label in keepers if label not in tried.index[tried["task"] == task]]
+        said += [f"*{task}* is not known of {joined(names)}"] if names else []
+    others = "another" if e.tasks == 2 else "others"
+    return (
+        f"It is one of [{e.tasks} tasks](notebooks/capability.ipynb), and {others} may order the variants otherwise"
+        f"{': ' * bool(said)}{'; '.join(said)}. "
+    )
 
 
 def put(page: str, text: str) -> str:

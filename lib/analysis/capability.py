@@ -197,10 +197,11 @@ def rates_table(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> pd.D
     `longer`, cells of more training."""
     table, tried = [], [(task, TASKS[task].title, cells) for task in shown_tasks(cells)]
     steps, more = (0, None) if longer is None else _longest_recall(longer)
-    if steps:
+    if steps and "recall" in shown_tasks(cells):
         tried.append(("recall", f"{TASKS['recall'].title}, {steps:,} steps", more))
     rates = sorted({rate for *_, own in tried for rate in own["rate"]})
     for task, said, own in sorted(tried, key=lambda one: list(TASKS).index(one[0])):
+        own = in_one_setting(own)
         own = own[(own["task"] == task) & (own["difficulty"] == max(TASKS[task].tested_on))]
         own = own[own["convolution"] == TASKS[task].net.convolution]
         medians = own.groupby(["label", "rate"])["scaled"].agg(["median", "count"])
@@ -388,11 +389,18 @@ ALIKE, APART = 1.2, 1.05  # up to which factor two keep about as much; the step 
 
 def _side_by_side(kept: pd.Series) -> pd.Series:
     """Where each is drawn on a logarithmic axis: those that keep about as much beside each other, by what they keep and
-    then in the order given."""
-    logs = np.log(kept.sort_values(kind="stable"))
-    group = (logs.diff() > np.log(ALIKE)).cumsum()
-    place = group.groupby(group).cumcount() - (group.groupby(group).transform("size") - 1) / 2
-    return np.exp(logs.groupby(group).transform("mean") + np.log(APART) * place)
+    then in the order given. None is drawn further from its group's middle than members of a group may be apart."""
+    logs, groups = np.log(kept.sort_values(kind="stable")), []
+    for label, value in logs.items():
+        if not groups or value - logs[groups[-1][0]] > np.log(ALIKE):
+            groups.append([])
+        groups[-1].append(label)
+    found = {}
+    for group in groups:
+        step = min(np.log(APART), np.log(ALIKE) / len(group))
+        middle = logs[group].mean()
+        found |= {label: middle + step * (place - (len(group) - 1) / 2) for place, label in enumerate(group)}
+    return np.exp(pd.Series(found, dtype=float))
 
 
 def _kept(value: float, is_share: bool, unit: str = " KiB") -> str:

@@ -120,6 +120,7 @@ class Evidence:
         self.memory = self.turns.groupby(["context", "label"])["peak_memory_bytes"].max()
         self.cache = {label: self._cache(entry) for label, entry in self.entries.items()}
         self.recall = _recall(cells) if cells is not None else {}
+        self.tasks = cells["task"].nunique() if cells is not None else 0
         self.elsewhere = capability.beside_recall(cells) if cells is not None else None
         self.rates = cells.loc[cells["task"] == TASK, "rate"].nunique() if cells is not None else 0
         self.points = _points(cells) if cells is not None else pd.DataFrame(columns=["label", "scaled"])

@@ -291,25 +291,26 @@ def _fits(choice: Choice, size: str) -> bool:
 @cache
 def _by_context(name: str, options: tuple, size: str) -> pd.DataFrame:
     choice, rows, (layers, width, heads, _) = Choice(name, dict(options)), [], SIZES[size]
-    check(choice, {"layers": layers, "width": width, "heads": heads, "positions": max(CONTEXTS)})
+    sizes = {"layers": layers, "width": width, "heads": heads}
+    check(choice, sizes | {"positions": max(CONTEXTS)})
     for context in CONTEXTS:
-        layers = _layers(choice, size, context)
-        costs = {
-            "core_flops_per_token": sum(layer.core_flops(context) for layer in layers) / context,
-            "cache_bytes": sum(layer.cache_bytes(context, 2) for layer in layers),
-        }
+        try:
+            own = _layers(choice, size, context)
+            costs = {
+                "core_flops_per_token": sum(layer.core_flops(context) for layer in own) / context,
+                "cache_bytes": sum(layer.cache_bytes(context, 2) for layer in own),
+            }
+        except Exception:
+            check(choice, sizes | {"positions": context})  # says in one sentence what so many positions are refused for
+            raise
         rows.append({"label": choice.label, "name": choice.name, "context": context} | costs)
     return pd.DataFrame(rows)
 
 
 def _layers(choice: Choice, size: str, context: int) -> list:
-    """The layers without their weights of a model of a size with so many positions. Raises UsageError where they
-    refuse that many."""
-    try:
-        with torch.device("meta"):
-            return attention.layers(choice.attention, _config(size, context), **choice.options)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    """The layers without their weights of a model of a size with so many positions."""
+    with torch.device("meta"):
+        return attention.layers(choice.attention, _config(size, context), **choice.options)
 
 
 def on_paper(choice: Choice, size: str) -> list:

@@ -293,6 +293,7 @@ class _Page(HTMLParser):
         super().__init__()
         self.names, self.named = set(), []
         self.feed(text)
+        self.close()
 
     def handle_starttag(self, tag, attrs):
         of = {name: value or "" for name, value in attrs}
