@@ -145,7 +145,7 @@ def test_of_the_tasks_who_recalls_and_who_forgets():
     assert "SLIDING_WINDOW 0.00 (0.10 of 8 pairs), after 3,200 steps 0.97 [0.97, 0.97]" in line
     assert "800 steps of training where no more are said" in conclusions.of_capability(found, more).rests_on
     assert "no more are said" not in said.rests_on
-    assert line.startswith("In part, by seed, or with more steps")  # not "Little is recalled"
+    assert line.startswith("Half or more, by the longest training, at the best rate")
     for fewer in (more.query("seed < 2"), found):  # too few seeds, or no more steps
         assert all("after" not in one for one in conclusions.of_capability(found, fewer).details)
     nobody = conclusions.of_capability(made().query("label != 'sdpa'"))

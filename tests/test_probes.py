@@ -253,10 +253,13 @@ def test_the_sentences_follow_from_the_records():
     found = made(cell("gqa", (1.0, 1.0, 0.99), state=500), cell("sliding_window", (0.1, 0.0, 0.0), state=120))
     said = " ".join(capability.conclusion(found))
     assert "GQA and SDPA recall all, from every seed" in said and "; GQA with 50% of SDPA's memory" in said
-    assert "In part, by seed, or with more steps, at the best rate tried: LINEAR 0.70 (0.90 of 8 pairs)." in said
-    assert "Little is recalled, at the best rate tried: SLIDING_WINDOW 0.00 (0.10 of 8 pairs)." in said
+    assert "Half or more, by the longest training, at the best rate tried: LINEAR 0.70 (0.90 of 8 pairs)." in said
+    assert (
+        "Less than half, by the longest training, at the best rate tried: SLIDING_WINDOW 0.00 (0.10 of 8 pairs)."
+        in said
+    )
     assert "Not from every seed" not in said
-    assert "The other tasks" not in said
+    assert "Who solves the hardest" not in said
     keys = made(
         *[cell(label, (1.0, 1.0, value), "lookup_key_behind", seed=seed) for label, value in
           (("sdpa", 1.0), ("gqa", 0.94), ("linear", 0.95)) for seed in range(3)],
@@ -264,8 +267,8 @@ def test_the_sentences_follow_from_the_records():
         *[cell(label, (0.0, 0.0, 0.0, 0.1), "parity") for label in ("sdpa", "gqa")],
     )  # fmt: skip
     assert (
-        "The other tasks are solved from every seed, of 3 or more, at their hardest: parity (256 bits) nobody; "
-        "lookup, key behind (30 symbols) SDPA and LINEAR."
+        "Who solves the hardest of each other task from every one of 3 seeds or more: Parity (256 bits): nobody; "
+        "Lookup, key behind (30 symbols): SDPA and LINEAR."
     ) in capability.conclusion(keys)
     asked = capability.asked_table(keys).set_index("task")
     assert list(asked.index) == ["Recall (MQAR)", "Parity", "Lookup, key behind"]
@@ -273,7 +276,7 @@ def test_the_sentences_follow_from_the_records():
         "3 to 40 bits", "up to 256", 2, "1,500",
     ]  # fmt: skip
     other = " ".join(capability.conclusion(made(cell("gqa", (0.3, 0.3, 0.3), state=500))))
-    assert "Little is recalled, at the best rate tried: GQA 0.30." in other
+    assert "Less than half, by the longest training, at the best rate tried: GQA 0.30." in other
 
 
 def test_what_some_seeds_recall_is_not_said_to_recall_all():

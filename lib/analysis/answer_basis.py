@@ -233,7 +233,7 @@ def _tried_as(evidence: Evidence) -> str:
             other = "" if found.title == evidence.entries[label].title else f" as {escaped(found.title)}"
             if other or abs(found.state_share - 1) > 0.01:
                 parts.append(f"{name_of(evidence, label)}{other} {found.state_share:.0%}")
-    return f" Kept there, of SDPA's memory at 128 tokens: {', '.join(parts)}." if parts else ""
+    return f" Kept there, of SDPA's memory in as many layers at 128 tokens: {', '.join(parts)}." if parts else ""
 
 
 def _recalls_untimed(evidence: Evidence) -> str:

@@ -178,7 +178,7 @@ def tasks_table(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> pd.D
 
 def difficulty_table(cells: pd.DataFrame) -> pd.DataFrame:
     """A row per task and variant, a column per step of difficulty, medians."""
-    found, title, table = summary(cells), dict(zip(cells["label"], cells["title"], strict=True)), []
+    found, table = summary(cells), []
     for task in shown_tasks(cells):
         for label in labels(cells):
             net = TASKS[task].net
@@ -187,7 +187,11 @@ def difficulty_table(cells: pd.DataFrame) -> pd.DataFrame:
                 continue
             said = [f"{row.difficulty:.0f}: {row.median:z.2f}" for row in own.sort_values("difficulty").itertuples()]
             table.append(
-                {"task": TASKS[task].title, "variant": title[label], "scaled accuracy by difficulty": ", ".join(said)}
+                {
+                    "task": TASKS[task].title,
+                    "variant": own["title"].iloc[0],
+                    "scaled accuracy by difficulty": ", ".join(said),
+                }
             )
     return pd.DataFrame(table)
 
@@ -609,8 +613,8 @@ def _other_tasks(cells: pd.DataFrame) -> list[str]:
         task, rows = TASKS[name], _rows(cells, name).drop(index=list(same), errors="ignore")
         able = list(rows.loc[(rows["low"] >= SOLVED) & (rows["n"] >= SEEDS_WANTED), "title"])
         hardest = f"{max(task.tested_on):,} {task.unit}"
-        said.append(f"{task.title[0].lower()}{task.title[1:]} ({hardest}) {joined(able or ['nobody'])}")
-    start = f"The other tasks are solved from every seed, of {SEEDS_WANTED} or more, at their hardest"
+        said.append(f"{task.title} ({hardest}): {joined(able or ['nobody'])}")
+    start = f"Who solves the hardest of each other task from every one of {SEEDS_WANTED} seeds or more"
     return [f"{start}: {'; '.join(said)}."] if said else []
 
 
@@ -674,7 +678,8 @@ def conclusion(cells: pd.DataFrame, longer: pd.DataFrame | None = None) -> list[
         ]
         said.append(f"Not from every seed: {joined(which)}.")
     easiest, later = _easiest_of(cells, "recall"), _later(longer)
-    for what, part in (("In part, by seed, or with more steps", between), ("Little is recalled", fails)):
+    half = "by the longest training"
+    for what, part in ((f"Half or more, {half}", between), (f"Less than half, {half}", fails)):
         if len(part):
             which = [
                 f"{row['title']} {row['median']:z.2f} {_spread(row)}".strip() + easiest(label, row) + later(label)
