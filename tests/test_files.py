@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
 from lib.data import conversations, corpus, files, parquet
@@ -310,7 +310,8 @@ def kept(row):
     if turns is not None and not isinstance(turns, list):
         return None
     if not turns:
-        return None if isinstance(row, dict) and row.get("conversations") else []
+        other = row.get("conversations") if isinstance(row, dict) else None
+        return [] if other in (None, "", [], {}) else None  # False is something, and no conversation
     for turn in turns:
         content = turn.get("content", 0) if isinstance(turn, dict) else 0
         if not (content is None or isinstance(content, str)) or turn.get("role") not in ("user", "assistant", "system"):
@@ -364,6 +365,7 @@ cuts = st.just(0) | st.integers(1, 60)
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".jsonl.gz"])
 @given(rows=any_rows, cut=cuts)
+@example(rows=[{"messages": [], "conversations": False}], cut=0)
 @settings(max_examples=100, **FUZZ)
 def test_rows_of_any_json_in_any_order_are_read_or_refused_in_one_sentence(tmp_path, ending, rows, cut):
     assume(not (rows and isinstance(rows[0], list)) or ending == ".json")  # such a file is a list
