@@ -8,10 +8,9 @@ READY := .venv/.ready
 study: $(READY)  ## train every variant, then draw notebooks/out/summary.ipynb
 	$(BIN)/python -m lib.study $(PROFILE)
 
-# Three workers keep two cores busy: many tests wait, for a browser, a kernel or a clock.
 test: $(READY)  ## every test and every notebook
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --nbval --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --nbval --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 site: $(READY)  ## docs, notebooks and records as a static site: open site/index.html
 	$(BIN)/python -m lib.site
