@@ -10,7 +10,7 @@ from types import FrameType
 EXTRAS = {  # what rooms import of each, by the name that it is imported by
     "statistics": ("IPython", "matplotlib", "pandas", "pydantic", "pydantic_core", "scipy", "seaborn", "statsmodels"),
     "energy": ("psutil", "pynvml", "zeus"),
-    "site": ("altair", "bs4", "myst_nb", "PIL", "sphinx", "vl_convert"),
+    "site": ("altair", "myst_nb", "PIL", "sphinx", "vl_convert"),
     "study": ("datasets", "nbclient", "nbformat", "papermill", "pyarrow", "yaml"),
     "notebooks": ("ipywidgets", "traitlets"),
 }
