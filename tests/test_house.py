@@ -102,7 +102,7 @@ MAY_IMPORT = {
     "data": GROUND,
     "parameters": MODEL,
     "certificate": MODEL,
-    "measure": MODEL | {"parameters", "certificate"},
+    "measure": MODEL | {"parameters", "certificate", "startup"},
     "progress": GROUND,
     "markup": set(),
     "startup": set(),

@@ -13,9 +13,12 @@ OF_A_RUN = """
 import sys
 from lib import certificate, model, parameters, progress, record, training
 from lib.data import corpus
-from lib.measure import assemble, inference, phases
+from lib.measure import assemble, energy, inference, phases
 
-print(sorted({"sklearn.metrics", "statsmodels", "matplotlib", "papermill"} & set(sys.modules)))
+energy.cpu_counter()
+monitors = energy._monitors()
+print(sorted({"sklearn.metrics", "scipy.stats", "statsmodels", "matplotlib", "papermill"} & set(sys.modules)))
+print(monitors.power.auc([0, 2], [3, 5]))
 from transformers.generation import candidate_generator
 
 print(candidate_generator.roc_curve([0, 1], [0.1, 0.9])[1].tolist())
@@ -27,7 +30,23 @@ print(roc_curve([0, 1], [0.1, 0.9])[1].tolist(), roc_auc_score([0, 1], [0.1, 0.9
 
 def test_a_run_waits_for_no_module_that_it_does_not_use_and_generation_finds_its_own():
     said = subprocess.run([sys.executable, "-c", OF_A_RUN], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert said.stdout.splitlines() == ["[]", "[0.0, 1.0, 1.0]", "[0.0, 1.0, 1.0] 1.0"]
+    assert said.stdout.splitlines() == ["[]", "8.0", "[0.0, 1.0, 1.0]", "[0.0, 1.0, 1.0] 1.0"]
+
+
+AT_THE_END = """
+import atexit, sys
+
+atexit.register(lambda: print("tabulate" in sys.modules))  # of what is to be done at the end the last
+from lib import model
+"""
+LOG_ON = "import logging, torch; torch._logging.set_logs(dynamo=logging.INFO)"
+
+
+@pytest.mark.parametrize(("log_on", "laid_out"), [("", "False"), (LOG_ON, "True")])
+def test_a_process_ends_without_the_compiler_s_table_unless_its_log_is_on(log_on, laid_out):
+    command = [sys.executable, "-c", AT_THE_END + log_on]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.splitlines()[-1] == laid_out and said.stderr.count("compilation metrics") == bool(log_on)
 
 
 ADDRESSES = """
@@ -61,6 +80,25 @@ def test_the_garbage_collector_is_as_it_was_also_after_an_error(collecting):
         assert gc.isenabled() == collecting
     finally:
         gc.enable()
+
+
+OLD_AT_ONCE = """
+import gc
+from lib.startup import quick_imports
+
+for kept in (0, 1):  # with what is frozen by somebody else it stays as it is
+    if kept:
+        gc.freeze()
+    with quick_imports():
+        many = [[] for _ in range(100_000)]
+    print(gc.get_count()[0] < 50_000, sum(one is many for one in gc.get_objects(generation=2)))
+print(gc.get_freeze_count() > 0)
+"""
+
+
+def test_the_collector_need_not_search_what_came_in_and_what_others_froze_stays_so():
+    said = subprocess.run([sys.executable, "-c", OLD_AT_ONCE], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.splitlines() == ["True 1", "True 0", "True"]
 
 
 def test_what_stands_in_gives_every_other_name_of_the_real_module(monkeypatch):

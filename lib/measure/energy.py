@@ -21,6 +21,8 @@ import pynvml
 import torch
 from zeus.exception import ZeusBaseError
 
+from lib.startup import quick_imports
+
 # A step of the counter is known to 10 ms (`TICK_WITHIN_S`), so the idle time at a window's two ends to 20 ms, and an
 # idle GPU draws no more than a working one: a window's joules are known to 20 ms of its own length. At 2 s that is 1 %,
 # half of the 2 % within which two variants are called equivalent.
@@ -161,6 +163,13 @@ class Counter:
         return Reading(sum(windows_j))
 
 
+def _monitors():
+    """Zeus's module of monitors; here, because many a machine has nothing for them to read."""
+    with quick_imports():
+        import zeus.monitor
+    return zeus.monitor
+
+
 def no_counter() -> Counter:
     """Stands where joules are not asked for: nothing is waited for."""
     return Counter("gpu_energy", reason="not_asked_for")
@@ -177,12 +186,11 @@ def gpu_counter(device: torch.device) -> Counter:
     try:
         with _shown_to_zeus(device):
             from zeus.device import get_gpus
-            from zeus.monitor import ZeusMonitor
 
             # Where Zeus knows no counter it would integrate power instead, sampled as fast as one processor can.
             if not get_gpus().supports_get_total_energy_consumption(0):
                 return Counter("gpu_energy", reason="counter_unsupported")
-            monitor = ZeusMonitor(gpu_indices=[0], cpu_indices=[], approx_instant_energy=False)
+            monitor = _monitors().ZeusMonitor(gpu_indices=[0], cpu_indices=[], approx_instant_energy=False)
     except ERRORS as error:
         return Counter("gpu_energy", reason=_reason_of(error, "nvml_unavailable"))
     return Counter("gpu_energy", monitor, read=lambda: monitor.gpus.get_total_energy_consumption(0) / 1000)
@@ -192,14 +200,13 @@ def cpu_counter() -> Counter:
     """The RAPL counters of all CPU packages, or why there is none."""
     from zeus.device.cpu import get_cpus
     from zeus.device.cpu.common import ZeusCPUInitError, ZeusCPUNoPermissionError
-    from zeus.monitor import ZeusMonitor
 
     try:
         packages = len(get_cpus())
         if not packages:
             return Counter("cpu_energy", reason="rapl_unavailable")
         with _shown_to_zeus(None):
-            return Counter("cpu_energy", ZeusMonitor(gpu_indices=[], cpu_indices=list(range(packages))))
+            return Counter("cpu_energy", _monitors().ZeusMonitor(gpu_indices=[], cpu_indices=list(range(packages))))
     except (ZeusCPUNoPermissionError, PermissionError):
         return Counter("cpu_energy", reason="permission")
     except (ZeusCPUInitError, OSError, RuntimeError):
@@ -245,9 +252,7 @@ class PowerMonitor:
             return
         try:
             with _shown_to_zeus(device):
-                from zeus.monitor.power import PowerMonitor as ZeusPowerMonitor
-
-                self.monitor = ZeusPowerMonitor([0], TRACE_PERIOD_S, power_domains=["device_instant"])
+                self.monitor = _monitors().PowerMonitor([0], TRACE_PERIOD_S, power_domains=["device_instant"])
             give_up_s = time.monotonic() + PATIENCE_S
             while self.monitor.get_power() is None and time.monotonic() < give_up_s:
                 time.sleep(TRACE_PERIOD_S)
