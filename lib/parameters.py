@@ -37,6 +37,7 @@ from lib.record.schema import (
     POSITION_EMBEDDINGS,
     PRECISIONS,
 )
+from lib.startup import quick_imports
 
 # Names of records, which hold the parameters, and so are made there.
 __all__ = ["digest", "display_name", "file_name", "run_name", "setting"]
@@ -276,7 +277,8 @@ def _listed(value) -> list:
 def pin(name: str) -> None:
     """From here on this process knows the variant as its file is now: certified, trained and recorded is one text."""
     try:
-        attention.pin(name)
+        with quick_imports():  # a variant's file is often the first to ask for PyTorch
+            attention.pin(name)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -100,7 +100,7 @@ MAY_IMPORT = {
     "published": GROUND | {"attention"},
     "record": GROUND | {"attention"},
     "data": GROUND,
-    "parameters": MODEL,
+    "parameters": MODEL | {"startup"},
     "certificate": MODEL,
     "measure": MODEL | {"parameters", "certificate", "startup"},
     "progress": GROUND,
