@@ -229,6 +229,33 @@ def test_the_best_rate_counts_with_the_median_of_its_seeds_and_their_range():
     assert (row["rate"], row["n"], row["median"], row["low"], row["high"]) == (1e-2, 3, 0.99, 0.98, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("at_8", "at_16", "at_32", "best"),
+    [
+        ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), (0.5, 0.9, 0.7), 3e-3),  # the hardest says it
+        ((0.0, 1.0, 0.0), (0.0, 0.9, 0.0), (0.02, -0.01, 0.03), 3e-3),  # there all guess: what is less hard
+        ((0.0, 1.0, 0.0), (0.2, 0.1, 0.0), (0.0, 0.0, 0.1), 3e-3),  # there too
+        ((0.0, 0.2, 0.0), (0.2, 0.1, 0.0), (0.0, 0.0, 0.1), 1e-2),  # all guess everywhere
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 3e-3),  # of equals the middle one
+        ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.9, 0.9, 0.2), 1e-3),  # of two the lower one
+    ],
+)
+def test_the_best_rate_is_that_of_the_hardest_that_was_learnt(at_8, at_16, at_32, best, tmp_path):
+    """For whom more seeds are run, and in the tables; 0.25 is learnt."""
+    rates = (1e-3, 3e-3, 1e-2)
+    medians = {d: dict(zip(rates, own, strict=True)) for d, own in zip((8, 16, 32), (at_8, at_16, at_32), strict=True)}
+    assert probe.best_rate(medians) == best
+    scaled = dict(zip(rates, zip(at_8, at_16, at_32, strict=True), strict=True))
+    found = made(*(cell("mla", own, rate=rate) for rate, own in scaled.items()))
+    assert set(capability.summary(found).query("label == 'mla'")["rate"]) == {best}
+    grid = probes.cells(probes.checked(TINY | {"variants": ["mla"], "rates": list(rates), "seeds": 1}))
+    mixer = {"attention": "mla", "options": {}, "attention_sha256": attention.source_sha256("mla")}
+    for one in grid:
+        own = {"name": one.name, "pattern": [mixer] * len(one.pattern)}
+        probe.write(cell("mla", scaled[one.learning_rate], rate=one.learning_rate, **own), tmp_path)
+    assert [one.learning_rate for one in probes.best(grid, tmp_path)] == [best]
+
+
 def test_more_seeds_at_one_rate_do_not_choose_it():
     """The best rate is chosen by the seeds that every rate has, or the rate tried most often would have a say more."""
     lucky = [cell("mla", (1, 1, value), rate=3e-3, seed=seed) for seed, value in enumerate((0.4, 1.0, 1.0))]

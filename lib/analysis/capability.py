@@ -70,21 +70,19 @@ def of_most_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_best(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows at each variant's best rate for a task: the highest median, at the hardest difficulty, over the seeds
-    that every rate has (or all, where they share none); the middle one of equals."""
+    """The rows at each variant's best rate for a task (`probe.best_rate`), by the seeds that every rate has (or all,
+    where they share none)."""
     usable = in_one_setting(cells).dropna(subset=["accuracy"]).reset_index(drop=True)
     if usable.empty:
         return usable
     who = usable.groupby(["label", "title", "task", "convolution", "setting"], sort=False).ngroup().rename("who")
-    hardest = usable[usable["difficulty"] == usable.groupby(who)["difficulty"].transform("max")]
-    rates = hardest.groupby(who)["rate"].transform("nunique")
-    shared = hardest.groupby([who, "seed"])["rate"].transform("nunique") == rates
-    judged = hardest[shared | ~shared.groupby(who).transform("any")]
-    medians = judged.groupby([who, "rate"])["scaled"].median()
-    equal = medians[medians == medians.groupby("who").transform("max")].groupby("who")  # from the lowest rate
-    middle = equal.cumcount() == (equal.transform("size") - 1) // 2
-    rate = middle[middle].reset_index().set_index("who")["rate"]
-    kept = usable[usable["rate"] == who.map(rate)]
+    rates = usable.groupby(who)["rate"].transform("nunique")
+    shared = usable.groupby([who, "seed"])["rate"].transform("nunique") == rates
+    judged = usable[shared | ~shared.groupby(who).transform("any")]
+    medians: dict[int, dict[float, dict[float, float]]] = {}
+    for (one, difficulty, rate), median in judged.groupby([who, "difficulty", "rate"])["scaled"].median().items():
+        medians.setdefault(one, {}).setdefault(difficulty, {})[rate] = median
+    kept = usable[usable["rate"] == who.map({one: probe.best_rate(own) for one, own in medians.items()})]
     return kept.loc[who[kept.index].sort_values(kind="stable").index].reset_index(drop=True)
 
 

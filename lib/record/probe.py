@@ -103,6 +103,19 @@ class Probe(Strict):
         return self
 
 
+LEARNT = 0.25  # scaled accuracy from which on rates are compared: those that only guess differ as seeds do
+
+
+def best_rate(medians: dict[float, dict[float, float]]) -> float:
+    """The rate that is best at the hardest difficulty of which any learnt a quarter, or at the hardest, of the medians
+    over seeds of scaled accuracy, by difficulty and rate. Of equals the middle one: the borders of what works are
+    further away."""
+    hard = [difficulty for difficulty, by_rate in medians.items() if max(by_rate.values()) >= LEARNT]
+    by_rate = medians[max(hard or medians)]
+    equal = sorted(rate for rate, median in by_rate.items() if median == max(by_rate.values()))
+    return equal[(len(equal) - 1) // 2]
+
+
 def write(found: Probe, folder: Path) -> Path:
     """Writes a cell's file, whole or not at all; returns its path. Raises UsageError where it cannot be written."""
     return write_checked(found, Path(folder) / f"{found.name}.json")

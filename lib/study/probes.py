@@ -308,20 +308,18 @@ def further(made: Plan, folder: Path) -> list[Cell]:
 
 
 def best(grid: list[Cell], folder: Path) -> list[Cell]:
-    """Of each group that has results, its cell of the best rate: the highest median, over seeds, of what is hardest.
-
-    Of equally good rates the middle one: the borders of what works are further away.
-    """
-    groups: dict[tuple, dict[float, list[float]]] = {}
+    """Of each group that has results, its cell of the best rate (`probe.best_rate`)."""
+    groups: dict[tuple, dict[float, dict[float, list[float]]]] = {}
     for cell in grid:
         found = finished(cell, folder)
-        if found is not None and found.results:
-            groups.setdefault(cell.group, {}).setdefault(cell.learning_rate, []).append(found.results[-1].accuracy)
+        for result in found.results if found else ():
+            by_rate = groups.setdefault(cell.group, {}).setdefault(result.difficulty, {})
+            by_rate.setdefault(cell.learning_rate, []).append(result.scaled_accuracy)
     chosen = []
-    for group, by_rate in groups.items():
-        highest = max(map(median, by_rate.values()))
-        equal = sorted(rate for rate, found in by_rate.items() if median(found) == highest)
-        rate = equal[(len(equal) - 1) // 2]
+    for group, by_difficulty in groups.items():
+        medians = {difficulty: {rate: median(found) for rate, found in by_rate.items()}
+                   for difficulty, by_rate in by_difficulty.items()}  # fmt: skip
+        rate = probe.best_rate(medians)
         chosen.append(next(cell for cell in grid if cell.group == group and cell.learning_rate == rate))
     return chosen
 
