@@ -5,6 +5,7 @@ This module reads that cell, checks what a person gave against it, and says in o
 
 import ast
 import functools
+import importlib
 import inspect
 import json
 import math
@@ -276,9 +277,10 @@ def _listed(value) -> list:
 
 def pin(name: str) -> None:
     """From here on this process knows the variant as its file is now: certified, trained and recorded is one text."""
+    with quick_imports():  # what `sdpa.py` and its likes ask for; not the file itself, which may ask for anything
+        importlib.import_module("transformers.models.llama.modeling_llama")
     try:
-        with quick_imports():  # a variant's file is often the first to ask for PyTorch
-            attention.pin(name)
+        attention.pin(name)
     except ValueError as error:
         raise UsageError(str(error)) from None
 

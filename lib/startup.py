@@ -17,7 +17,9 @@ def quick_imports():
     PyTorch and transformers are four thousand modules; while they come in, the collector searches them again and again
     and finds nothing. Where it was off before, it stays off.
     """
-    collecting = gc.isenabled()
+    collecting, before = gc.isenabled(), len(sys.modules)
+    if collecting:
+        gc.collect(1)  # what is garbage by now is not to grow old with what comes in
     gc.disable()
     try:
         with (
@@ -27,7 +29,7 @@ def quick_imports():
             yield
     finally:
         if collecting:
-            if not gc.get_freeze_count():
+            if len(sys.modules) > before and not gc.get_freeze_count():
                 gc.freeze()
                 gc.unfreeze()  # what came in is old at once: the collector has not to search it first
             gc.enable()
@@ -57,7 +59,8 @@ def _when_first_used(module: str, *functions: str):
     GPU has no counter of it; jsonschema, which reads notebooks, takes `is_valid_syntax` for addresses in other
     alphabets. Any other name gives the real one.
     """
-    if module in sys.modules or importlib.util.find_spec(module.partition(".")[0]) is None:
+    package = module.partition(".")[0]
+    if module in sys.modules or package in sys.modules or importlib.util.find_spec(package) is None:
         yield
         return
 

@@ -33,6 +33,24 @@ def test_a_run_waits_for_no_module_that_it_does_not_use_and_generation_finds_its
     assert said.stdout.splitlines() == ["[]", "8.0", "[0.0, 1.0, 1.0]", "[0.0, 1.0, 1.0] 1.0"]
 
 
+PINNED = """
+import sys
+from lib import parameters
+
+parameters.pin("sdpa")
+print("sklearn.metrics" in sys.modules)
+parameters.pin(sys.argv[1])
+"""
+
+
+def test_a_plan_waits_for_no_scikit_learn_and_a_variant_s_file_may_take_any_of_it(tmp_path):
+    mine = "import sklearn.metrics.pairwise\nfrom sklearn.metrics import *\n\naccuracy_score\n"
+    (tmp_path / "mine.py").write_text(mine + (ROOT / "lib" / "attention" / "sdpa.py").read_text())
+    command = [sys.executable, "-c", PINNED, str(tmp_path / "mine.py")]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout.splitlines() == ["False"]
+
+
 AT_THE_END = """
 import atexit, sys
 
@@ -65,6 +83,14 @@ def test_addresses_in_other_alphabets_are_told_from_what_is_none_once_they_are_a
     assert said.stdout.splitlines() == ["False", "[True, False]"]
 
 
+def test_inside_another_what_stands_in_stays(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    with startup._when_first_used("colorsys", "rgb_to_hls"):
+        with startup._when_first_used("colorsys", "rgb_to_hls"):
+            pass
+        assert not hasattr(sys.modules["colorsys"], "__file__")
+
+
 def test_what_is_not_installed_is_not_stood_in_for():
     with startup._when_first_used("a_package_of_nobody", "name"), pytest.raises(ImportError):
         import a_package_of_nobody  # noqa: F401
@@ -83,22 +109,36 @@ def test_the_garbage_collector_is_as_it_was_also_after_an_error(collecting):
 
 
 OLD_AT_ONCE = """
-import gc
+import gc, sys, weakref
 from lib.startup import quick_imports
 
 for kept in (0, 1):  # with what is frozen by somebody else it stays as it is
     if kept:
         gc.freeze()
     with quick_imports():
+        import colorsys
         many = [[] for _ in range(100_000)]
+    sys.modules.pop("colorsys")
     print(gc.get_count()[0] < 50_000, sum(one is many for one in gc.get_objects(generation=2)))
 print(gc.get_freeze_count() > 0)
+
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+
+gc.unfreeze()
+gone = weakref.ref(Cycle())
+with quick_imports():
+    import colorsys
+print(gone())
 """
 
 
 def test_the_collector_need_not_search_what_came_in_and_what_others_froze_stays_so():
     said = subprocess.run([sys.executable, "-c", OLD_AT_ONCE], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert said.stdout.splitlines() == ["True 1", "True 0", "True"]
+    assert said.stdout.splitlines() == ["True 1", "True 0", "True", "None"]
 
 
 def test_what_stands_in_gives_every_other_name_of_the_real_module(monkeypatch):

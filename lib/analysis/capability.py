@@ -70,19 +70,16 @@ def of_most_steps(cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def at_best(cells: pd.DataFrame) -> pd.DataFrame:
-    """The rows at each variant's best rate for a task (`probe.best_rate`), by the seeds that every rate has (or all,
-    where they share none)."""
-    usable = in_one_setting(cells).dropna(subset=["accuracy"]).reset_index(drop=True)
+    """The rows at each variant's best rate for a task (`probe.best_rate`)."""
+    usable = in_one_setting(cells).dropna(subset=["accuracy", "scaled"]).reset_index(drop=True)
     if usable.empty:
         return usable
     who = usable.groupby(["label", "title", "task", "convolution", "setting"], sort=False).ngroup().rename("who")
-    rates = usable.groupby(who)["rate"].transform("nunique")
-    shared = usable.groupby([who, "seed"])["rate"].transform("nunique") == rates
-    judged = usable[shared | ~shared.groupby(who).transform("any")]
-    medians: dict[int, dict[float, dict[float, float]]] = {}
-    for (one, difficulty, rate), median in judged.groupby([who, "difficulty", "rate"])["scaled"].median().items():
-        medians.setdefault(one, {}).setdefault(difficulty, {})[rate] = median
-    kept = usable[usable["rate"] == who.map({one: probe.best_rate(own) for one, own in medians.items()})]
+    found: dict[int, dict] = {}
+    columns = (usable[name] for name in ("difficulty", "rate", "seed", "scaled"))
+    for one, difficulty, rate, seed, scaled in zip(who, *columns, strict=True):
+        found.setdefault(one, {}).setdefault(difficulty, {}).setdefault(rate, {})[seed] = scaled
+    kept = usable[usable["rate"] == who.map({one: probe.best_rate(own) for one, own in found.items()})]
     return kept.loc[who[kept.index].sort_values(kind="stable").index].reset_index(drop=True)
 
 

@@ -1,6 +1,7 @@
 """Records of what a variant can do: one JSON file per variant, task, rate and seed, written by `lib.study.probes`."""
 
 import json
+import statistics
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -106,14 +107,21 @@ class Probe(Strict):
 LEARNT = 0.25  # scaled accuracy from which on rates are compared: those that only guess differ as seeds do
 
 
-def best_rate(medians: dict[float, dict[float, float]]) -> float:
-    """The rate that is best at the hardest difficulty of which any learnt a quarter, or at the hardest, of the medians
-    over seeds of scaled accuracy, by difficulty and rate. Of equals the middle one: the borders of what works are
-    further away."""
+def best_rate(scaled: dict[float, dict[float, dict[int, float]]]) -> float:
+    """The rate that is best at the hardest difficulty of which any learnt a quarter, or at the hardest, of scaled
+    accuracies by difficulty, rate and seed: that of the highest median over the seeds that every rate has (or all,
+    where they share none). Of equals the middle one: the borders of what works are further away."""
+    medians = {difficulty: _medians(by_rate) for difficulty, by_rate in scaled.items()}
     hard = [difficulty for difficulty, by_rate in medians.items() if max(by_rate.values()) >= LEARNT]
     by_rate = medians[max(hard or medians)]
     equal = sorted(rate for rate, median in by_rate.items() if median == max(by_rate.values()))
     return equal[(len(equal) - 1) // 2]
+
+
+def _medians(by_rate: dict[float, dict[int, float]]) -> dict[float, float]:
+    shared = set.intersection(*map(set, by_rate.values()))
+    return {rate: statistics.median(value for seed, value in own.items() if seed in shared or not shared)
+            for rate, own in by_rate.items()}  # fmt: skip
 
 
 def write(found: Probe, folder: Path) -> Path:

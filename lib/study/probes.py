@@ -309,17 +309,15 @@ def further(made: Plan, folder: Path) -> list[Cell]:
 
 def best(grid: list[Cell], folder: Path) -> list[Cell]:
     """Of each group that has results, its cell of the best rate (`probe.best_rate`)."""
-    groups: dict[tuple, dict[float, dict[float, list[float]]]] = {}
+    groups: dict[tuple, dict[float, dict[float, dict[int, float]]]] = {}
     for cell in grid:
         found = finished(cell, folder)
         for result in found.results if found else ():
             by_rate = groups.setdefault(cell.group, {}).setdefault(result.difficulty, {})
-            by_rate.setdefault(cell.learning_rate, []).append(result.scaled_accuracy)
+            by_rate.setdefault(cell.learning_rate, {})[cell.seed] = result.scaled_accuracy
     chosen = []
-    for group, by_difficulty in groups.items():
-        medians = {difficulty: {rate: median(found) for rate, found in by_rate.items()}
-                   for difficulty, by_rate in by_difficulty.items()}  # fmt: skip
-        rate = probe.best_rate(medians)
+    for group, scaled in groups.items():
+        rate = probe.best_rate(scaled)
         chosen.append(next(cell for cell in grid if cell.group == group and cell.learning_rate == rate))
     return chosen
 
