@@ -234,16 +234,17 @@ def test_the_best_rate_counts_with_the_median_of_its_seeds_and_their_range():
 @pytest.mark.parametrize(
     ("at_8", "at_16", "at_32", "best"),
     [
-        ((0.1, 0.2, 0.3), (0.3, 0.2, 0.1), (0.5, 0.9, 0.7), 3e-3),  # the hardest says it
+        ((1.0, 0.2, 0.3), (0.3, 0.2, 0.1), (0.5, 0.9, 0.7), 3e-3),  # the hardest says it
         ((0.0, 1.0, 0.0), (0.0, 0.9, 0.0), (0.02, -0.01, 0.03), 3e-3),  # there all guess: what is less hard
-        ((0.0, 1.0, 0.0), (0.2, 0.1, 0.0), (0.0, 0.0, 0.1), 3e-3),  # there too
-        ((0.0, 0.2, 0.0), (0.2, 0.1, 0.0), (0.0, 0.0, 0.1), 1e-2),  # all guess everywhere
+        ((0.0, 1.0, 0.0), (0.1, 0.1, 0.0), (0.0, 0.0, 0.1), 3e-3),  # there too
+        ((0.0, 0.1, 0.0), (0.1, 0.1, 0.0), (0.0, 0.0, 0.1), 1e-2),  # all guess everywhere
+        ((0.9, 0.5, 0.5), (0.5, 0.5, 0.5), (0.5, 0.6, 0.5), 1e-3),  # half right, and alike
         ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 3e-3),  # of equals the middle one
         ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.9, 0.9, 0.2), 1e-3),  # of two the lower one
     ],
 )
-def test_the_best_rate_is_that_of_the_hardest_that_was_learnt(at_8, at_16, at_32, best, tmp_path):
-    """For whom more seeds are run, and in the tables; 0.25 is learnt."""
+def test_the_best_rate_is_that_of_the_hardest_that_tells_rates_apart(at_8, at_16, at_32, best, tmp_path):
+    """For whom more seeds are run, and in the tables."""
     rates = (1e-3, 3e-3, 1e-2)
     scaled = dict(zip(rates, zip(at_8, at_16, at_32, strict=True), strict=True))
     found = made(*(cell("mla", own, rate=rate) for rate, own in scaled.items()))
@@ -270,11 +271,10 @@ def test_tables_show_the_rate_that_got_more_seeds(data):
             own[one.seed] = result.scaled_accuracy
     best, shown = probe.best_rate(scaled), set(capability.at_best(probe.frame(tried))["rate"])
     assert shown == {best} and best in {rate for rate, _ in there}
-    hard = max(scaled) if any(v >= 0.25 for own in scaled[max(scaled)].values() for v in own.values()) else None
-    if hard and len(there) == len(rates) * len(seeds):  # the rule once more, by another way
-        medians = {rate: sorted(own.values())[1] for rate, own in scaled[hard].items()}
-        if max(medians.values()) >= 0.25:
-            assert medians[best] == max(medians.values())
+    if len(there) == len(rates) * len(seeds):  # the rule once more, by another way
+        medians = {rate: sorted(own.values())[1] for rate, own in scaled[max(scaled)].items()}
+        highest = max(medians.values())
+        assert medians[best] == highest or highest <= min(medians.values()) + 0.1
 
 
 def test_more_seeds_at_one_rate_do_not_choose_it():

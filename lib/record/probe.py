@@ -104,16 +104,16 @@ class Probe(Strict):
         return self
 
 
-LEARNT = 0.25  # scaled accuracy from which on rates are compared: those that only guess differ as seeds do
+APART = 0.1  # of scaled accuracy: rates that are less apart, as those which only guess, would be chosen by luck
 
 
 def best_rate(scaled: dict[float, dict[float, dict[int, float]]]) -> float:
-    """The rate that is best at the hardest difficulty of which any learnt a quarter, or at the hardest, of scaled
-    accuracies by difficulty, rate and seed: that of the highest median over the seeds that every rate has (or all,
-    where they share none). Of equals the middle one: the borders of what works are further away."""
+    """The best rate, of scaled accuracies by difficulty, rate and seed: that of the highest median over the seeds that
+    every rate has (or all, where they share none), at the hardest difficulty at which rates are `APART`, or at the
+    hardest, where they never are. Of equals the middle one: the borders of what works are further away."""
     medians = {difficulty: _medians(by_rate) for difficulty, by_rate in scaled.items()}
-    hard = [difficulty for difficulty, by_rate in medians.items() if max(by_rate.values()) >= LEARNT]
-    by_rate = medians[max(hard or medians)]
+    told = [difficulty for difficulty, own in medians.items() if max(own.values()) - min(own.values()) > APART]
+    by_rate = medians[max(told or medians)]
     equal = sorted(rate for rate, median in by_rate.items() if median == max(by_rate.values()))
     return equal[(len(equal) - 1) // 2]
 
