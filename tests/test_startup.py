@@ -84,11 +84,12 @@ def test_addresses_in_other_alphabets_are_told_from_what_is_none_once_they_are_a
 
 
 def test_inside_another_what_stands_in_stays(monkeypatch):
-    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    with startup._when_first_used("colorsys", "rgb_to_hls"):
-        with startup._when_first_used("colorsys", "rgb_to_hls"):
+    for name in ("wsgiref", "wsgiref.util"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with startup._when_first_used("wsgiref.util", "guess_scheme"):
+        with startup._when_first_used("wsgiref.util", "guess_scheme"):
             pass
-        assert not hasattr(sys.modules["colorsys"], "__file__")
+        assert not hasattr(sys.modules["wsgiref.util"], "__file__")
 
 
 def test_what_is_not_installed_is_not_stood_in_for():
