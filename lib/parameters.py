@@ -277,9 +277,11 @@ def _listed(value) -> list:
 
 def pin(name: str) -> None:
     """From here on this process knows the variant as its file is now: certified, trained and recorded is one text."""
-    with quick_imports():  # what `sdpa.py` and its likes ask for; not the file itself, which may ask for anything
-        importlib.import_module("transformers.models.llama.modeling_llama")
     try:
+        for part in attention.parts(name):
+            attention.find(part)  # a misspelt name is told before anything is waited for
+        with quick_imports():  # what `sdpa.py` and its likes ask for; not the file itself, which may ask for anything
+            importlib.import_module("transformers.models.llama.modeling_llama")
         attention.pin(name)
     except ValueError as error:
         raise UsageError(str(error)) from None
