@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 from lib import attention
@@ -14,6 +15,30 @@ def test_gpt2_small_has_the_published_number_of_parameters():
     config = gpt2_config(layers=12, width=768, heads=12, positions=1024, vocabulary=50257)
     for name in ("baseline", "sdpa"):
         assert sum(p.numel() for p in meta_model(name, config).parameters()) == 124_439_808
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", attention.variants())
+def test_a_model_without_weights_draws_none_and_has_those_of_one_with_them(name):
+    config = gpt2_config(2, 32, 4, 64, 50, convolution=4)
+    with Seen() as seen:
+        bare = meta_model(name, config)
+    assert "normal_" not in seen.names  # which is slow where nothing is held
+    both = [
+        [(key, one.shape, one.dtype) for key, one in m.named_parameters()] for m in (bare, build_model(name, config))
+    ]
+    assert both[0] == both[1] and bare.lm_head.weight is bare.transformer.wte.weight
 
 
 @pytest.mark.parametrize("more", [{}, {"architecture": "llama"}, {"convolution": 4}], ids=str)

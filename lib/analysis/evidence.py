@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy import stats
 
 from lib import attention
@@ -29,6 +28,7 @@ from lib.attention import CONTROL, REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
 from lib.model import gpt2_config
+from lib.model.devices import without_weights
 from lib.record import REASONS, printable, probe, steps
 from lib.record.steps import Steps
 
@@ -154,7 +154,7 @@ class Evidence:
             return np.nan
         config = gpt2_config(setting.layers, setting.width, setting.heads, CACHE_CONTEXT, setting.vocabulary)
         try:
-            with torch.device("meta"):
+            with without_weights():
                 layers = attention.layers(entry.attention, config, **entry.options)
             return sum(layer.cache_bytes(CACHE_CONTEXT, CACHE_BYTES) for layer in layers)
         except Exception as error:  # options and sizes that somebody sent

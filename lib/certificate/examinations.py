@@ -456,6 +456,16 @@ def _gradient(out, leaf, t) -> torch.Tensor:
     return gradient.abs().amax(dim=(0, 2))
 
 
+def _moved_at(module, hidden, asked: list[int]) -> torch.Tensor:
+    """`_moved` of several outputs of one sequence: (asked, T). Each is asked in a row of its own, so that a slow
+    reference goes back through its steps once."""
+    out, (leaf,) = Floats(module, hidden.shape[-1], hidden).traced(hidden.expand(len(asked), -1, -1))
+    weight = torch.randn(out.shape[-1], dtype=out.dtype).to(out.device)
+    (gradient,) = torch.autograd.grad((out[range(len(asked)), asked] * weight).sum(), leaf)
+    gradient = gradient.abs().amax(dim=2)
+    return gradient / gradient.amax(dim=1, keepdim=True)
+
+
 def _moved(out, leaf, t) -> torch.Tensor:
     """How much each token moves output t, over the most that one does: (T,)."""
     gradient = _gradient(out, leaf, t)
@@ -834,11 +844,10 @@ def _seen_and_counted(twins: Twins, layer, where: str):
     if not _is_quadratic(layer) or n < 12:
         return
     hidden = twins.hidden(1, n, twins.exact_device, torch.float64)
-    out, (leaf,) = Floats(layer.reference, twins.setting.width, hidden).traced(hidden)
     seen, in_one_piece = 0, True
     asked = [int((i + 0.5) * n / ASKED) for i in range(ASKED)]
-    for t in asked:
-        mine = _moved(out, leaf, t)[: t + 1] > SEEN
+    for t, moved in zip(asked, _moved_at(layer.reference, hidden, asked), strict=True):
+        mine = moved[: t + 1] > SEEN
         seen += int(mine.sum())
         in_one_piece &= bool(mine[t + 1 - int(mine.sum()) :].all())
     pairs, share = seen / (n * ASKED), _ratio(layer.core_flops(n), layer.core_flops(n, dense=True))

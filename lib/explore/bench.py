@@ -309,7 +309,7 @@ def _by_context(name: str, options: tuple, size: str) -> pd.DataFrame:
 
 def _layers(choice: Choice, size: str, context: int) -> list:
     """The layers without their weights of a model of a size with so many positions."""
-    with torch.device("meta"):
+    with devices.without_weights():
         return attention.layers(choice.attention, _config(size, context), **choice.options)
 
 

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import ipywidgets as widgets
 import pandas as pd
-import torch
 import traitlets
 from matplotlib.figure import Figure
 
@@ -23,6 +22,7 @@ from lib import attention, markup, parameters
 from lib.analysis import style
 from lib.errors import UsageError
 from lib.model import gpt2_config
+from lib.model.devices import without_weights
 
 ERROR_COLOUR = "#d1495b"  # readable on white and on black
 WIDE = widgets.Layout(width="420px")
@@ -67,7 +67,7 @@ def _title(name: str, _told_apart: str, options: tuple) -> str:
 def _titled(name: str, heads: int = 4, **options) -> str | None:
     """What a layer with these options calls itself; None where it refuses them."""
     try:
-        with torch.device("meta"):
+        with without_weights():
             made = attention.load(name)
             layers = len(attention.parts(name))
             config = gpt2_config(layers, 16 * heads, heads, 8, 8)

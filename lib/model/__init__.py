@@ -4,6 +4,7 @@ import torch
 from transformers import GPT2Config
 from transformers.utils import logging
 
+from lib.model.devices import without_weights
 from lib.model.gpt2 import GPT2, VariantConfig
 from lib.model.initial import initialise
 from lib.model.matching import mlp_width
@@ -67,5 +68,5 @@ def config_of(values: dict, vocabulary: int, dropout: float = 0.0) -> GPT2Config
 
 def meta_model(name: str, config: GPT2Config, **options) -> GPT2:
     """The model without its weights, to count with: parameters and FLOPs of GPT-2 XL cost no memory."""
-    with torch.device("meta"):
+    with without_weights():
         return GPT2(config, name, options)

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 
 def choose(name: str) -> torch.device:
@@ -22,6 +23,23 @@ def autocast(precision: str, device: torch.device):
     if resolve_precision(precision, device) == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext
+
+
+@contextlib.contextmanager
+def without_weights():
+    """What is built inside has shapes and no numbers, to count with: GPT-2 XL costs no memory and little time."""
+    with torch.device("meta"), _NothingDrawn():
+        yield
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Inside, no weight is given its first values: where none are held, to draw them is most of the time."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == torch.nn.init.__name__ or func is torch.Tensor.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def synchronize(device: torch.device) -> None:

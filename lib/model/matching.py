@@ -5,9 +5,8 @@ cost. `match` sets one of them aside: `parameters` gives what attention saves to
 cache of SDPA's size, where the variant's options can.
 """
 
-import torch
-
 from lib import attention
+from lib.model.devices import without_weights
 from lib.model.llama import multiple, swiglu_width
 
 
@@ -29,7 +28,7 @@ def mlp_width(config, name: str, options: dict) -> int:
 
 def _weights(name: str, config, options: dict, is_llama: bool) -> int:
     """Those of all layers' attention; Llama's have no biases."""
-    with torch.device("meta"):
+    with without_weights():
         layers = attention.layers(name, config, **options)
     named = (pair for layer in layers for pair in layer.named_parameters())
     return sum(weight.numel() for of, weight in named if not (is_llama and of.rsplit(".", 1)[-1] == "bias"))
@@ -41,7 +40,7 @@ def options_of_state(config, context: int, name: str, options: dict) -> dict:
     A variant says by its `sized` which; one without has no say in it, and stays as it is. Raises ValueError where an
     option is given that would be chosen.
     """
-    with torch.device("meta"):
+    with without_weights():
         numbers = attention.load(attention.REFERENCE)(config, 0).cache_bytes(context, 1)
     chosen = {}
     for part, (variant, own) in attention.by_part(name, options).items():
@@ -63,7 +62,7 @@ def _nearest(part: str, variant, own: dict, config, context: int, numbers: int) 
     for asked in (numbers, numbers // 2):
         try:
             options = variant.sized(config, context, asked)
-            with torch.device("meta"):
+            with without_weights():
                 off = abs(variant(config, 0, **own | options).cache_bytes(context, 2) - wanted)
         except Exception as error:
             said = f"and its call ends in {type(error).__name__}: {error}"

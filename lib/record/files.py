@@ -122,9 +122,15 @@ def said_kind(path: Path) -> str | None:
 
 def _parsed(text: str) -> dict:
     """The content of a text of JSON. Raises ValueError as `_opened` does."""
+    content = _content(text)
+    _check_bounds(content)
+    return content
+
+
+def _content(text: str) -> dict:
+    """The same, of whatever numbers and texts."""
     try:
         content = json.loads(text, object_pairs_hook=_each_once, parse_constant=_no_number)
-        _check_bounds(content)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except json.JSONDecodeError as error:
@@ -299,14 +305,15 @@ def load_with_text(path: Path) -> tuple[Record, str]:
 
 
 def _closely(text: str) -> Record:
-    content = _parsed(text)
+    content = _content(text)
     if "schema_version" not in content:
         raise ValueError("it is JSON of another kind")
     if content["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
-            f"its schema_version is {str(content['schema_version'])[:20]}, this code reads {SCHEMA_VERSION}; "
-            "`python scripts/convert_records.py FOLDER` converts older ones"
+            f"its schema_version is {names.printable(content['schema_version'], 20)}, this code reads "
+            f"{SCHEMA_VERSION}; `python scripts/convert_records.py FOLDER` converts older ones"
         )
+    _check_bounds(content)
     return _unchanged(Record, content, text)
 
 

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
-import torch
 
 from lib import attention, record
 from lib.analysis import capability, compare, growth
@@ -23,6 +22,7 @@ from lib.attention import REFERENCE
 from lib.data.tasks import TASKS
 from lib.errors import UsageError
 from lib.model import gpt2_config
+from lib.model.devices import without_weights
 from lib.record import FAILURES, REASONS, files, folders, probe, scaling, steps
 from lib.record.steps import Steps
 
@@ -361,7 +361,7 @@ def by_formula(name: str, context: int) -> tuple[str, str, dict[str, float]]:
 @lru_cache(None)
 def _by_formula(name: str, context: int, _sha256: str) -> tuple[str, str, dict[str, float]]:
     try:
-        with torch.device("meta"):
+        with without_weights():
             layers = attention.layers(name, gpt2_config(*SMALL.values(), context, 2))
         number = {
             "cache": sum(layer.cache_bytes(context, 2) for layer in layers),
