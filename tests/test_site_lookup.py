@@ -66,7 +66,7 @@ def test_what_fails_its_certificate_is_named_and_tampered_records_are_refused(tm
     path = record.write(make_record("baseline", certificate=bad.model_dump()), tmp_path / "mine")
     found = lookup.rows(tmp_path)
     assert not found.loc[(found["label"] == "baseline") & (found["kind"] == "training runs"), "certified"].any()
-    page = pages.variant("baseline", found, pages.certificates(tmp_path))
+    page = pages.variant("baseline", found, pages.certificates(tmp_path, lookup.held(tmp_path)))
     assert "**failed**" in page
     content = json.loads(path.read_text())
     content["metrics"]["time_s"] = 1.0
@@ -249,7 +249,7 @@ def test_cells_of_other_devices_layers_and_outcomes_are_told_apart(tmp_path):
     gqa = only(found, label="gqa")
     assert pd.isna(gqa["value"]) and gqa["why"] == "not measured: the loss was not finite" and len(gqa["records"]) == 1
     assert only(found, label="mla")["note"].startswith("1 of 2 seeds ended without a result")
-    page = pages.variant("linear", lookup.rows(tmp_path), pages.certificates(tmp_path))
+    page = pages.variant("linear", lookup.rows(tmp_path), pages.certificates(tmp_path, lookup.held(tmp_path)))
     assert "b GPU" in page and "0.20" in page and "0.80" in page
 
 
@@ -267,11 +267,11 @@ def test_flags_failures_and_failed_certificates_stand_beside_the_numbers(tmp_pat
     found = lookup.rows(tmp_path)
     row = only(found, label="baseline", what="Training time")
     assert row["note"] == "1 of 1 runs flagged: busy" and not row["certified"]
-    page = pages.variant("baseline", found, pages.certificates(tmp_path))
+    page = pages.variant("baseline", found, pages.certificates(tmp_path, lookup.held(tmp_path)))
     assert "fails its certificate; 1 of 1 runs flagged: busy" in page
     lost = only(found, label="gqa", kind="training runs")
     assert lost["why"] == "not measured: 1 run ended without a record: out of memory"
-    page = pages.variant("gqa", found, pages.certificates(tmp_path))
+    page = pages.variant("gqa", found, pages.certificates(tmp_path, lookup.held(tmp_path)))
     assert (
         "Nothing of it was measured" in page and "out of memory" in page and "No committed record holds it" not in page
     )

@@ -66,10 +66,11 @@ def build(site: Path, root: Path = ROOT, records: Path | None = None) -> Path:
     site.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".site-", dir=site.parent) as folder:
         source, made = Path(folder, "source"), Path(folder, "made")
-        rows = lookup.rows(records)
-        _stage(source, root, rows, pages.certificates(records))
+        held = lookup.held(records)
+        rows = lookup.rows(records, held)
+        _stage(source, root, rows, pages.certificates(records, held))
         _sphinx(source, made, Path(folder, "trees"), root)
-        _add_files(made, records, rows)
+        _add_files(made, records, held, rows)
         _check_links(made)
         if site.exists():
             site.rename(Path(folder, "before"))
@@ -236,10 +237,9 @@ def _sphinx(source: Path, made: Path, trees: Path, root: Path) -> None:
         raise UsageError(f"the site has a fault: {said[0].replace(f'{source}/', '')}{more}")
 
 
-def _add_files(made: Path, records: Path, rows) -> None:
+def _add_files(made: Path, records: Path, held, rows) -> None:
     """The records, the data set, and what the table to look things up in is made of."""
-    held = lookup.held(records, lambda path, *_: path)
-    _copy(records, made / "records", {path for paths in held.values() for path in paths})
+    _copy(records, made / "records", {one.path for kept in held.values() for one in kept})
     for path in sorted(
         (made / "records").rglob("*.json")
     ):  # the same, without a third of its bytes that is indentation

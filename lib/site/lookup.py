@@ -7,9 +7,10 @@ numbers are never joined with those of another.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -71,11 +72,20 @@ COLUMNS = (
 )  # fmt: skip # of the table; every row has them all, None where there is nothing to say
 
 
-def rows(records: Path) -> pd.DataFrame:
-    """`COLUMNS` of every study below a folder of records, and of the formulas. Raises UsageError as `held` does, and
-    for runs that one name stands for though their options differ."""
+class Held(NamedTuple):
+    """A record of a folder, and of each variant's file in it whether it passed: (label, fingerprint, passed)."""
+
+    path: Path
+    kind: str
+    certified: list[tuple[str, str, bool]]
+
+
+def rows(records: Path, holds: dict[Path, list[Held]] | None = None) -> pd.DataFrame:
+    """`COLUMNS` of every study below a folder of records, and of the formulas; `holds` is what is `held` there, where
+    that is known. Raises UsageError as `held` does, and for runs that one name stands for though their options differ.
+    """
     found = list(computed())
-    for folder, kept in held(records, lambda path, kind, _: (path, kind)).items():
+    for folder, kept in (held(records) if holds is None else holds).items():
         found += of_folder(kept, folder.relative_to(records).as_posix())
     table = pd.DataFrame(found, columns=list(COLUMNS)).astype({"at": float, "value": float, "n": "Int64"})
     return table.assign(variant=_told_apart(table))
@@ -93,9 +103,9 @@ def _told_apart(table: pd.DataFrame) -> pd.Series:
     return pd.Series([called[key] for key in keys], index=table.index)
 
 
-def held(records: Path, keep: Callable) -> dict[Path, list]:
-    """By folder what is to be kept of each record (`folders.look`). Raises UsageError for one that cannot be read, was
-    not measured, or lies there twice: a site is not made of half of what lies there."""
+def held(records: Path) -> dict[Path, list[Held]]:
+    """By folder each record (`folders.look`). Raises UsageError for one that cannot be read, was not measured, or lies
+    there twice: a site is not made of half of what lies there."""
     seen: dict[str, Path] = {}
     odd: list[str] = []
 
@@ -106,7 +116,7 @@ def held(records: Path, keep: Callable) -> dict[Path, list]:
         if sign and sign in seen:
             odd.append(f"{where}: it is the same record as {seen[sign]}; take one out")
         seen.setdefault(sign, where)
-        return keep(path, kind, found)
+        return Held(path, kind, _certified(kind, found))
 
     looked = list(folders.look([records], kept))
     odd = [str(one) for found in looked for one in found.wrong] + odd
@@ -116,12 +126,18 @@ def held(records: Path, keep: Callable) -> dict[Path, list]:
     return {found.path: found.kept for found in looked if found.kept}
 
 
-def of_folder(kept: list[tuple[Path, str]], profile: str) -> Iterator[dict]:
+def _certified(kind: str, of) -> list[tuple[str, str, bool]]:
+    if kind == "run":
+        return [(of.label, of.attention_sha256, of.certificate.passed)]
+    return [(one.label, one.attention_sha256, one.certified) for one in (of.entries if kind == "steps" else ())]
+
+
+def of_folder(kept: list[Held], profile: str) -> Iterator[dict]:
     """The rows of the records of a folder; benchmarks beside others' code have none."""
-    for kind in dict.fromkeys(kind for _, kind in kept):
+    for kind in dict.fromkeys(one.kind for one in kept):
         makes = {"run": of_runs, "steps": of_steps, "scaling": of_scaling, "probe": of_probes, "failure": of_failures}
         if kind in makes:
-            yield from makes[kind]([path for path, found in kept if found == kind], profile)
+            yield from makes[kind]([one.path for one in kept if one.kind == kind], profile)
 
 
 def _row(label: str, title: str, shown: tuple, profile: str, **more) -> dict:

@@ -202,18 +202,15 @@ def _unknown(mine: pd.DataFrame, name: str) -> str:
     )
 
 
-def certificates(records: Path) -> pd.DataFrame:
-    """A row per label, folder and fingerprint of the variant's file: `n` records, and whether all `passed`."""
-
-    def keep(path: Path, kind: str, of) -> list[tuple]:
-        profile = path.parent.relative_to(records).as_posix()
-        if kind == "run":
-            return [(of.label, profile, of.attention_sha256, of.certificate.passed)]
-        entries = of.entries if kind == "steps" else []
-        return [(entry.label, profile, entry.attention_sha256, entry.certified) for entry in entries]
-
-    kept = lookup.held(records, keep).values()
-    found = [row for folder in kept for rows in folder for row in rows]
+def certificates(records: Path, held: dict[Path, list[lookup.Held]]) -> pd.DataFrame:
+    """A row per label, folder and fingerprint of the variant's file: `n` records, and whether all `passed`; of what is
+    `lookup.held` in the folder `records`."""
+    found = [
+        (label, folder.relative_to(records).as_posix(), sha256, passed)
+        for folder, kept in held.items()
+        for one in kept
+        for label, sha256, passed in one.certified
+    ]
     columns = ["label", "profile", "sha256", "passed"]
     table = pd.DataFrame(found, columns=columns).groupby(columns[:3], sort=True, as_index=False)
     return table.agg(n=("passed", "size"), passed=("passed", "all"))
