@@ -5,9 +5,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
-torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread only waits
+
+def pytest_configure(config):
+    if not config.getoption("numprocesses", None):  # else it only hands tests out, and needs no PyTorch
+        import torch
+
+        torch.set_num_threads(1)  # the tests' tensors are tiny: a second thread only waits
 
 
 @pytest.fixture
