@@ -43,6 +43,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish():
     gc.freeze()  # what is imported by now stays: the collector need not search it again in every test
+    gc.set_threshold(50_000, 20, 100)  # nor so often: tests are short
 
 
 @pytest.fixture(autouse=True)
