@@ -423,7 +423,7 @@ def learning_figure(shown: pd.DataFrame):
     axes.set_title(f"{task.title}, learnt just now (dotted: guessing)", loc="left")
     axes.set_xlabel("steps")
     axes.set_ylabel("loss, nats")
-    axes.legend(loc="upper right")
+    axes.legend(loc="lower left")
     plt.close(figure)  # or a notebook shows it twice
     return figure
 
