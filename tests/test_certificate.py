@@ -7,12 +7,14 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lib import attention, certificate
 from lib.certificate import Setting, examinations, variant
 from lib.certificate.setting import QUICK
 from lib.certificate.twins import Twins
 from lib.errors import OutOfMemory, UsageError
+from lib.model import gpt2_config
 
 VISIBLE = "torch.ones(T, S, dtype=torch.bool, device=k.device)"
 NO_PROJECTION = ("self.residual_dropout(self.c_proj(out))", "out", "gpt2_projection")
@@ -300,6 +302,30 @@ def test_gradients_go_as_far_as_memory_and_never_below_the_run_s_context(monkeyp
     limit = 100
     with pytest.raises(OutOfMemory, match="lower batch_size"):
         variant.examined("sdpa", {}, Setting(), checks=("causal",))
+
+
+FEW_ROWS = """
+
+
+class Attention(Attention):
+    def reference(self, x):
+        if len(x) > 2:
+            raise ValueError("two rows at most")
+        return super().reference(x)
+"""
+
+
+def test_a_reference_that_takes_few_rows_is_asked_row_by_row(tmp_path):
+    (tmp_path / "mine.py").write_text(attention.find("sdpa").read_text() + FEW_ROWS)
+    assert not failed(str(tmp_path / "mine.py"), "core_flops", layers=4)
+
+
+def test_outputs_that_are_asked_at_once_are_moved_as_each_by_itself():
+    layer = attention.load("sliding_window")(gpt2_config(1, 16, 2, 64, 2), 0, window=4).double()
+    hidden, asked = torch.randn(1, 20, 16, dtype=torch.float64), [0, 3, 11, 19]
+    reaches = [(examinations._moved_at(layer.reference, hidden, asked, rows) > 0).tolist() for rows in (1, 3, 4)]
+    expected = [[t - 4 < token <= t for token in range(20)] for t in asked]
+    assert reaches == [expected] * 3
 
 
 def test_what_many_heads_see_by_content_is_no_false_alarm():

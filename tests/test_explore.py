@@ -472,11 +472,12 @@ def test_what_does_not_fit_is_marked_and_stands_below_and_follows_the_memory():
 
 def test_times_are_of_the_records_at_their_lengths_and_elsewhere_a_dash():
     known = budget.known()
+    time, training = f"time ÷ SDPA's, {known.where}", f"training step ÷ SDPA's, {known.steps.machine}"
     _, table, said = budgeted(share=1.0)
     decoding = growth.ratios(known.points, "decode_s_per_token", "sdpa").set_index(["label", "context"])["ratio"]
-    assert table.loc["GQA 4:1", "time ÷ SDPA's"].startswith(f"{decoding['gqa', 8192]:.2f} [")
+    assert table.loc["GQA 4:1", time].startswith(f"{decoding['gqa', 8192]:.2f} [")
     reading = growth.ratios(known.points, "prefill_s", "sdpa").set_index(["label", "context"])["ratio"]
-    assert budgeted(share=0.0)[1].loc["MLA", "time ÷ SDPA's"].startswith(f"{reading['mla', 8192]:.2f} [")
+    assert budgeted(share=0.0)[1].loc["MLA", time].startswith(f"{reading['mla', 8192]:.2f} [")
     pairs = [
         np.exp([growth.costs_of(known.points, metric, who).among([8192]).logs.mean() for who in ("mla", "sdpa")])
         for metric in ("prefill_s", "decode_s_per_token")
@@ -484,13 +485,14 @@ def test_times_are_of_the_records_at_their_lengths_and_elsewhere_a_dash():
     mixed = 0.75 * pairs[0] / 8192 + 0.25 * pairs[1]  # of three tokens that are read and one that is written
     assert budget.time_ratio("mla", 8192, 0.25)[0] == pytest.approx(mixed[0] / mixed[1])
     step = known.steps.ratio("mla", 8192, "time_s_per_step").ratio
-    assert (
-        table.loc["MLA", "training step ÷ SDPA's"].startswith(f"{step:.2f} [") and table.loc["SDPA"].iloc[-2] == "1.00"
-    )
+    assert table.loc["MLA", training].startswith(f"{step:.2f} [") and table.loc["SDPA"].iloc[-2] == "1.00"
     assert "writing 100% one by one" in said and known.steps.machine in said
     long = budgeted(context=65536)[1]
-    assert set(long["time ÷ SDPA's"]) == set(long["activations ÷ SDPA's"]) == {"–"}
+    assert set(long[time]) == set(long["activations ÷ SDPA's"]) == {"–"}
     assert table.loc["Window 128", "recalls"] == "0% (as Window 16)" and table.loc["SDPA", "recalls"] == "100%"
+    mamba2 = known.steps.recall["mamba2"]  # of whose seeds one recalls nothing
+    seeds = f"{mamba2.median:.0%} [{max(0.0, mamba2.low):.0%}, {mamba2.high:.0%}]"
+    assert mamba2.low < 0.5 < mamba2.median and table.loc[mamba2.title, "recalls"] == seeds
 
 
 def test_a_choice_with_options_of_its_own_has_a_row_without_records_and_a_wrong_one_is_one_sentence():

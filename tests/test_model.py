@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2LMHeadModel
 
 from lib import attention
-from lib.model import GPT2, build_model, gpt2_config, meta_model
+from lib.model import GPT2, build_model, devices, gpt2_config, meta_model
 
 
 def test_gpt2_small_has_the_published_number_of_parameters():
@@ -31,7 +31,7 @@ class Seen(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", attention.variants())
 def test_a_model_without_weights_draws_none_and_has_those_of_one_with_them(name):
-    config = gpt2_config(2, 32, 4, 64, 50, convolution=4)
+    config = gpt2_config(2, 32, 4, 64, 50)
     with Seen() as seen:
         bare = meta_model(name, config)
     assert "normal_" not in seen.names  # which is slow where nothing is held
@@ -39,6 +39,22 @@ def test_a_model_without_weights_draws_none_and_has_those_of_one_with_them(name)
         [(key, one.shape, one.dtype) for key, one in m.named_parameters()] for m in (bare, build_model(name, config))
     ]
     assert both[0] == both[1] and bare.lm_head.weight is bare.transformer.wte.weight
+
+
+def test_what_a_constructor_draws_elsewhere_is_drawn_and_what_is_refused_stays_so_without_weights():
+    normal = torch.nn.init.normal_
+    with devices.without_weights():
+        assert torch.nn.init.constant_(torch.empty(4, device="cpu"), 0.75).tolist() == [0.75] * 4
+        for drawn in (normal(torch.zeros(9, device="cpu")), torch.zeros(9, device="cpu").normal_()):
+            assert drawn.all()
+        for wrong in (
+            lambda: normal(torch.empty(2), std=-1.0),
+            lambda: normal(torch.empty(2, dtype=torch.long)),
+            lambda: torch.nn.Parameter(torch.empty(2)).normal_(),
+            lambda: torch.nn.init.kaiming_uniform_(torch.empty(2)),
+        ):
+            with pytest.raises((RuntimeError, ValueError, TypeError)):
+                wrong()
 
 
 @pytest.mark.parametrize("more", [{}, {"architecture": "llama"}, {"convolution": 4}], ids=str)

@@ -156,6 +156,17 @@ class Attention(nn.Module):
 '''
 
 
+def test_a_record_that_changes_or_goes_while_the_site_is_made_is_refused(tmp_path):
+    (tmp_path / "records").mkdir()
+    path = Path(shutil.copy(next(ROOT.glob("records/capability-cpu/recall-sdpa-*.json")), tmp_path / "records"))
+    held = lookup.held(tmp_path / "records")
+    path.write_text(path.read_text().replace('"time_s": ', '"time_s": 1'))
+    for turn in ("changed", "gone"):
+        with pytest.raises(UsageError, match=f"^{path.name} was changed while the site was made"):
+            build._add_files(tmp_path / turn, tmp_path / "records", held, None)
+        path.unlink(missing_ok=True)
+
+
 def test_a_new_variant_and_its_records_appear_without_other_edits(tmp_path, monkeypatch):
     root = small_root(tmp_path / "project")
     (root / "lib" / "attention" / "oneself.py").write_text(NEW)

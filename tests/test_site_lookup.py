@@ -60,6 +60,15 @@ def test_every_committed_number_stands_with_its_reason_or_value(committed):
     assert core["value"] == pytest.approx(12 * 2 * 2 * 768 * (512 * 513 / 2) / 1e9)  # QKᵀ and PV, causal
 
 
+def test_no_task_that_sdpa_was_asked_is_said_to_be_untried_by_it(committed):
+    """Whatever number of layers each task's net has."""
+    tasks = committed[committed["kind"] == "small tasks"]
+    asked = {tuple(pair) for pair in tasks.loc[tasks["label"] == "sdpa", ["profile", "what"]].values}
+    assert len({setting.partition(" ")[0] for setting in tasks["setting"]}) > 1 and len(asked) > 4
+    untried = tasks[tasks["note"].fillna("").str.contains("was not tried")]
+    assert not asked & {tuple(pair) for pair in untried[["profile", "what"]].values}
+
+
 def test_what_fails_its_certificate_is_named_and_tampered_records_are_refused(tmp_path):
     bad = make_record("baseline").certificate.model_copy(update={"causal": False, "passed": False})
     write_blocks(tmp_path / "mine", ("sdpa",), blocks=1)

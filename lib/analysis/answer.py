@@ -29,7 +29,7 @@ from lib.analysis.evidence import (
     WORDS,
     Evidence,
     Pick,
-    Recall,
+    share_of,
 )
 from lib.analysis.words import cost, joined, size
 from lib.attention import REFERENCE
@@ -106,7 +106,7 @@ def _nearly(evidence: Evidence, context: int, kept: Pick) -> str:
     pick = e.cheapest(context, TIME, near)
     most = min((e.ratio(label, context, TIME).low for label in kept.labels), default=1.0)
     said = [
-        f"{name_of(e, label)} saves more, {how}, and recalls {_share(e.recall[label])} after "
+        f"{name_of(e, label)} saves more, {how}, and recalls {share_of(e.recall[label])} after "
         f"{e.recall[label].steps:,} steps of training"
         for label, how in zip(pick.labels, pick.ratios, strict=True) if e.ratio(label, context, TIME).high < most
     ]  # fmt: skip
@@ -170,14 +170,7 @@ def _lost(evidence: Evidence, label: str) -> str:
         return f"what {name} recalls is not known"
     other = found.title != evidence.entries[label].title
     who = f"{escaped(found.title)}, tried in its place," if other else name
-    return f"{who} recalls {_share(found)} of {PAIRS} facts after {found.steps:,} steps of training"
-
-
-def _share(found: Recall) -> str:
-    """The median seed's share, with the lowest and the highest where they differ."""
-    low, high = max(0.0, found.low), max(0.0, found.high)
-    seeds = "" if f"{low:.0%}" == f"{high:.0%}" else f" [{low:.0%}, {high:.0%}]"
-    return f"{max(0.0, found.median):.0%}{seeds}"
+    return f"{who} recalls {share_of(found)} of {PAIRS} facts after {found.steps:,} steps of training"
 
 
 def limits(evidence: Evidence) -> pd.DataFrame:
@@ -258,7 +251,7 @@ def _price(evidence: Evidence, labels: list[str], context: int) -> str:
         if found is not None and not evidence.recalls(label):
             other = found.title != evidence.entries[label].title
             who = f" (tried as {escaped(found.title)})" if other else ""
-            own.append(f"recalls {_share(found)}{who}")
+            own.append(f"recalls {share_of(found)}{who}")
         elif found is None and evidence.recall:
             own.append("recall not known")
         own += evidence.costs(label, context)
@@ -321,7 +314,7 @@ def _elsewhere(evidence: Evidence, picked: str) -> str:
     tried = known[known["n"] >= SEEDS_WANTED].set_index("label")
     for label in keepers:
         short = [
-            f"{_share(row)} of *{row.task}*" + f" as {escaped(row.title)}" * (row.title != e.recall[label].title)
+            f"{share_of(row)} of *{row.task}*" + f" as {escaped(row.title)}" * (row.title != e.recall[label].title)
             for row in tried[(tried.index == label) & (tried["low"] < RECALLS)].itertuples()
         ]
         said += [f"{name_of(e, label)} answers {joined(short)}"] if short else []

@@ -56,6 +56,13 @@ class Recall(NamedTuple):
     state_share: float  # of what SDPA keeps in a net of as many layers
 
 
+def share_of(found) -> str:
+    """The `median` seed's share of what was asked, with the `low`est and the `high`est where they differ."""
+    low, high = max(0.0, found.low), max(0.0, found.high)
+    seeds = "" if f"{low:.0%}" == f"{high:.0%}" else f" [{low:.0%}, {high:.0%}]"
+    return f"{max(0.0, found.median):.0%}{seeds}"
+
+
 class Pick(NamedTuple):
     """Who costs least of what may be picked, and by how much."""
 

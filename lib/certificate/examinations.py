@@ -456,9 +456,18 @@ def _gradient(out, leaf, t) -> torch.Tensor:
     return gradient.abs().amax(dim=(0, 2))
 
 
-def _moved_at(module, hidden, asked: list[int]) -> torch.Tensor:
-    """`_moved` of several outputs of one sequence: (asked, T). Each is asked in a row of its own, so that a slow
-    reference goes back through its steps once."""
+def _moved_at(module, hidden, asked: list[int], rows: int) -> torch.Tensor:
+    """`_moved` of several outputs of one sequence: (asked, T). Each is asked in a row of its own, `rows` at once, so
+    that a slow reference goes back through its steps a few times only. One that takes a row alone is asked so."""
+    try:
+        return torch.cat([_moved_by_row(module, hidden, asked[i : i + rows]) for i in range(0, len(asked), rows)])
+    except Exception:
+        if rows == 1:
+            raise
+    return _moved_at(module, hidden, asked, 1)
+
+
+def _moved_by_row(module, hidden, asked: list[int]) -> torch.Tensor:
     out, (leaf,) = Floats(module, hidden.shape[-1], hidden).traced(hidden.expand(len(asked), -1, -1))
     weight = torch.randn(out.shape[-1], dtype=out.dtype).to(out.device)
     (gradient,) = torch.autograd.grad((out[range(len(asked)), asked] * weight).sum(), leaf)
@@ -846,7 +855,8 @@ def _seen_and_counted(twins: Twins, layer, where: str):
     hidden = twins.hidden(1, n, twins.exact_device, torch.float64)
     seen, in_one_piece = 0, True
     asked = [int((i + 0.5) * n / ASKED) for i in range(ASKED)]
-    for t, moved in zip(asked, _moved_at(layer.reference, hidden, asked), strict=True):
+    rows = min(ASKED, 2 * twins.setting.layers)  # one layer of so many, as `against_reference` has two of all layers
+    for t, moved in zip(asked, _moved_at(layer.reference, hidden, asked, rows), strict=True):
         mine = moved[: t + 1] > SEEN
         seen += int(mine.sum())
         in_one_piece &= bool(mine[t + 1 - int(mine.sum()) :].all())

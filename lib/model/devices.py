@@ -33,12 +33,15 @@ def without_weights():
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Inside, no weight is given its first values: where none are held, to draw them is most of the time."""
+    """Inside, the normal numbers that GPT-2's weights begin with are not drawn where none are held: that is most of the
+    time. What is wrong with them is still said, and tensors elsewhere have theirs."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if getattr(func, "__module__", None) == torch.nn.init.__name__ or func is torch.Tensor.normal_:
-            return args[0] if args else kwargs["tensor"]
+        if func is torch.nn.init.normal_ and not args:
+            tensor = kwargs["tensor"]
+            if tensor.is_meta and tensor.is_floating_point() and kwargs.get("std", 1.0) >= 0:
+                return tensor
         return func(*args, **kwargs)
 
 

@@ -308,12 +308,12 @@ def _closely(text: str) -> Record:
     content = _content(text)
     if "schema_version" not in content:
         raise ValueError("it is JSON of another kind")
+    _check_bounds(content)
     if content["schema_version"] != SCHEMA_VERSION:
         raise ValueError(
-            f"its schema_version is {names.printable(content['schema_version'], 20)}, this code reads "
-            f"{SCHEMA_VERSION}; `python scripts/convert_records.py FOLDER` converts older ones"
+            f"its schema_version is {str(content['schema_version'])[:20]}, this code reads {SCHEMA_VERSION}; "
+            "`python scripts/convert_records.py FOLDER` converts older ones"
         )
-    _check_bounds(content)
     return _unchanged(Record, content, text)
 
 

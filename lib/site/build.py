@@ -8,6 +8,7 @@ and the data set made of them (`lib.site.data`), lie in the site as files.
 
 import base64
 import contextlib
+import hashlib
 import io
 import json
 import os
@@ -239,11 +240,15 @@ def _sphinx(source: Path, made: Path, trees: Path, root: Path) -> None:
 
 def _add_files(made: Path, records: Path, held, rows) -> None:
     """The records, the data set, and what the table to look things up in is made of."""
-    _copy(records, made / "records", {one.path for kept in held.values() for one in kept})
-    for path in sorted(
-        (made / "records").rglob("*.json")
-    ):  # the same, without a third of its bytes that is indentation
-        path.write_text(json.dumps(json.loads(path.read_bytes()), separators=(",", ":")) + "\n", encoding="utf-8")
+    every = {one.path: one for kept in held.values() for one in kept}
+    _copy(records, made / "records", set(every))
+    for path, one in every.items():
+        copy = made / "records" / path.relative_to(records)
+        content = copy.read_bytes() if copy.is_file() else b""
+        if hashlib.sha256(content).hexdigest() != one.sha256:
+            raise UsageError(f"{path.relative_to(records)} was changed while the site was made: make it again")
+        # the same, without a third of its bytes that is indentation
+        copy.write_text(json.dumps(json.loads(content), separators=(",", ":")) + "\n", encoding="utf-8")
     data.write(made / "data", records)
     (made / "_static" / "lookup-rows.js").write_text(lookup_page.script(rows), encoding="utf-8")
     (made / "_static" / "vega.js").write_text(lookup_page.vega(), encoding="utf-8")

@@ -5,6 +5,7 @@ Each row is a level with its n, and where it was paired with SDPA's the ratio, i
 numbers are never joined with those of another.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -73,9 +74,11 @@ COLUMNS = (
 
 
 class Held(NamedTuple):
-    """A record of a folder, and of each variant's file in it whether it passed: (label, fingerprint, passed)."""
+    """A record of a folder as it was when it was looked at, and of each variant's file in it whether it passed: (label,
+    fingerprint, passed)."""
 
     path: Path
+    sha256: str
     kind: str
     certified: list[tuple[str, str, bool]]
 
@@ -116,7 +119,7 @@ def held(records: Path) -> dict[Path, list[Held]]:
         if sign and sign in seen:
             odd.append(f"{where}: it is the same record as {seen[sign]}; take one out")
         seen.setdefault(sign, where)
-        return Held(path, kind, _certified(kind, found))
+        return Held(path, hashlib.sha256(path.read_bytes()).hexdigest(), kind, _certified(kind, found))
 
     looked = list(folders.look([records], kept))
     odd = [str(one) for found in looked for one in found.wrong] + odd
@@ -291,19 +294,19 @@ def of_scaling(paths: list[Path], profile: str) -> Iterator[dict]:
 def of_probes(paths: list[Path], profile: str) -> Iterator[dict]:
     """What variants can do: the median of scaled accuracy over the seeds of the best rate, and the seeds' range.
 
-    Cells of different devices or numbers of layers are never joined. What has no median has the reason.
+    Cells of different devices, or of one task in different numbers of layers, are never joined. What has no median has
+    the reason.
     """
-    apart: dict[tuple, list] = {}
+    apart: dict[tuple, dict[int, list]] = {}
     for path in paths:
         cell = probe.load(path)
-        apart.setdefault((cell.environment["device_name"], cell.setting.layers, cell.label), []).append(cell)
-    layers_of: dict[tuple, set] = {}
-    for device, layers, label in apart:
-        layers_of.setdefault((device, label), set()).add(layers)
+        asked = cell.environment["device_name"], cell.label, cell.setting.task, cell.setting.convolution
+        apart.setdefault(asked, {}).setdefault(cell.setting.layers, []).append(cell)
     by_device: dict[tuple, list] = {}  # those of a label's fewest layers stand with the others, as in the notebook
-    for (device, layers, label), cells in apart.items():
-        fewest = min(layers_of[device, label]) == layers
-        by_device.setdefault((device, None if fewest else (label, layers)), []).extend(cells)
+    for (device, label, _, _), by_layers in apart.items():
+        for layers, cells in by_layers.items():
+            fewest = min(by_layers) == layers
+            by_device.setdefault((device, None if fewest else (label, layers)), []).extend(cells)
     for (device, _), cells in by_device.items():
         yield from _of_cells(cells, device, profile)
 
