@@ -89,6 +89,20 @@ def test_what_is_shown_from_python_runs(monkeypatch):
     assert len(found["runs"]) == len(list((ROOT / "records" / "quick-cpu").glob("*.json")))
 
 
+def test_each_variant_stands_in_the_table_of_whose_code_it_is_held_against_and_its_test_takes_that():
+    page = (ROOT / "docs" / "variants.md").read_text()
+    rows = re.findall(
+        r"^\| (.+?) \| (.+?) \| \[.+?\]\(\.\./(tests/\w+\.py)\) \|$", page.partition("## Held against")[2], re.M
+    )
+    told = [name for names, _, _ in rows for name in re.findall(r"`(\w+)`", names)]
+    assert sorted(told) == sorted(attention.variants())
+    for _, whose, path in rows:
+        text = (ROOT / path).read_text()
+        theirs = [] if whose.startswith("nobody") else re.findall(r"`((?:[A-Z]|create_|modeling_)\w+)`", whose)
+        assert all(re.search(rf"^from transformers.*\b{name}\b", text, re.M) for name in theirs), path
+    assert sum(whose.startswith("nobody") for _, whose, _ in rows) == 2  # as the README says
+
+
 def test_the_table_of_caches_says_what_the_layers_keep():
     """Keys and values of all tokens; a state of 64 x 64 numbers a head in fp32; a pattern's layers added up."""
     assert cache_table.documented() == cache_table.table(), "python tests/cache_table.py --write"

@@ -65,11 +65,13 @@ def sentences(evidence: Evidence) -> list[str]:
             pick = kept if same else free
             known = "" if e.recall else "; what it recalls is not known"
             joules = _in_joules(e, context, keepers if e.recall else others, pick)
-            said.append(f"{at} {_take(e, pick, context)}**: {_savings(e, pick, context)}{known}{joules}.")
+            said.append(
+                f"{at} {_take(e, pick, context)}**: {_savings(e, pick, context)}{_in_part(e, pick)}{known}{joules}."
+            )
             continue
         lost = joined([_lost(e, label) for label in free.labels])
         first = (
-            f"{_take(e, kept, context)}**: {_savings(e, kept, context)}"
+            f"{_take(e, kept, context)}**: {_savings(e, kept, context)}{_in_part(e, kept)}"
             if kept.labels else "keep SDPA**: nothing that recalls is significantly faster"
         ) + _in_joules(e, context, keepers, kept) + _nearly(e, context, kept)  # fmt: skip
         then = f"**If it does not, {_names(e, free)}**: {_savings(e, free, context)}; {lost}."
@@ -79,7 +81,7 @@ def sentences(evidence: Evidence) -> list[str]:
         other = set(free.labels) - set(cache.labels)
         said.append(
             f"**If the KV cache is what you pay for{' and recall counts' * bool(other and e.recall)}, "
-            f"{_names(e, cache)}**: {joined(cache.ratios)} at {CACHE_CONTEXT:,} tokens"
+            f"{_names(e, cache)}**: {joined(cache.ratios)} at {CACHE_CONTEXT:,} tokens{_in_part(e, cache)}"
             + ("" if e.recall else "; what it recalls is not known")
             + _without_a_price(e, cache, keepers if e.recall else others)
             + (f". **If it does not, {_names(e, free)}**: {joined(free.ratios)}" if other and e.recall else "")
@@ -254,6 +256,8 @@ def _price(evidence: Evidence, labels: list[str], context: int) -> str:
             own.append(f"recalls {share_of(found)}{who}")
         elif found is None and evidence.recall:
             own.append("recall not known")
+        elif short := _unsolved(evidence, label):
+            own.append(f"answers {joined(short)}")
         own += evidence.costs(label, context)
         own += [f"no result at {at:,} ({escaped(why)})" for at, why in evidence.failed.get(label, {}).items()]
         own += filter(None, [_memory(evidence, label, context), evidence.weights(label, context)])
@@ -313,10 +317,7 @@ def _elsewhere(evidence: Evidence, picked: str) -> str:
     keepers = [label for label in keepers if f"**{name_of(e, label)}**" in picked]
     tried = known[known["n"] >= SEEDS_WANTED].set_index("label")
     for label in keepers:
-        short = [
-            f"{share_of(row)} of *{row.task}*" + f" as {escaped(row.title)}" * (row.title != e.recall[label].title)
-            for row in tried[(tried.index == label) & (tried["low"] < RECALLS)].itertuples()
-        ]
+        short = _unsolved(e, label)
         said += [f"{name_of(e, label)} answers {joined(short)}"] if short else []
     if said:
         count = known["task"].nunique()
@@ -329,6 +330,23 @@ def _elsewhere(evidence: Evidence, picked: str) -> str:
         f"It is one of [{e.tasks} tasks](notebooks/capability.ipynb), and {others} may order the variants otherwise"
         f"{': ' * bool(said)}{'; '.join(said)}. "
     )
+
+
+def _in_part(evidence: Evidence, pick: Pick) -> str:
+    """That who is picked because it recalls does not solve every task that SDPA does; the table says which."""
+    return " (other tasks it solves in part: table)" if any(_unsolved(evidence, one) for one in pick.labels) else ""
+
+
+def _unsolved(evidence: Evidence, label: str) -> list[str]:
+    """What who recalls answers of the other tasks that SDPA solves from every seed, of those that it does not solve."""
+    known = evidence.elsewhere
+    if evidence.tasks < 2 or label == REFERENCE or not evidence.recalls(label):
+        return []
+    own = known[(known["label"] == label) & (known["n"] >= SEEDS_WANTED) & (known["low"] < RECALLS)]
+    return [
+        f"{share_of(row)} of *{row.task}*" + f" as {escaped(row.title)}" * (row.title != evidence.recall[label].title)
+        for row in own.itertuples()
+    ]
 
 
 def put(page: str, text: str) -> str:
