@@ -605,10 +605,14 @@ def _other_tasks(cells: pd.DataFrame) -> list[str]:
     for name in shown_tasks(cells):
         if name == "recall":
             continue
-        task, rows = TASKS[name], _rows(cells, name).drop(index=list(same), errors="ignore")
-        able = list(rows.loc[(rows["low"] >= SOLVED) & (rows["n"] >= SEEDS_WANTED), "title"])
-        hardest = f"{max(task.tested_on):,} {task.unit}"
-        said.append(f"{task.title} ({hardest}): {joined(able or ['nobody'])}")
+        task, own = TASKS[name], summary(cells)
+        own = own[(own["task"] == name) & (own["convolution"] == task.net.convolution) & ~own["label"].isin(list(same))]
+        able = own[(own["low"] >= SOLVED) & (own["n"] >= SEEDS_WANTED)]
+        hardest, furthest = max(task.tested_on), able["difficulty"].max()
+        solve = joined(list(able.loc[able["difficulty"] == furthest, "title"]) or ["nobody"])
+        if len(able) and furthest < hardest:
+            solve = f"nobody, and of {furthest:,.0f} {solve}"
+        said.append(f"{task.title} ({hardest:,} {task.unit}): {solve}")
     start = f"Who solves the hardest of each other task from every one of {SEEDS_WANTED} seeds or more"
     return [f"{start}: {'; '.join(said)}."] if said else []
 
