@@ -318,7 +318,9 @@ def test_the_sentences_follow_from_the_records():
         "Who solves the hardest of each other task from every one of 3 seeds or more: Parity (256 bits): nobody; "
         "Lookup, key behind (30 symbols): SDPA and LINEAR."
     ) in capability.conclusion(keys)
-    easier = probe.frame([cell("mla", (1.0, 0.95, 0.9, 0.1), "parity", seed=seed) for seed in range(3)])
+    easier = probe.frame(
+        [cell("mla", (1.0, 0.95, 0.9, 0.1), "parity", seed=seed, convolution=False) for seed in range(3)]
+    )
     assert "Parity (256 bits): nobody, and of 64 MLA; " in " ".join(capability.conclusion(pd.concat([keys, easier])))
     asked = capability.asked_table(keys).set_index("task")
     assert list(asked.index) == ["Recall (MQAR)", "Parity", "Lookup, key behind"]
