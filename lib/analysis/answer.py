@@ -333,8 +333,8 @@ def _elsewhere(evidence: Evidence, picked: str) -> str:
 
 
 def _in_part(evidence: Evidence, pick: Pick) -> str:
-    """That who is picked because it recalls does not solve every task that SDPA does; the table says which."""
-    return " (other tasks it solves in part: table)" if any(_unsolved(evidence, one) for one in pick.labels) else ""
+    """That who is picked because it recalls does not solve every task that SDPA does."""
+    return " (other tasks it solves in part)" if any(_unsolved(evidence, one) for one in pick.labels) else ""
 
 
 def _unsolved(evidence: Evidence, label: str) -> list[str]:
