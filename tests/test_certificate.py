@@ -320,6 +320,25 @@ def test_a_reference_that_takes_few_rows_is_asked_row_by_row(tmp_path):
     assert not failed(str(tmp_path / "mine.py"), "core_flops", layers=4)
 
 
+def test_an_alarm_is_no_reason_to_ask_again_row_by_row():
+    asked = []
+
+    def rings(x):
+        asked.append(len(x))
+        signal.raise_signal(signal.SIGUSR1)
+
+    def handler(*_):
+        raise RuntimeError("an alarm")
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        with pytest.raises(RuntimeError, match="an alarm"):
+            examinations._moved_at(rings, torch.randn(1, 5, 4), [1, 2, 3], 2)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert asked == [2]
+
+
 def test_outputs_that_are_asked_at_once_are_moved_as_each_by_itself():
     layer = attention.load("sliding_window")(gpt2_config(1, 16, 2, 64, 2), 0, window=4).double()
     hidden, asked = torch.randn(1, 20, 16, dtype=torch.float64), [0, 3, 11, 19]

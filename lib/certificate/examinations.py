@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lib import attention
 from lib.certificate import counts
-from lib.certificate.measures import TOLERANCE, deviation, fact, largest, relative, within
+from lib.certificate.measures import TOLERANCE, deviation, fact, is_of_a_signal, largest, relative, within
 from lib.certificate.probes import (
     Floats,
     changed_tails,
@@ -461,8 +461,8 @@ def _moved_at(module, hidden, asked: list[int], rows: int) -> torch.Tensor:
     that a slow reference goes back through its steps a few times only. One that takes a row alone is asked so."""
     try:
         return torch.cat([_moved_by_row(module, hidden, asked[i : i + rows]) for i in range(0, len(asked), rows)])
-    except Exception:
-        if rows == 1:
+    except (RuntimeError, ValueError, TypeError, IndexError, MemoryError) as error:
+        if rows == 1 or is_of_a_signal(error):
             raise
     return _moved_at(module, hidden, asked, 1)
 

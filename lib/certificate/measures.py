@@ -99,7 +99,7 @@ def collected(about: tuple[str, ...], ask: Callable[[], Iterable[Measure]]) -> l
     try:
         found.extend(ask())
     except Exception as error:
-        ended = isinstance(error, MemoryError | TimeoutError | InterruptedError) or _is_of_a_signal(error)
+        ended = isinstance(error, MemoryError | TimeoutError | InterruptedError) or is_of_a_signal(error)
         if ended or (isinstance(error, UsageError) and not isinstance(error, ValueError)):  # a model's refusal is both
             raise
         if is_out_of_memory(str(error)):
@@ -124,7 +124,7 @@ def _is_said_by_python(error: BaseException) -> bool:
     return (innermost.line or "").startswith("raise ")
 
 
-def _is_of_a_signal(error: BaseException) -> bool:
+def is_of_a_signal(error: BaseException) -> bool:
     """Whether a signal's handler raised it, as an alarm's does with an exception of its own."""
     handlers = {getattr(signal.getsignal(one), "__code__", None) for one in signal.valid_signals()} - {None}
     trace = error.__traceback__
