@@ -81,11 +81,12 @@ def test_what_the_picked_leave_unsolved_of_the_other_tasks_is_said_beside_them()
     """Of tasks that SDPA solves from every seed; a task that it does not says nothing against them."""
     ratios, task = {"gqa": 0.8, "linear": 0.2}, "lookup_key_behind"
 
-    def noted(**solved):
+    def noted(title="GQA", **solved):
         more = [cell(label, (1.0, 1.0, max(0.0, value - 0.1 * seed)), task, seed=seed, rate=3e-3)
                 for label, value in solved.items() for seed in range(3)]  # fmt: skip
         found = pd.concat([made_cells(), probe.frame(more)] if more else [made_cells()], ignore_index=True)
         found.loc[(found["task"] == task) & (found["label"] == "sdpa"), ["accuracy", "scaled"]] = solved.get("sdpa", 1)
+        found.loc[found["label"] == "gqa", "title"] = title
         return answer.markdown(evidence.Evidence(made_steps(ratios), found))
 
     known = "It is one of [2 tasks](notebooks/capability.ipynb), and another may order the variants otherwise"
@@ -94,6 +95,7 @@ def test_what_the_picked_leave_unsolved_of_the_other_tasks_is_said_beside_them()
     assert f"{known}: of the one that SDPA solves from every seed GQA answers 40% [30%, 50%] of {title}. T" in said
     in_part, price = " (other tasks it solves in part)", f"| answers 40% [30%, 50%] of {title}"
     assert f"{in_part}. **If it does not, LINEAR**" in said and price in said
+    assert f"{price} (tried as GQA 2:1)" in noted("GQA 2:1", sdpa=1.0, gqa=0.5)
     assert f"{known}: {title} is not known of GQA. Time" in noted(sdpa=1.0, linear=0.0)
     for silent in ({"sdpa": 0.9, "gqa": 0.5}, {"gqa": 0.5}, {"sdpa": 1.0, "gqa": 1.3}):
         said = noted(**silent)

@@ -250,14 +250,14 @@ def _price(evidence: Evidence, labels: list[str], context: int) -> str:
     for label in labels:
         own = []
         found = evidence.recall.get(label)
+        other = found is not None and found.title != evidence.entries[label].title
+        who = f" (tried as {escaped(found.title)})" if other else ""
         if found is not None and not evidence.recalls(label):
-            other = found.title != evidence.entries[label].title
-            who = f" (tried as {escaped(found.title)})" if other else ""
             own.append(f"recalls {share_of(found)}{who}")
         elif found is None and evidence.recall:
             own.append("recall not known")
         elif short := _unsolved(evidence, label):
-            own.append(f"answers {joined(short)}")
+            own.append(f"answers {joined(short)}{who}")
         own += evidence.costs(label, context)
         own += [f"no result at {at:,} ({escaped(why)})" for at, why in evidence.failed.get(label, {}).items()]
         own += filter(None, [_memory(evidence, label, context), evidence.weights(label, context)])
